@@ -1,0 +1,234 @@
+"""`RetrievalReport`: what training brought, as a table, and what retrieval looks like, as a figure."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from lightning_dml import distributed
+from lightning_dml.errors import InputError
+from lightning_dml.retrieval import RetrievalMetrics, knn
+
+# Blue and orange stay apart for colour-blind eyes; a miss is dashed as well.
+HIT, MISS = "#0072b2", "#d55e00"
+
+
+class RetrievalReport(Callback):
+    """Evaluates before and after training; prints a table and draws some queries with their nearest neighbours.
+
+    The first validation dataloader is evaluated, by self-retrieval unless its batches have `is_query` and `is_gallery`.
+    The figure shows randomly drawn queries, each with its nearest neighbours, hits and misses framed. A resumed run
+    keeps the row of its first start.
+
+    Args:
+        ks: the K of the Recall@K columns.
+        queries: rows of the figure; 0 draws none.
+        neighbours: nearest neighbours per row.
+        seed: of the choice of queries.
+        path: where the figure goes; None is `retrieval.png` in the trainer's log folder.
+
+    Raises:
+        InputError: for counts out of range; when training starts, without validation data.
+    """
+
+    def __init__(
+        self,
+        ks: Sequence[int] = (1, 2, 4, 8),
+        queries: int = 8,
+        neighbours: int = 7,
+        seed: int = 0,
+        path: str | None = None,
+    ) -> None:
+        super().__init__()
+        if queries < 0:
+            raise InputError(f"queries must not be negative, got {queries}; 0 draws no figure")
+        if neighbours < 1:
+            raise InputError(f"neighbours must be at least 1, got {neighbours}")
+        self.ks = tuple(ks)
+        self.queries = queries
+        self.neighbours = neighbours
+        self.seed = seed
+        self.path = path
+        self.rows: list[tuple[str, dict[str, float], float]] = []
+        self._started = 0.0
+        self._seconds_before = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluates the untrained weights."""
+        if not self.rows:
+            name = "untrained" if trainer.global_step == 0 else f"step {trainer.global_step}"
+            values, _ = self._evaluate(trainer, pl_module)
+            self.rows = [(name, values, 0.0)]
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluates the trained weights, prints the table and draws the figure."""
+        seconds = self._seconds()
+        values, collected = self._evaluate(trainer, pl_module)
+        self.rows = [*self.rows[:1], (f"trained, step {trainer.global_step}", values, seconds)]
+        figure = self._figure(trainer, *collected) if self.queries else None
+        self._publish(trainer, figure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The row of the untrained weights and the seconds so far."""
+        return {"rows": [list(row) for row in self.rows[:1]], "seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the row of the first start."""
+        self.rows = [(row[0], row[1], row[2]) for row in state_dict["rows"]]
+        self._seconds_before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def _evaluate(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[dict[str, float], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Metrics, and (embeddings, labels, indices, is_query, is_gallery) of all ranks, on the CPU."""
+        loader = trainer.val_dataloaders
+        loader = loader[0] if isinstance(loader, list | tuple) else loader
+        if loader is None or not trainer.num_val_batches or not trainer.num_val_batches[0]:
+            raise InputError(
+                "RetrievalReport evaluates the validation data and there is none: give the datamodule a validation "
+                "set and leave limit_val_batches above 0, or take RetrievalReport out of the callbacks"
+            )
+        metrics = RetrievalMetrics(ks=self.ks)
+        parts: list[tuple[Tensor, ...]] = []
+        with _evaluation_mode(pl_module), torch.no_grad():
+            for position, batch in enumerate(loader):
+                if position >= trainer.num_val_batches[0]:
+                    break
+                batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+                with trainer.precision_plugin.forward_context():
+                    embeddings = pl_module(batch["image"]).float()
+                everything = torch.ones_like(batch["label"], dtype=torch.bool)
+                roles = batch.get("is_query", everything), batch.get("is_gallery", everything)
+                metrics.update(embeddings, batch["label"], batch["index"], *roles)
+                parts.append((embeddings, batch["label"], batch["index"], *roles))
+        values = metrics.compute()
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        embeddings, labels, indices, is_query, is_gallery = [
+            distributed.gather_rows(column).cpu() for column in columns
+        ]
+        return values, (embeddings, labels, indices, is_query, is_gallery)
+
+    def _figure(
+        self,
+        trainer: Trainer,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices: Tensor,
+        is_query: Tensor,
+        is_gallery: Tensor,
+    ) -> Figure | None:
+        if not trainer.is_global_zero:
+            return None
+        # A padded sampler repeats images: each is shown once.
+        _, first = np.unique(indices.numpy(), return_index=True)
+        unique = torch.from_numpy(first)
+        embeddings, labels, indices = embeddings[unique], labels[unique], indices[unique]
+        queries = torch.nonzero(is_query[unique])[:, 0]
+        gallery = torch.nonzero(is_gallery[unique])[:, 0]
+        chosen = np.random.default_rng(self.seed).permutation(len(queries))[: self.queries]
+        queries = queries[torch.from_numpy(np.sort(chosen))]
+        columns = min(self.neighbours, len(gallery) - 1)
+        _, nearest = knn(
+            embeddings[queries],
+            embeddings[gallery],
+            columns,
+            query_indices=indices[queries],
+            gallery_indices=indices[gallery],
+        )
+        figure = Figure(figsize=(0.9 * (columns + 1.2), 0.9 * len(queries) + 0.9), layout="constrained")
+        grid = figure.subplots(len(queries), columns + 1, squeeze=False)
+        for row, query, near in zip(grid, queries, gallery[nearest], strict=True):
+            _show(row[0], _picture(trainer, int(indices[query])), None)
+            for axes, neighbour in zip(row[1:], near, strict=True):
+                hit = bool(labels[neighbour] == labels[query])
+                _show(axes, _picture(trainer, int(indices[neighbour])), hit)
+        grid[0][0].set_title("query", fontsize=9)
+        for rank, axes in enumerate(grid[0][1:], start=1):
+            axes.set_title(str(rank), fontsize=9)
+        figure.suptitle(
+            "Random queries and their nearest neighbours, by rank\nsolid blue: same class    dashed orange: another",
+            fontsize=9,
+        )
+        return figure
+
+    @rank_zero_only
+    def _publish(self, trainer: Trainer, figure: Figure | None) -> None:
+        print("\n" + _table(self.rows, self.ks))
+        if figure is None:
+            return
+        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "retrieval.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.part")
+        FigureCanvasAgg(figure)
+        figure.savefig(aside, dpi=150, format=path.suffix.lstrip(".") or "png")
+        os.replace(aside, path)
+        print(f"Queries and their nearest neighbours: {path}")
+
+
+def _table(rows: list[tuple[str, dict[str, float], float]], ks: Sequence[int]) -> str:
+    header = ["", *(f"Recall@{k}" for k in ks), "MAP@R", "seconds"]
+    body = [
+        [name, *(f"{100 * values[f'recall@{k}']:.1f}" for k in ks), f"{100 * values['map@r']:.1f}", f"{seconds:.0f}"]
+        for name, values, seconds in rows
+    ]
+    widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(cells))
+        for cells in (zip(line, widths, strict=True) for line in (header, *body))
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _show(axes: Axes, picture: NDArray[Any], hit: bool | None) -> None:
+    axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(hit is not None)
+        spine.set_color(HIT if hit else MISS)
+        spine.set_linewidth(2.5)
+        spine.set_linestyle("solid" if hit else (0, (2, 1.2)))
+
+
+def _picture(trainer: Trainer, index: int) -> NDArray[Any]:
+    """The image as it is before any transform where the datamodule can tell, else the tensor, stretched to 0..1."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if hasattr(datamodule, "eval_image"):
+        picture: NDArray[Any] = datamodule.eval_image(index)
+        return picture
+    loader: Any = trainer.val_dataloaders
+    loader = loader[0] if isinstance(loader, list | tuple) else loader
+    image = loader.dataset[index]["image"].float()
+    image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
+    stretched: NDArray[Any] = image.permute(1, 2, 0).squeeze(-1).numpy()
+    return stretched
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every layer is back in its own mode, frozen ones included."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode

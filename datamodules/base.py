@@ -1,0 +1,189 @@
+"""What every retrieval data module shares: its loaders, and the checks that come before the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_dml import distributed
+from lightning_dml.datamodules.images import LabelledImages
+from lightning_dml.datamodules.loading import CountResumedEpoch, ResumableLoader
+from lightning_dml.datamodules.samplers import PKBatchSampler, UnpaddedDistributedSampler
+from lightning_dml.errors import InputError
+
+
+class RetrievalDataModule(LightningDataModule):
+    """Class-balanced training batches and evaluation without duplicates, for a data set that a subclass names.
+
+    A subclass implements `setup`: it sets `train_set`, `val_set` and `test_set` (and `class_names` where labels have
+    names), then calls `super().setup(stage)`, which checks them. A batch is a dict of `image` (B, C, H, W) float,
+    `label` (B,) int64 and `index` (B,) int64, the position in the data set.
+
+    Args:
+        classes_per_batch: P, classes in a training batch on each rank.
+        samples_per_class: K, images of each of them; at least 2.
+        eval_batch_size: images in an evaluation batch on each rank.
+        num_workers: processes that load images; 0 loads in the main process.
+        seed: of the batches and of their augmentation.
+        drop_small_classes: leave out training classes with one image instead of raising.
+        batches_per_epoch: length of an epoch; None means about one pass over the training set.
+
+    Raises:
+        InputError: for `eval_batch_size` or `num_workers` out of range. From `setup`: without training or
+            evaluation images, with too few classes for a batch, with no class of two images to evaluate, or if the
+            trainer would replace the samplers.
+    """
+
+    train_set: LabelledImages | None = None
+    val_set: LabelledImages | None = None
+    test_set: LabelledImages | None = None
+    class_names: list[str] | None = None
+    """The name of each label, where the data set knows it."""
+
+    def __init__(
+        self,
+        classes_per_batch: int = 16,
+        samples_per_class: int = 4,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+        drop_small_classes: bool = False,
+        batches_per_epoch: int | None = None,
+    ) -> None:
+        """Checks the options; see the class."""
+        super().__init__()
+        if eval_batch_size < 1:
+            raise InputError(f"eval_batch_size must be at least 1, got {eval_batch_size}")
+        if num_workers < 0:
+            raise InputError(f"num_workers must not be negative, got {num_workers}")
+        self.classes_per_batch = classes_per_batch
+        self.samples_per_class = samples_per_class
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.drop_small_classes = drop_small_classes
+        self.batches_per_epoch = batches_per_epoch
+
+    def setup(self, stage: str | None = None) -> None:
+        """Checks what the subclass has set, so that a mistake shows before training and not at the first batch."""
+        self._check_trainer()
+        if stage in (None, "fit"):
+            self._train_sampler(self._training())
+            if self.trainer and not any(isinstance(each, CountResumedEpoch) for each in self.trainer.callbacks):  # type: ignore[attr-defined]
+                self.trainer.callbacks.append(CountResumedEpoch())  # type: ignore[attr-defined]
+            # A fit may do without validation, if it says so.
+            if self.trainer is None or self.trainer.limit_val_batches != 0:
+                self._evaluation(self.val_set, "validation")
+        if stage == "validate":
+            self._evaluation(self.val_set, "validation")
+        if stage in ("test", "predict"):
+            self._evaluation(self.test_set, "test")
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of P classes x K images; its place in the epoch goes into checkpoints."""
+        train_set = self._training()
+        return ResumableLoader(train_set, self._train_sampler(train_set), **self._options())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every validation image once over all ranks."""
+        return self._eval_loader(self._evaluation(self.val_set, "validation"))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every test image once over all ranks."""
+        return self._eval_loader(self._evaluation(self.test_set, "test"))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test images, once over all ranks."""
+        return self.test_dataloader()
+
+    def eval_image(self, position: int) -> NDArray[np.uint8]:
+        """A validation image as it is before any transform, for figures.
+
+        Args:
+            position: in the validation set, as in `index` of a batch.
+
+        Returns:
+            uint8 (H, W) or (H, W, 3).
+
+        Raises:
+            InputError: before `setup`, or if there is no such image.
+        """
+        if self.val_set is None:
+            raise InputError("no validation images to show: call setup('validate') first")
+        if not 0 <= position < len(self.val_set):
+            raise InputError(f"position must be at least 0 and less than {len(self.val_set)}, got {position}")
+        return self.val_set.picture(position)
+
+    def _check_trainer(self) -> None:
+        trainer = self.trainer
+        connector = getattr(trainer, "_accelerator_connector", None)
+        if trainer and trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", False):
+            raise InputError(
+                f"use_distributed_sampler is true on {trainer.world_size} ranks: Lightning would re-wrap the samplers, "
+                "break K images per class and repeat evaluation images; set Trainer(use_distributed_sampler=False), "
+                "the samplers here know their rank"
+            )
+
+    def _training(self) -> LabelledImages:
+        if self.train_set is None or not len(self.train_set):
+            raise InputError(
+                f"{type(self).__name__} has no training images: check root and the split; to evaluate only, run "
+                "validate or test"
+            )
+        labels, counts = np.unique(self.train_set.labels, return_counts=True)
+        if counts.min() < 2 and not self.drop_small_classes:
+            label = int(labels[counts < 2][0])
+            raise InputError(
+                f"training class {self._name(label)} has one image ({int((counts < 2).sum())} such class(es)), and a "
+                "positive pair takes two: remove it, or set drop_small_classes=true"
+            )
+        return self.train_set
+
+    def _evaluation(self, images: LabelledImages | None, role: str) -> LabelledImages:
+        if images is None or not len(images):
+            raise InputError(
+                f"{type(self).__name__} has no {role} images: check root and the split, or turn validation off with "
+                "Trainer(limit_val_batches=0)"
+            )
+        if np.unique(images.labels, return_counts=True)[1].max() < 2:
+            raise InputError(
+                f"no class of the {role} set has two images, so no query has a match to find: add images, or split "
+                "by class"
+            )
+        if len(images) < distributed.world_size():
+            raise InputError(
+                f"the {role} set has {len(images)} image(s) for {distributed.world_size()} ranks: use fewer ranks"
+            )
+        return images
+
+    def _train_sampler(self, train_set: LabelledImages) -> PKBatchSampler:
+        return PKBatchSampler(
+            train_set.labels,
+            classes_per_batch=self.classes_per_batch,
+            samples_per_class=self.samples_per_class,
+            seed=self.seed,
+            num_batches=self.batches_per_epoch,
+            drop_small_classes=self.drop_small_classes,
+        )
+
+    def _eval_loader(self, images: LabelledImages) -> DataLoader[Any]:
+        sampler = UnpaddedDistributedSampler(len(images))
+        return DataLoader(images, batch_size=self.eval_batch_size, sampler=sampler, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # A loader without one draws from the global generator at every start, and a resumed run, which starts
+            # its loaders at other times, would then have other dropout.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+    def _name(self, label: int) -> str:
+        return repr(self.class_names[label]) if self.class_names is not None else str(label)

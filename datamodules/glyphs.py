@@ -1,0 +1,237 @@
+"""Characters in different typefaces: real retrieval that needs no download."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+import uuid
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.ft2font import FT2Font
+from numpy.typing import NDArray
+from PIL import ImageFont, features
+from PIL import __version__ as pillow_version
+from torchvision.transforms import v2
+
+from lightning_dml.datamodules.base import RetrievalDataModule
+from lightning_dml.datamodules.images import ArrayDataset
+from lightning_dml.datamodules.samplers import IntArray
+from lightning_dml.errors import InputError
+
+FACES = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    "STIXGeneral",
+)
+CHARACTERS = 1200
+DRAWINGS = 8
+SIDE = 28
+
+_VERSION = 1  # of the drawing; raise it with any change to what draw_glyphs returns
+_EM = 20  # pixels
+_ALIKE = 0.95  # cosine of two drawings in one face; from here on they are one shape
+_REFERENCE_FACES = ("DejaVuSans", "DejaVuSerif")
+_DIFFERENT = 0.5 * 255**2  # squared distance; two drawings of a character differ by more than half a pixel's ink
+
+
+class GlyphsDataModule(RetrievalDataModule):
+    """9,600 images of 1,200 characters, 8 typefaces each, drawn from the fonts that matplotlib ships.
+
+    Half of the characters train, the other half validates and tests, unseen. The drawings are 28 x 28, light on dark,
+    kept in one file that `prepare_data` draws in about two seconds and draws again if it is damaged.
+
+    Raw pixels (cosine) find the same character for 53 % of the unseen images, with MAP@R 0.29.
+
+    Args:
+        root: folder of the cache; None means `lightning_dml` in the user's cache folder (`XDG_CACHE_HOME`, or
+            `~/.cache`).
+        image_size: side of the images, in pixels; other than 28 the drawings are scaled.
+        augment: rotate, shift and scale training images slightly.
+        options: of `RetrievalDataModule`.
+
+    Raises:
+        InputError: for an `image_size` below 1. From `prepare_data`: if the installed fonts have too few characters.
+    """
+
+    def __init__(
+        self, root: str | Path | None = None, image_size: int = SIDE, augment: bool = True, **options: Any
+    ) -> None:
+        """Builds the transforms; see the class for the options."""
+        super().__init__(**options)
+        if image_size < 1:
+            raise InputError(f"image_size must be at least 1, got {image_size}")
+        self.root = Path(root) if root is not None else _user_cache()
+        scale = [] if image_size == SIDE else [v2.Resize(image_size)]
+        to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+        bilinear = v2.InterpolationMode.BILINEAR
+        shake = v2.RandomAffine(8, translate=(0.07, 0.07), scale=(0.9, 1.1), interpolation=bilinear)
+        self.train_transform = v2.Compose([*([shake] if augment else []), *scale, *to_float])
+        self.eval_transform = v2.Compose([*scale, *to_float])
+
+    def prepare_data(self) -> None:
+        """Draws the cache file where there is none that can be read."""
+        path = self.root / _cache_name()
+        if _read(path) is None:
+            try:
+                _write(path, *draw_glyphs())
+            except OSError as error:
+                # Not worth stopping for: every process then draws for itself.
+                warnings.warn(f"cannot keep the drawings in root {self.root}: {error}", stacklevel=2)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the drawings and splits the characters, always in the same way."""
+        images, _, characters = _read(self.root / _cache_name()) or draw_glyphs()
+        order = np.random.default_rng(0).permutation(CHARACTERS)
+        half = CHARACTERS // 2
+        order = np.concatenate([np.sort(order[:half]), np.sort(order[half:])])
+        images = images.reshape(CHARACTERS, DRAWINGS, SIDE, SIDE)[order].reshape(-1, SIDE, SIDE)
+        labels = np.repeat(np.arange(CHARACTERS), DRAWINGS)
+        seen = half * DRAWINGS
+        self.class_names = [characters[place] for place in order]
+        self.train_set = ArrayDataset(images[:seen], labels[:seen], self.train_transform)
+        self.val_set = ArrayDataset(images[seen:], labels[seen:], self.eval_transform)
+        self.test_set = self.val_set
+        super().setup(stage)
+
+
+def draw_glyphs() -> tuple[NDArray[np.uint8], IntArray, list[str]]:
+    """Draws the data set of `GlyphsDataModule`.
+
+    Of the letters, numbers, symbols and punctuation in the 13 faces, one whose shape another with a lower code point
+    has already (Latin A, Greek Alpha) is left out. Of each character the 8 drawings that differ most are
+    taken, and of the characters the 1,200 whose drawings differ most.
+
+    Returns:
+        images uint8 (9600, 28, 28), ink 255 on 0; labels int64 (9600,), ascending, 8 of each; the 1,200 characters by
+        label, in order of code point. The same on every machine with the same matplotlib and Pillow.
+
+    Raises:
+        InputError: if fewer than 1,200 characters qualify.
+    """
+    points, drawings, drawn = _draw_all()
+    unlike = ~_look_alikes(drawings, drawn)
+    chosen, spread = _farthest(drawings, drawn)
+    good = np.flatnonzero(unlike & (spread > _DIFFERENT))
+    if len(good) < CHARACTERS:
+        raise InputError(
+            f"the fonts of matplotlib {matplotlib.__version__} in {_font_folder()} have {len(good)} characters with "
+            f"{DRAWINGS} different drawings, and the glyph data set takes {CHARACTERS}: reinstall matplotlib"
+        )
+    good = np.sort(good[np.argsort(-spread[good], kind="stable")[:CHARACTERS]])
+    images = drawings[good[:, None], chosen[good]].reshape(-1, SIDE, SIDE)
+    labels = np.repeat(np.arange(CHARACTERS), DRAWINGS)
+    return images, labels, [chr(points[place]) for place in good]
+
+
+def _draw_all() -> tuple[list[int], NDArray[np.uint8], NDArray[np.bool_]]:
+    """Code points (n,), their drawings (n, faces, 28, 28), and whether each face has one (n, faces)."""
+    folder = _font_folder()
+    maps = [set(FT2Font(folder / f"{face}.ttf").get_charmap()) for face in FACES]
+    faces_with = Counter(point for known in maps for point in known)
+    points = sorted(
+        point
+        for point, count in faces_with.items()
+        # Letters, numbers, symbols, punctuation: neither combining marks nor whitespace nor controls.
+        if count >= DRAWINGS and unicodedata.category(chr(point))[0] in "LNSP"
+    )
+    drawings = np.zeros((len(points), len(FACES), SIDE, SIDE), np.uint8)
+    for column, face in enumerate(FACES):
+        # The basic layout is in every build of Pillow; Raqm is not, and shapes differently.
+        font = ImageFont.truetype(str(folder / f"{face}.ttf"), _EM, layout_engine=ImageFont.Layout.BASIC)
+        for row, point in enumerate(points):
+            if point not in maps[column]:
+                continue
+            mask, _ = font.getmask2(chr(point), mode="L")
+            width, height = mask.size
+            if 0 < width <= SIDE and 0 < height <= SIDE:
+                left, top = (SIDE - width) // 2, (SIDE - height) // 2
+                ink = np.frombuffer(bytes(mask), np.uint8).reshape(height, width)
+                drawings[row, column, top : top + height, left : left + width] = ink
+    drawn: NDArray[np.bool_] = drawings.max(axis=(2, 3)) > 0
+    return points, drawings, drawn
+
+
+def _look_alikes(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(n,) whether a character that is kept and comes earlier has the same shape in a reference face."""
+    alike = np.zeros(len(drawings), bool)
+    for face in _REFERENCE_FACES:
+        column = FACES.index(face)
+        rows = np.flatnonzero(drawn[:, column])
+        # float64 holds these sums of products exactly, so the outcome is the same whatever the BLAS.
+        pixels = drawings[rows, column].reshape(len(rows), -1).astype(np.float64)
+        dots = pixels @ pixels.T
+        norms = np.diag(dots)
+        for place, row in enumerate(rows):
+            if not alike[row]:
+                after = slice(place + 1, None)
+                same = dots[place, after] ** 2 > _ALIKE**2 * norms[place] * norms[after]
+                alike[rows[after][same]] = True
+    return alike
+
+
+def _farthest(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> tuple[IntArray, NDArray[np.float64]]:
+    """For each character the faces of its 8 drawings, (n, 8), each the farthest from those before.
+
+    And the squared distance of the last one from the others, (n,); -1 where there are not 8.
+    """
+    chosen = np.zeros((len(drawings), DRAWINGS), np.int64)
+    spread = np.empty(len(drawings))
+    for row in range(len(drawings)):
+        pixels = drawings[row].reshape(len(FACES), -1).astype(np.float64)
+        dots = pixels @ pixels.T
+        norms = np.diag(dots)
+        distances = np.where(drawn[row], norms[:, None] + norms - 2 * dots, -1.0)
+        chosen[row, 0] = drawn[row].argmax()
+        nearest = distances[chosen[row, 0]].copy()
+        for turn in range(1, DRAWINGS):
+            chosen[row, turn] = nearest.argmax()
+            spread[row] = nearest.max()
+            nearest = np.minimum(nearest, distances[chosen[row, turn]])
+    return chosen, spread
+
+
+def _font_folder() -> Path:
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dml"
+
+
+def _cache_name() -> str:
+    """Names all that a drawing depends on, so that an upgrade draws anew."""
+    freetype = features.version("freetype2")
+    return f"glyphs-{_VERSION}-matplotlib-{matplotlib.__version__}-pillow-{pillow_version}-freetype-{freetype}.npz"
+
+
+def _read(path: Path) -> tuple[NDArray[np.uint8], IntArray, list[str]] | None:
+    """The cache, or None where there is none or it is damaged."""
+    try:
+        with np.load(path) as stored:
+            images, labels, points = stored["images"], stored["labels"], stored["points"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    shapes = (CHARACTERS * DRAWINGS, SIDE, SIDE), (CHARACTERS * DRAWINGS,), (CHARACTERS,)
+    if (images.shape, labels.shape, points.shape) != shapes or images.dtype != np.uint8:
+        return None
+    return images, labels, [chr(point) for point in points]
+
+
+def _write(path: Path, images: NDArray[np.uint8], labels: IntArray, characters: list[str]) -> None:
+    """Writes aside and renames, so that another process never reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{uuid.uuid4().hex}.npz")
+    try:
+        np.savez(aside, images=images, labels=labels, points=np.array([ord(each) for each in characters]))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""The command `lightning-dml`: LightningCLI with the defaults that metric learning needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.utilities import rank_zero_warn
+
+# Imported so that configs may name the classes without their modules.
+from lightning_dml import callbacks, datamodules, losses, modules  # noqa: F401
+from lightning_dml.errors import InputError
+
+
+class DMLCLI(LightningCLI):
+    """LightningCLI whose evaluation says when it scores weights that nobody trained."""
+
+    def before_validate(self) -> None:
+        """Called before `validate`."""
+        self._warn_without_checkpoint("validate")
+
+    def before_test(self) -> None:
+        """Called before `test`."""
+        self._warn_without_checkpoint("test")
+
+    def _warn_without_checkpoint(self, command: str) -> None:
+        if self.config[command].ckpt_path is None:
+            rank_zero_warn(
+                f"{command} runs without --ckpt_path: it scores the weights that the config builds, "
+                "random ones unless the backbone is pretrained"
+            )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: the arguments after the program's name; None takes them from `sys.argv`.
+
+    Raises:
+        SystemExit: with status 2 and one line on stderr for input that the caller can put right.
+    """
+    try:
+        DMLCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # Lightning would re-wrap the P x K sampler and break K per class.
+            trainer_defaults={"use_distributed_sampler": False},
+            # A requeued job would otherwise die on the config that it wrote itself.
+            save_config_kwargs={"overwrite": True},
+            args=list(args) if args is not None else None,
+        )
+    except InputError as error:
+        print(f"lightning-dml: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except ModuleNotFoundError as error:
+        if "tensorboard" not in str(error):
+            raise
+        print(
+            "lightning-dml: error: TensorBoardLogger needs the package tensorboard: "
+            "pip install 'lightning-dml[report]', or take the logger out of the config",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from error

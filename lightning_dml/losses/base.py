@@ -1,0 +1,162 @@
+"""`PairWeightingLoss`: a miner, a weighting and a reduction as a loss module."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dml import distributed
+from lightning_dml.errors import InputError
+from lightning_dml.losses.engine import PairLabels, PairSums, pair_sums
+from lightning_dml.losses.mining import Miner
+from lightning_dml.losses.weighting import Weighting
+
+Reduction = Literal["anchors", "active_anchors", "pairs"]
+
+
+class PairWeightingLoss(nn.Module):
+    """General pair weighting (arXiv 1905.12837; the identity it rests on: arXiv 1904.06627).
+
+    Every pair-based loss is samples mining and pairs weighting over the similarity matrix S of anchors and
+    references. The gradient of the loss is that of sum_ij sg(dL/dS_ij) S_ij.
+
+    Called without references, the loss is in-batch: every row is an anchor and a reference of the others. Under an
+    initialised process group the references are then the batches of all ranks, with gradient, and the loss of each
+    rank is scaled so that DDP's mean over ranks is the gradient of one process with the whole batch; the value is
+    that of the whole batch on every rank. Every rank must then call the loss, forward and backward.
+
+    Args:
+        weighting: row losses and pair weights.
+        miner: keeps the informative pairs; None keeps all.
+        reduction: what the sum over anchors is divided by: the number of `anchors` (as released XBM and MS code
+            do), of `active_anchors` (those with a pair of non-zero weight), or of `pairs` of non-zero weight. Counts
+            are those of all ranks.
+        gather: False keeps the loss within the rank: own batch as references, own counts, no collective.
+        block_bytes: upper limit in bytes of a block of S; the working memory is a few times that.
+
+    Raises:
+        InputError: for an unknown reduction or a block of less than one byte.
+
+    Examples:
+        >>> from lightning_dml.losses import ContrastiveLoss
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+        >>> loss = ContrastiveLoss(margin=0.5)
+        >>> float(loss(embeddings, torch.tensor([0, 0, 1])))  # (1 + 0.3) + (1 + 0.1) + (0.3 + 0.1), over 3
+        0.93333...
+    """
+
+    def __init__(
+        self,
+        weighting: Weighting,
+        miner: Miner | None = None,
+        reduction: Reduction = "anchors",
+        gather: bool = True,
+        block_bytes: int = 16 * 2**20,
+    ) -> None:
+        super().__init__()
+        if reduction not in get_args(Reduction):
+            raise InputError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+        if block_bytes < 1:
+            raise InputError(f"block_bytes must be positive, got {block_bytes}")
+        self.weighting = weighting
+        self.miner = miner
+        self.reduction = reduction
+        self.gather = gather
+        self.block_bytes = block_bytes
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+        ref_indices: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of the anchors against the references.
+
+        Args:
+            embeddings: (N, D) float anchors with unit rows.
+            labels: (N,) integer labels; rows with label -1 take part in no pair.
+            ref_emb: (M, D) float references, such as `memory_bank.embeddings`; None for in-batch.
+            ref_labels: (M,) integer labels of the references.
+            indices: (N,) integer sample indices. A reference with the anchor's index is the same sample and no pair.
+                In-batch, the anchor's own row is left out with or without them.
+            ref_indices: (M,) integer sample indices of the references; -1 where unknown.
+
+        Returns:
+            0-dim loss in float32 (float64 for float64 embeddings); 0 with a zero gradient where no pair exists.
+
+        Raises:
+            InputError: if shapes, lengths or dtypes do not fit together.
+        """
+        _check_rows("embeddings", embeddings, "labels", labels, "indices", indices)
+        together = self.gather and distributed.is_distributed()
+        if ref_emb is None:
+            if ref_labels is not None or ref_indices is not None:
+                raise InputError("ref_labels and ref_indices need ref_emb; leave all three out for an in-batch loss")
+            references, pairs = _in_batch(embeddings, labels, indices, together)
+        else:
+            if ref_labels is None:
+                raise InputError("ref_emb needs ref_labels, the label of each reference row")
+            _check_rows("ref_emb", ref_emb, "ref_labels", ref_labels, "ref_indices", ref_indices)
+            if ref_emb.shape[1] != embeddings.shape[1]:
+                raise InputError(
+                    f"ref_emb has {ref_emb.shape[1]} columns and embeddings {embeddings.shape[1]}: "
+                    "anchors and references must come from embedders of the same dimension"
+                )
+            references, pairs = ref_emb, PairLabels(labels, ref_labels, indices, ref_indices)
+        sums = pair_sums(
+            embeddings, references, pairs, self.miner, self.weighting, self.block_bytes, self.reduction != "anchors"
+        )
+        return self._reduce(sums, len(embeddings), together)
+
+    def _reduce(self, sums: PairSums, anchors: int, together: bool) -> Tensor:
+        loss = sums.loss
+        divisor = {
+            "anchors": loss.new_tensor(anchors),
+            "active_anchors": sums.active_anchors.to(loss.dtype),
+            "pairs": sums.pairs.to(loss.dtype),
+        }[self.reduction]
+        if not together:
+            return loss / divisor.clamp_min(1)
+        total, divisor = distributed.all_reduce_sum(torch.stack((loss.detach(), divisor)))
+        divisor = divisor.clamp_min(1)
+        own = loss * (distributed.world_size() / divisor)
+        whole: Tensor = own + (total / divisor - own).detach()  # value of the whole batch, gradient of the own share
+        return whole
+
+    def extra_repr(self) -> str:
+        """What `print` shows between the brackets."""
+        return f"reduction={self.reduction!r}"
+
+
+def _in_batch(embeddings: Tensor, labels: Tensor, indices: Tensor | None, together: bool) -> tuple[Tensor, PairLabels]:
+    if not together:
+        return embeddings, PairLabels(labels, labels, indices, indices, own_column=0)
+    counts = distributed.row_counts(len(embeddings), embeddings.device)
+    references = distributed.gather_rows_with_grad(embeddings, counts)
+    ref_labels = distributed.gather_rows(labels, counts)
+    ref_indices = None if indices is None else distributed.gather_rows(indices, counts)
+    own_column = sum(counts[: distributed.rank()])
+    return references, PairLabels(labels, ref_labels, indices, ref_indices, own_column)
+
+
+def _check_rows(
+    name: str, rows: Tensor, labels_name: str, labels: Tensor, indices_name: str, indices: Tensor | None
+) -> None:
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise InputError(f"{name} must be a float tensor of shape (N, D), got {rows.dtype} {tuple(rows.shape)}")
+    for other_name, other in ((labels_name, labels), (indices_name, indices)):
+        if other is None:
+            continue
+        if other.is_floating_point() or other.is_complex() or other.dtype == torch.bool:
+            raise InputError(f"{other_name} must be integers, got {other.dtype}; convert with .long()")
+        if other.shape != rows.shape[:1]:
+            raise InputError(
+                f"{other_name} must have one entry per row of {name}, shape ({len(rows)},), got {tuple(other.shape)}"
+            )

@@ -1,0 +1,175 @@
+"""Weight curves: weight of a pair as a function of its similarity alone (arXiv 2103.14003, after its abstract).
+
+The paper studies positive and negative weights apart by assigning them directly; its printed functions could not
+be read, so these shapes and their names are this library's reconstruction. A curve is any callable from
+similarities to weights of the same shape; those below also plot, print and come from YAML.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lightning_dml.errors import InputError
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A weight curve. Called with similarities of any shape, it returns weights of that shape."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float | int) and not math.isfinite(value):
+                raise InputError(f"{type(self).__name__}: {field.name} must be finite, got {value}")
+
+    def __call__(self, similarity: Tensor) -> Tensor:
+        """Weights for similarities; floating dtype and shape are kept."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(similarity)")
+
+
+@dataclass(frozen=True)
+class Constant(Curve):
+    """The same weight everywhere: w(S) = value.
+
+    >>> Constant(2.0)(torch.tensor([-1.0, 0.5]))
+    tensor([2., 2.])
+    """
+
+    value: float = 1.0
+
+    def __call__(self, similarity: Tensor) -> Tensor:
+        """Weights for similarities."""
+        return torch.full_like(similarity, self.value)
+
+
+@dataclass(frozen=True)
+class Step(Curve):
+    """`value` beyond the threshold and 0 before it: w(S) = value 1[S > threshold].
+
+    With `above=False` the weighted side is S < threshold. On negatives this is the contrastive loss.
+
+    >>> Step(0.5)(torch.tensor([0.4, 0.6]))
+    tensor([0., 1.])
+    """
+
+    threshold: float = 0.5
+    value: float = 1.0
+    above: bool = True
+
+    def __call__(self, similarity: Tensor) -> Tensor:
+        """Weights for similarities."""
+        side = similarity > self.threshold if self.above else similarity < self.threshold
+        return side.to(similarity.dtype) * self.value
+
+
+@dataclass(frozen=True)
+class Linear(Curve):
+    """Grows linearly beyond the threshold: w(S) = slope [S - threshold]+, or slope [threshold - S]+.
+
+    >>> Linear(0.5, slope=2.0)(torch.tensor([0.25, 0.75]))
+    tensor([0.0000, 0.5000])
+    """
+
+    threshold: float = 0.5
+    slope: float = 1.0
+    above: bool = True
+
+    def __call__(self, similarity: Tensor) -> Tensor:
+        """Weights for similarities."""
+        return _beyond(similarity, self.threshold, self.above) * self.slope
+
+
+@dataclass(frozen=True)
+class Power(Curve):
+    """A power beyond the threshold: w(S) = value [S - threshold]+^exponent, or of [threshold - S]+.
+
+    >>> Power(0.0, exponent=2.0)(torch.tensor([-1.0, 0.5]))
+    tensor([0.0000, 0.2500])
+    """
+
+    threshold: float = 0.5
+    exponent: float = 2.0
+    value: float = 1.0
+    above: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exponent <= 0:
+            raise InputError(f"Power: exponent must be positive, got {self.exponent}; for 0 use Step")
+
+    def __call__(self, similarity: Tensor) -> Tensor:
+        """Weights for similarities."""
+        return _beyond(similarity, self.threshold, self.above).pow(self.exponent) * self.value
+
+
+@dataclass(frozen=True)
+class Exponential(Curve):
+    """w(S) = value exp(rate (S - threshold)); a negative rate falls with similarity.
+
+    >>> Exponential(rate=1.0, threshold=0.5)(torch.tensor([0.5]))
+    tensor([1.])
+    """
+
+    rate: float = 10.0
+    threshold: float = 0.5
+    value: float = 1.0
+
+    def __call__(self, similarity: Tensor) -> Tensor:
+        """Weights for similarities."""
+        return torch.exp(self.rate * (similarity - self.threshold)) * self.value
+
+
+@dataclass(frozen=True)
+class Sigmoid(Curve):
+    """w(S) = value / (1 + exp(-rate (S - threshold))); a negative rate falls with similarity.
+
+    >>> Sigmoid(rate=10.0, threshold=0.5)(torch.tensor([0.5]))
+    tensor([0.5000])
+    """
+
+    rate: float = 10.0
+    threshold: float = 0.5
+    value: float = 1.0
+
+    def __call__(self, similarity: Tensor) -> Tensor:
+        """Weights for similarities."""
+        return torch.sigmoid(self.rate * (similarity - self.threshold)) * self.value
+
+
+@dataclass(frozen=True)
+class PiecewiseLinear(Curve):
+    """A table of (similarity, weight) points joined by straight lines; constant beyond the outer points.
+
+    >>> PiecewiseLinear([(0.0, 0.0), (1.0, 2.0)])(torch.tensor([-1.0, 0.25, 2.0]))
+    tensor([0.0000, 0.5000, 2.0000])
+    """
+
+    points: Sequence[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        points = [tuple(map(float, point)) for point in self.points]
+        if len(points) < 2 or any(len(point) != 2 for point in points):
+            raise InputError(f"PiecewiseLinear: points must be at least two (similarity, weight) pairs, got {points}")
+        if not all(math.isfinite(number) for point in points for number in point):
+            raise InputError(f"PiecewiseLinear: points must be finite, got {points}")
+        if any(left[0] >= right[0] for left, right in itertools.pairwise(points)):
+            raise InputError(f"PiecewiseLinear: similarities must increase from point to point, got {points}")
+        object.__setattr__(self, "points", tuple(points))
+
+    def __call__(self, similarity: Tensor) -> Tensor:
+        """Weights for similarities."""
+        x, y = torch.tensor(self.points, dtype=similarity.dtype, device=similarity.device).T.contiguous()
+        right = torch.searchsorted(x, similarity.contiguous()).clamp(1, len(x) - 1)
+        left = right - 1
+        share = ((similarity - x[left]) / (x[right] - x[left])).clamp(0, 1)
+        return torch.lerp(y[left], y[right], share)
+
+
+def _beyond(similarity: Tensor, threshold: float, above: bool) -> Tensor:
+    return torch.relu(similarity - threshold if above else threshold - similarity)

@@ -1,0 +1,120 @@
+"""Named pair losses, each a miner and a weighting by its usual name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_dml.losses.base import PairWeightingLoss, Reduction
+from lightning_dml.losses.mining import Miner
+from lightning_dml.losses.weighting import ContrastiveWeighting, DirectWeighting, MultiSimilarityWeighting
+
+
+class ContrastiveLoss(PairWeightingLoss):
+    r"""Contrastive loss on similarity, as in the released code of XBM (arXiv 1912.06798).
+
+    .. math::
+        L_i = \sum_{j \in P_i} (1 - S_{ij}) + \sum_{k \in N_i} [S_{ik} - \lambda]_+
+
+    The weight is 1 on positives and 1 on negatives above the margin :math:`\lambda`: easy negatives are discarded. The
+    released code sums S itself above the margin, without the offset: the value differs, the gradient is the same.
+    With `pos_margin` the positive term is :math:`[m - S_{ij}]_+` instead.
+
+    Args:
+        margin: similarity above which a negative counts; 0.5 in XBM.
+        pos_margin: similarity above which a positive no longer counts; None, as in XBM, pulls all.
+        miner: see `PairWeightingLoss`.
+        reduction: see `PairWeightingLoss`; XBM divides by the anchors.
+        gather: see `PairWeightingLoss`.
+        block_bytes: see `PairWeightingLoss`.
+
+    Raises:
+        InputError: for a margin outside [-1, 1].
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.5,
+        pos_margin: float | None = None,
+        miner: Miner | None = None,
+        reduction: Reduction = "anchors",
+        gather: bool = True,
+        block_bytes: int = 16 * 2**20,
+    ) -> None:
+        super().__init__(ContrastiveWeighting(margin, pos_margin), miner, reduction, gather, block_bytes)
+
+
+class MultiSimilarityLoss(PairWeightingLoss):
+    r"""Multi-similarity loss (arXiv 1904.06627).
+
+    .. math::
+        L_i = \frac{1}{\alpha} \log\Big[1 + \sum_{j \in P_i} e^{-\alpha (S_{ij} - \lambda)}\Big]
+            + \frac{1}{\beta} \log\Big[1 + \sum_{k \in N_i} e^{\beta (S_{ik} - \lambda)}\Big]
+
+    The weights of each side are softmax weights with a one in the denominator; they sum to at most 1 per anchor, so a
+    larger memory does not push harder. The official code has alpha 2, beta 40, base 0.5 and mines with epsilon 0.1
+    (`MultiSimilarityMiner`); ports that cite the paper have beta 50 and base 1.
+
+    Args:
+        alpha: sharpness on positives.
+        beta: sharpness on negatives.
+        base: the similarity :math:`\lambda` that both sides are measured from.
+        miner: None keeps all pairs; `MultiSimilarityMiner()` for the mining of the paper.
+        reduction: see `PairWeightingLoss`; the official code divides by the anchors.
+        gather: see `PairWeightingLoss`.
+        block_bytes: see `PairWeightingLoss`.
+
+    Raises:
+        InputError: for a sharpness that is not positive.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        beta: float = 50.0,
+        base: float = 0.5,
+        miner: Miner | None = None,
+        reduction: Reduction = "anchors",
+        gather: bool = True,
+        block_bytes: int = 16 * 2**20,
+    ) -> None:
+        super().__init__(MultiSimilarityWeighting(alpha, beta, base), miner, reduction, gather, block_bytes)
+
+
+class DirectWeightingLoss(PairWeightingLoss):
+    r"""Direct weight assignment with weight curves (arXiv 2103.14003, after its abstract).
+
+    .. math::
+        F_i = \sum_{k \in N_i} \mathrm{sg}(w^-(S_{ik}))\, S_{ik} - \sum_{j \in P_i} \mathrm{sg}(w^+(S_{ij}))\, S_{ij}
+
+    The derivative with respect to S is exactly :math:`+w^-` on negatives and :math:`-w^+` on positives, whatever the
+    curves are. The value is no measure of progress, only its gradient has a meaning. The formula is this library's
+    reconstruction: the paper's own could not be read.
+
+    Args:
+        positive: weight curve of positives, a callable from similarities to weights of the same shape.
+        negative: weight curve of negatives.
+        miner: see `PairWeightingLoss`.
+        reduction: see `PairWeightingLoss`.
+        gather: see `PairWeightingLoss`.
+        block_bytes: see `PairWeightingLoss`.
+
+    Raises:
+        InputError: for a curve that is not callable.
+
+    Examples:
+        >>> from lightning_dml.losses import curves
+        >>> loss = DirectWeightingLoss(positive=curves.Constant(), negative=curves.Step(0.5))  # contrastive's gradient
+    """
+
+    def __init__(
+        self,
+        positive: Callable[[Tensor], Tensor],
+        negative: Callable[[Tensor], Tensor],
+        miner: Miner | None = None,
+        reduction: Reduction = "anchors",
+        gather: bool = True,
+        block_bytes: int = 16 * 2**20,
+    ) -> None:
+        super().__init__(DirectWeighting(positive, negative), miner, reduction, gather, block_bytes)

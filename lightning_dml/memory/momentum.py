@@ -1,0 +1,69 @@
+"""The momentum encoder: an exponential moving average of the embedder that makes the bank's keys."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dml.errors import InputError
+
+
+class MomentumEncoder(nn.Module):
+    r"""A copy of an embedder whose parameters follow it slowly (MoCo, arXiv 1911.05722, section 3.2).
+
+    .. math:: \theta_k \leftarrow m\, \theta_k + (1 - m)\, \theta_q
+
+    Only parameters are averaged. Buffers, such as the running statistics of batch norm, evolve by the encoder's own
+    forward passes, as in MoCo: call it in the mode of the embedder, with the batches that the embedder sees
+    (`match_mode`). Layers that the embedder holds in evaluation mode stay as they were copied.
+
+    Args:
+        module: the embedder to copy; it is not kept.
+        momentum: m in [0, 1]; 0 copies at each update, 1 never changes.
+
+    Raises:
+        InputError: if `momentum` lies outside [0, 1].
+
+    Examples:
+        >>> online = nn.Linear(2, 2)
+        >>> encoder = MomentumEncoder(online, momentum=0.9)
+        >>> encoder.update(online)
+        >>> encoder(torch.ones(1, 2)).requires_grad
+        False
+    """
+
+    def __init__(self, module: nn.Module, momentum: float = 0.99) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise InputError(f"momentum must lie in [0, 1], such as 0.99, got {momentum}")
+        self.momentum = momentum
+        self.encoder = copy.deepcopy(module).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Moves the parameters a step of 1 - momentum towards those of `module`.
+
+        Raises:
+            InputError: if `module` has other parameters than the copied one.
+        """
+        own, online = list(self.encoder.parameters()), list(module.parameters())
+        if [p.shape for p in own] != [p.shape for p in online]:
+            raise InputError(
+                "the embedder's parameters changed in number or shape since the momentum encoder copied it; "
+                "build all layers before training starts, in configure_model at the latest"
+            )
+        for parameter, target in zip(own, online, strict=True):
+            parameter.lerp_(target.detach().to(parameter), 1 - self.momentum)
+
+    def match_mode(self, module: nn.Module) -> None:
+        """Puts each layer into the training or evaluation mode of its counterpart in `module`."""
+        for own, online in zip(self.encoder.modules(), module.modules(), strict=True):
+            own.training = online.training
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Keys of a batch, what the copied embedder returns, without gradient."""
+        keys: Tensor = self.encoder(images)
+        return keys

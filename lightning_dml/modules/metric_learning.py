@@ -1,0 +1,185 @@
+"""`MetricLearningModule`: an embedder, a pair loss and a memory in a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.core.mixins import hparams_mixin
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_dml import distributed
+from lightning_dml.errors import InputError
+from lightning_dml.losses import PairWeightingLoss
+from lightning_dml.memory import MemoryBank
+from lightning_dml.retrieval import RetrievalMetrics
+
+DEFAULT_LR = 1e-4
+DEFAULT_WEIGHT_DECAY = 5e-4
+
+
+class MetricLearningModule(LightningModule):
+    """Trains an embedder with a pair loss on the batch and, given a memory bank, against the bank.
+
+    The total is `batch_weight * loss(batch) + memory_weight * memory_loss(batch, bank)`, as in XBM's released code. The
+    bank is whatever a `MemoryBankCallback` puts into `memory_bank`; without one, only the batch counts. Evaluation
+    computes retrieval metrics over the whole set, logged as `val/recall@1` and so on, equal on all ranks.
+
+    Batches are dicts: `image` (B, C, H, W), `label` (B,) and `index` (B,) int64; for evaluation also, optionally,
+    `is_query` and `is_gallery` (B,) bool.
+
+    Args:
+        embedder: images to (B, D) embeddings with unit rows, such as `Embedder`.
+        loss: called as `loss(embeddings, labels)` and, for the bank, `loss(embeddings, labels, ref_emb=...,
+            ref_labels=...)`; one of ours or of pytorch-metric-learning.
+        memory_loss: the loss against the bank; None is the same as `loss`.
+        batch_weight: factor of the in-batch loss; 0 leaves it out.
+        memory_weight: factor of the loss against the bank; 0 leaves it out.
+        optimizer: makes the optimizer from parameters; None is AdamW with learning rate 1e-4 and weight decay 5e-4
+            (the values of XBM's SOP recipe, which used Adam).
+        lr_scheduler: makes the scheduler from the optimizer; None keeps the rate. A `ReduceLROnPlateau` of
+            Lightning's (`pytorch_lightning.cli.ReduceLROnPlateau`) watches its `monitor`.
+        lr_interval: whether the scheduler steps per `epoch` or per `step`.
+        ks: the K of the Recall@K that evaluation logs.
+
+    Attributes:
+        memory_bank: the `MemoryBank` in use, or None.
+
+    Raises:
+        InputError: for weights that are negative or both 0, or an unknown `lr_interval`.
+    """
+
+    memory_bank: MemoryBank | None
+
+    def __init__(
+        self,
+        embedder: nn.Module,
+        loss: nn.Module,
+        memory_loss: nn.Module | None = None,
+        batch_weight: float = 1.0,
+        memory_weight: float = 1.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "epoch",
+        ks: Sequence[int] = (1, 2, 4, 8),
+    ) -> None:
+        super().__init__()
+        # From the command line the arguments are plain class paths and travel in the checkpoint, so that
+        # load_from_checkpoint needs no arguments. Built in Python, the parts are objects that no checkpoint should
+        # pickle: give them again when loading.
+        objects = ["embedder", "loss", "memory_loss", "optimizer", "lr_scheduler"]
+        self.save_hyperparameters(ignore=[] if hparams_mixin._given_hyperparameters.get() else objects)
+        for name, weight in (("batch_weight", batch_weight), ("memory_weight", memory_weight)):
+            if weight < 0:
+                raise InputError(f"{name} must not be negative, got {weight}; 0 leaves that part out")
+        if batch_weight == 0 and memory_weight == 0:
+            raise InputError("batch_weight and memory_weight are both 0, so nothing would be trained; raise one")
+        if lr_interval not in ("epoch", "step"):
+            raise InputError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
+        self.embedder = embedder
+        self.loss = loss
+        self.memory_loss = memory_loss
+        self.batch_weight = batch_weight
+        self.memory_weight = memory_weight
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.memory_bank = None
+        self.val_metrics = RetrievalMetrics(ks=tuple(ks))
+        self.test_metrics = RetrievalMetrics(ks=tuple(ks))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of images (B, C, H, W)."""
+        embeddings: Tensor = self.embedder(images)
+        return embeddings
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Loss of a batch; also returns what `MemoryBankCallback` reads, detached."""
+        embeddings, labels, indices = self(batch["image"]), batch["label"], batch["index"]
+        total = embeddings.new_zeros(())
+        if self.batch_weight:
+            in_batch = _call_loss(self.loss, embeddings, labels, indices, None)
+            self._log_train("train/batch_loss", in_batch, len(labels))
+            total = total + self.batch_weight * in_batch
+        if self.memory_weight and self.memory_bank is not None and len(self.memory_bank):
+            loss = self.loss if self.memory_loss is None else self.memory_loss
+            against_bank = _call_loss(loss, embeddings, labels, indices, self.memory_bank)
+            self._log_train("train/memory_loss", against_bank, len(labels))
+            total = total + self.memory_weight * against_bank
+        if not total.requires_grad:  # batch_weight 0 while the bank is still empty
+            total = total + 0 * embeddings.sum()
+        self._log_train("train/loss", total, len(labels), prog_bar=True)
+        return {"loss": total, "embeddings": embeddings.detach(), "labels": labels, "indices": indices}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Collects the embeddings of a validation batch."""
+        self._collect(self.val_metrics, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Computes and logs `val/...`."""
+        self._log_metrics("val", self.val_metrics)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Collects the embeddings of a test batch."""
+        self._collect(self.test_metrics, batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Computes and logs `test/...`."""
+        self._log_metrics("test", self.test_metrics)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Embeddings, labels and indices of a batch."""
+        return {"embeddings": self(batch["image"]), "labels": batch["label"], "indices": batch["index"]}
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and scheduler over the parameters that train, those made in `configure_model` included."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.optimizer is None:
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                parameters, lr=DEFAULT_LR, weight_decay=DEFAULT_WEIGHT_DECAY
+            )
+        else:
+            optimizer = self.optimizer(parameters)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            settings["monitor"] = getattr(scheduler, "monitor", "val/recall@1")
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def _log_train(self, name: str, value: Tensor, batch_size: int, prog_bar: bool = False) -> None:
+        self.log(name, value.detach(), on_step=True, on_epoch=False, prog_bar=prog_bar, batch_size=batch_size)
+
+    def _collect(self, metrics: RetrievalMetrics, batch: dict[str, Tensor]) -> None:
+        metrics.update(
+            self(batch["image"]), batch["label"], batch["index"], batch.get("is_query"), batch.get("is_gallery")
+        )
+
+    def _log_metrics(self, stage: str, metrics: RetrievalMetrics) -> None:
+        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        metrics.reset()
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name.endswith(("recall@1", "map@r")))
+
+
+def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Tensor, bank: MemoryBank | None) -> Tensor:
+    references: dict[str, Tensor] = {}
+    if bank is not None:
+        references = {"ref_emb": bank.embeddings.to(embeddings.dtype), "ref_labels": bank.labels}
+    if isinstance(loss, PairWeightingLoss):
+        if bank is not None:
+            references["ref_indices"] = bank.indices
+        value: Tensor = loss(embeddings, labels, indices=indices, **references)
+        return value
+    # A loss that knows nothing of ranks: every rank computes it on the whole batch. The backward pass of the gather
+    # sums the ranks' equal gradients and DDP takes the mean, which leaves the gradient of one process.
+    counts = distributed.row_counts(len(embeddings), embeddings.device)
+    value = loss(
+        distributed.gather_rows_with_grad(embeddings, counts), distributed.gather_rows(labels, counts), **references
+    )
+    return value

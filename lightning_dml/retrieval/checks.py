@@ -1,0 +1,54 @@
+"""What every function of this package asks of its tensors; the messages name the argument and the way out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dml.errors import InputError
+
+
+def check_embeddings(name: str, tensor: Tensor) -> None:
+    """Raises InputError unless `tensor` is (N, D) floating point with D >= 1."""
+    if tensor.ndim != 2 or tensor.shape[1] == 0:
+        raise InputError(
+            f"{name} must be (rows, dimensions), got shape {tuple(tensor.shape)}; flatten each item to a row"
+        )
+    if not tensor.is_floating_point():
+        raise InputError(f"{name} must be floating point, got {tensor.dtype}; convert it with .float()")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises InputError when a row of `tensor` (N, D) holds NaN or infinity."""
+    # One pass without an N x D mask: a sum is finite unless a row holds NaN or inf, or overflows.
+    suspects = ~torch.isfinite(tensor.sum(dim=1))
+    if not suspects.any():
+        return
+    broken = (~torch.isfinite(tensor)).any(dim=1).nonzero().flatten()
+    if len(broken):
+        raise InputError(
+            f"{name} has NaN or infinite values in {len(broken)} of {len(tensor)} rows, the first is row "
+            f"{int(broken[0])}; look at the model's outputs (learning rate, half precision), or leave those rows out"
+        )
+
+
+def check_integers(name: str, tensor: Tensor, length: int) -> None:
+    """Raises InputError unless `tensor` is (length,) of an integer dtype."""
+    _check_length(name, tensor, length)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(
+            f"{name} must be integers, got {tensor.dtype}; number the items or classes and use torch.int64 "
+            "(floats run two classes into one above 2**24)"
+        )
+
+
+def check_flags(name: str, tensor: Tensor, length: int) -> None:
+    """Raises InputError unless `tensor` is (length,) bool."""
+    _check_length(name, tensor, length)
+    if tensor.dtype != torch.bool:
+        raise InputError(f"{name} must be bool, got {tensor.dtype}; convert it with .bool()")
+
+
+def _check_length(name: str, tensor: Tensor, length: int) -> None:
+    if tensor.shape != (length,):
+        raise InputError(f"{name} must have shape ({length},), one for each row, got {tuple(tensor.shape)}")

@@ -1,0 +1,177 @@
+"""The callback in one process: what the bank holds at each step, whose keys, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from torch import Tensor, nn
+
+from lightning_dml import MemoryBank, MetricLearningModule
+from lightning_dml.callbacks import MemoryBankCallback
+from lightning_dml.errors import InputError
+from lightning_dml.losses import ContrastiveLoss
+from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
+
+
+class Watched(MetricLearningModule):
+    """Notes at each training step the batch, the bank as the loss sees it, and the weights."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(TinyEmbedder(), ContrastiveLoss(0.3), **options)
+        self.seen: list[tuple[dict[str, Tensor], dict[str, Any] | None, nn.Module]] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        bank = None if self.memory_bank is None else self.memory_bank.state_dict()
+        self.seen.append((batch, bank, copy.deepcopy(self.embedder)))
+        return super().training_step(batch, batch_idx)
+
+
+def fit(callback: MemoryBankCallback, steps: int = 6, **settings: Any) -> Watched:
+    module = Watched(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    trainer = Trainer(max_steps=steps, limit_val_batches=0, callbacks=[callback], **QUIET, **settings)
+    trainer.fit(module, TinyData())
+    return module
+
+
+def test_online_keys_are_the_step_outputs_enqueued_after_it() -> None:
+    module = fit(MemoryBankCallback(size=20, momentum=None))
+    expected = MemoryBank(20, 6)
+    for step, (batch, bank, embedder) in enumerate(module.seen):
+        if step == 0:
+            assert bank is None
+        else:
+            assert bank is not None
+            for key, value in expected.state_dict().items():
+                assert torch.equal(torch.as_tensor(bank[key]), torch.as_tensor(value)), key
+        expected.enqueue(embedder(batch["image"]), batch["label"], batch["index"], step)
+    assert torch.equal(module.memory_bank.embeddings, expected.embeddings)
+
+
+def test_momentum_keys_follow_the_formula_and_hold_the_current_batch() -> None:
+    module = fit(MemoryBankCallback(size=20, momentum=0.8))
+    keys = copy.deepcopy(module.seen[0][2])
+    expected = MemoryBank(20, 6)
+    for step, (batch, bank, embedder) in enumerate(module.seen):
+        if step:
+            for key, online in zip(keys.parameters(), embedder.parameters(), strict=True):
+                key.data = 0.8 * key.data + 0.2 * online.data
+        expected.enqueue(keys(batch["image"]), batch["label"], batch["index"], step)
+        assert bank is not None
+        torch.testing.assert_close(bank["embeddings"], expected.embeddings)
+        assert torch.equal(bank["indices"], expected.indices)
+        assert torch.equal(bank["steps"], expected.steps)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_the_bank_waits_for_its_start_step(momentum: float | None) -> None:
+    module = fit(MemoryBankCallback(size=100, start_step=3, momentum=momentum))
+    rows = [0 if bank is None else len(bank["labels"]) for _, bank, _ in module.seen]
+    assert rows == ([0, 0, 0, 0, 8, 16] if momentum is None else [0, 0, 0, 8, 16, 24])
+    if momentum is not None:  # the encoder starts as the embedder of that step, not of the first
+        batch, bank, embedder = module.seen[3]
+        torch.testing.assert_close(bank["embeddings"], embedder(batch["image"]).detach())
+
+
+def test_a_start_beyond_the_end_leaves_the_bank_out() -> None:
+    module = fit(MemoryBankCallback(size=20, start_step=100))
+    assert module.memory_bank is None
+
+
+@pytest.mark.parametrize(("size", "entries"), [(0.5, 30), (1.0, 60), (1, 1), (3, 3)])
+def test_size_is_entries_or_a_share_of_the_training_set(size: float, entries: int) -> None:
+    assert fit(MemoryBankCallback(size=size), steps=2).memory_bank.size == entries
+
+
+def test_the_encoder_moves_once_per_optimizer_step() -> None:
+    module = fit(MemoryBankCallback(size=100, momentum=0.5), steps=2, accumulate_grad_batches=3)
+    assert len(module.seen) == 6
+    keys, previous = copy.deepcopy(module.seen[0][2]), module.seen[0][2]
+    for batch, bank, embedder in module.seen:
+        if not torch.equal(previous.net[1].weight, embedder.net[1].weight):
+            for key, online in zip(keys.parameters(), embedder.parameters(), strict=True):
+                key.data = 0.5 * key.data + 0.5 * online.data
+        torch.testing.assert_close(bank["embeddings"][-8:], keys(batch["image"]).detach())
+        previous = embedder
+
+
+def test_the_model_state_holds_neither_bank_nor_encoder(tmp_path: Path) -> None:
+    module = tiny_module()
+    trainer = Trainer(max_steps=3, limit_val_batches=0, callbacks=[MemoryBankCallback(size=20)], **QUIET)
+    trainer.fit(module, TinyData())
+    assert set(module.state_dict()) == {f"embedder.{name}" for name in TinyEmbedder().state_dict()}
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    (state,) = [value for key, value in checkpoint["callbacks"].items() if "MemoryBankCallback" in key]
+    assert torch.equal(state["bank"]["labels"], module.memory_bank.labels)
+
+
+def test_the_dtype_is_kept() -> None:
+    assert fit(MemoryBankCallback(size=20, dtype="bfloat16"), steps=2).memory_bank.dtype == torch.bfloat16
+
+
+def test_a_second_trainer_starts_with_an_empty_bank() -> None:
+    callback = MemoryBankCallback(size=60)
+    fit(callback, steps=4)
+    module = fit(callback, steps=1)
+    assert len(module.memory_bank) == 8
+
+
+def test_autocast_keys_stay_float32_in_the_bank() -> None:
+    module = fit(MemoryBankCallback(size=20), steps=2, precision="bf16-mixed")
+    assert module.memory_bank.dtype == torch.float32
+    torch.testing.assert_close(module.memory_bank.embeddings.norm(dim=1), torch.ones(16))
+
+
+def test_nan_embeddings_are_refused_and_reported() -> None:
+    class Broken(Watched):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+            outputs = super().training_step(batch, batch_idx)
+            outputs["embeddings"][0] = torch.nan
+            return outputs
+
+    module = Broken()
+    callback = MemoryBankCallback(size=100, momentum=None)
+    trainer = Trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0, callbacks=[callback], **QUIET)
+    with pytest.warns(UserWarning, match="3 embeddings were NaN"):
+        trainer.fit(module, TinyData())
+    assert torch.isfinite(module.memory_bank.embeddings).all()
+    assert int((module.memory_bank.labels == -1).sum()) == 3
+
+
+class WithoutDict(Watched):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+class TupleData(TinyData):
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)] * 8, batch_size=4)
+
+
+def run(callback: MemoryBankCallback, module: Any = None, data: Any = None) -> None:
+    trainer = Trainer(max_steps=2, limit_val_batches=0, callbacks=[callback], **QUIET)
+    trainer.fit(module or tiny_module(), data or TinyData())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: MemoryBankCallback(size=-1), r"memory size must be positive or a ratio in \(0, 1\], got -1"),
+        (lambda: MemoryBankCallback(size=1.5), "got 1.5"),
+        (lambda: MemoryBankCallback(start_step=-1), "start_step.*-1"),
+        (lambda: MemoryBankCallback(momentum=1.1), "momentum.*1.1"),
+        (lambda: MemoryBankCallback(dtype="int8"), "dtype.*'int8'"),  # type: ignore[arg-type]
+        (lambda: run(MemoryBankCallback(encoder="net")), "MetricLearningModule has no submodule 'net'"),
+        (lambda: run(MemoryBankCallback(momentum=None), WithoutDict()), "embeddings, indices, labels missing"),
+        (lambda: run(MemoryBankCallback(), data=TupleData()), "got list.*momentum=None"),
+    ],
+)
+def test_wrong_input_is_named(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        call()

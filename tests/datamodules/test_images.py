@@ -1,0 +1,119 @@
+"""The data sets: what a sample is, whose randomness it uses, and what a broken file says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms import v2
+
+from lightning_dml.datamodules.images import ArrayDataset, ImageFileDataset
+from lightning_dml.datamodules.samplers import SeededIndex
+from lightning_dml.errors import InputError
+
+GREY = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+
+
+def to_tensor(image: Any) -> Tensor:
+    converted: Tensor = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])(image)
+    return converted
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    Image.new("RGB", (5, 4), (255, 0, 51)).save(paths[0])
+    Image.new("L", (5, 4), 51).save(paths[1])
+    Image.new("RGBA", (5, 4), (0, 51, 255, 9)).save(paths[2])
+    return paths
+
+
+def test_array_samples() -> None:
+    data = ArrayDataset(GREY, [7, 8, 9], lambda image: image.float())
+    sample = data[2]
+    assert len(data) == 3 and set(sample) == {"image", "label", "index"}
+    assert sample["image"].shape == (1, 4, 5) and torch.equal(sample["image"][0], torch.from_numpy(GREY[2]).float())
+    assert (sample["label"], sample["index"]) == (9, 2)
+    batch = default_collate([data[0], data[2]])
+    assert batch["image"].shape == (2, 1, 4, 5)
+    assert batch["label"].dtype == batch["index"].dtype == torch.int64
+    assert batch["label"].tolist() == [7, 9] and batch["index"].tolist() == [0, 2]
+
+
+def test_a_transform_in_place_does_not_reach_the_array() -> None:
+    images = GREY.copy()
+    data = ArrayDataset(images, [0, 0, 0], lambda image: image.fill_(0).float())
+    assert data[1]["image"].sum() == 0
+    data.picture(1)[:] = 0
+    assert np.array_equal(images, GREY)
+
+
+def test_file_samples_are_rgb(files: list[Path]) -> None:
+    data = ImageFileDataset(files, [0, 0, 1], to_tensor)
+    colours = [data[row]["image"][:, 0, 0].tolist() for row in range(3)]
+    assert colours == [pytest.approx(colour) for colour in ([1, 0, 0.2], [0.2, 0.2, 0.2], [0, 0.2, 1])]
+    assert data[0]["image"].shape == (3, 4, 5)
+    picture = data.picture(0)
+    assert picture.shape == (4, 5, 3) and picture.dtype == np.uint8 and picture[0, 0].tolist() == [255, 0, 51]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_file_is_named_with_its_row(workers: int, files: list[Path]) -> None:
+    files[1].write_bytes(files[1].read_bytes()[:40])
+    loader = DataLoader(ImageFileDataset(files, [0, 0, 1], to_tensor), num_workers=workers)
+    with pytest.raises(InputError, match=r"cannot read image .*b\.png \(row 1 of the data set\).* remove the file"):
+        list(loader)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_what_is_no_image_or_no_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.jpg \(row 0 "):
+        ImageFileDataset([path], [0], to_tensor)[0]
+
+
+def test_a_seeded_index_decides_the_random_transform_and_nothing_else() -> None:
+    data = ArrayDataset(GREY, [0, 1, 2], lambda image: torch.rand(4))
+    before = torch.random.get_rng_state()
+    first, other = data[SeededIndex(1, 5)]["image"], data[SeededIndex(1, 6)]["image"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first, data[SeededIndex(1, 5)]["image"]) and not torch.equal(first, other)
+    assert type(data[SeededIndex(1, 5)]["index"]) is int
+    # A plain index draws from the global generator.
+    assert not torch.equal(data[1]["image"], data[1]["image"])
+    assert not torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_seeded_index_does_not_seed_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError("the GPUs were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    ArrayDataset(GREY, [0, 1, 2], lambda image: torch.rand(4))[SeededIndex(1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (GREY, [0, 1], "images and labels must be as many, got 3 and 2"),
+        (GREY.astype(np.float32), [0, 1, 2], "images must be uint8 .* got float32"),
+        (GREY[0], [0, 1, 2, 3], r"images must be uint8 of shape \(N, H, W\)"),
+        (GREY, [0.0, 1.0, 2.0], "labels must be a vector of integers"),
+    ],
+)
+def test_array_errors(images: Any, labels: list[int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ArrayDataset(images, labels, torch.Tensor.float)
+
+
+def test_file_errors() -> None:
+    with pytest.raises(InputError, match="paths and labels must be as many, got 1 and 2"):
+        ImageFileDataset(["a.png"], [0, 1], to_tensor)

@@ -1,0 +1,64 @@
+"""Two or more real gloo processes for a test, and what a failing one printed."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _worker(rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    try:
+        outcome: tuple[bool, Any] = (True, function(rank, ranks, *args))
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    with open(Path(folder) / f"{rank}.pkl", "wb") as file:
+        pickle.dump(outcome, file)
+    if not outcome[0]:
+        os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Runs `function(rank, ranks, *args)` in `ranks` gloo processes and returns what each returned, by rank.
+
+    `function` must be defined at module level; it and its results are pickled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_worker, (ranks, folder, function, args), nprocs=ranks, join=False)
+        failed = None
+        try:
+            while not context.join():
+                pass
+        except Exception as error:
+            failed = error
+        results = {}
+        for rank in range(ranks):
+            path = Path(folder) / f"{rank}.pkl"
+            if path.exists():
+                results[rank] = pickle.loads(path.read_bytes())
+        for rank, (passed, value) in results.items():
+            if not passed:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+        if failed is not None:
+            raise failed
+        return [results[rank][1] for rank in range(ranks)]

@@ -1,0 +1,93 @@
+"""Slow, obvious pair losses in plain loops, differentiated by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def pairs_of(
+    i: int, labels: Tensor, ref_labels: Tensor, indices: Tensor | None, ref_indices: Tensor | None, in_batch: bool
+) -> tuple[list[int], list[int]]:
+    """Columns of the positives and of the negatives of anchor i."""
+    positives, negatives = [], []
+    for j in range(len(ref_labels)):
+        if in_batch and i == j:
+            continue
+        if indices is not None and ref_indices is not None and indices[i] >= 0 and indices[i] == ref_indices[j]:
+            continue
+        if labels[i] == -1 or ref_labels[j] == -1:
+            continue
+        (positives if labels[i] == ref_labels[j] else negatives).append(j)
+    return positives, negatives
+
+
+def oracle(
+    row_loss: Callable[[Tensor, Tensor], Tensor],
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    indices: Tensor | None = None,
+    ref_indices: Tensor | None = None,
+    mine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> list[Tensor]:
+    """The loss of each anchor: `row_loss(similarities of positives, of negatives)`."""
+    in_batch = ref_emb is None
+    references = embeddings if ref_emb is None else ref_emb
+    ref_labels = labels if ref_labels is None else ref_labels
+    ref_indices = indices if in_batch else ref_indices
+    rows = []
+    for i in range(len(embeddings)):
+        positives, negatives = pairs_of(i, labels, ref_labels, indices, ref_indices, in_batch)
+        similarity = torch.stack([(embeddings[i] * reference).sum() for reference in references])
+        sp, sn = similarity[positives], similarity[negatives]
+        if mine is not None:
+            sp, sn = mine(sp, sn)
+        rows.append(row_loss(sp, sn))
+    return rows
+
+
+def contrastive(margin: float, pos_margin: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    def row(sp: Tensor, sn: Tensor) -> Tensor:
+        total = sp.sum() * 0 + sn.sum() * 0
+        for s in sp:
+            total = total + (1 - s if pos_margin is None else torch.clamp(pos_margin - s, min=0))
+        for s in sn:
+            total = total + torch.clamp(s - margin, min=0)
+        return total
+
+    return row
+
+
+def multi_similarity(alpha: float, beta: float, base: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def row(sp: Tensor, sn: Tensor) -> Tensor:
+        pull = torch.log(1 + torch.exp(-alpha * (sp - base)).sum()) / alpha
+        push = torch.log(1 + torch.exp(beta * (sn - base)).sum()) / beta
+        return pull + push
+
+    return row
+
+
+def direct(
+    positive: Callable[[Tensor], Tensor], negative: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def row(sp: Tensor, sn: Tensor) -> Tensor:
+        return (negative(sn.detach()) * sn).sum() - (positive(sp.detach()) * sp).sum()
+
+    return row
+
+
+def mine_relative(epsilon: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def mine(sp: Tensor, sn: Tensor) -> tuple[Tensor, Tensor]:
+        if len(sp) == 0 or len(sn) == 0:
+            return sp[:0], sn[:0]
+        kept_n = sn[sn.detach() > sp.detach().min() - epsilon]
+        kept_p = sp[sp.detach() < sn.detach().max() + epsilon]
+        if len(kept_p) == 0 or len(kept_n) == 0:
+            return sp[:0], sn[:0]
+        return kept_p, kept_n
+
+    return mine

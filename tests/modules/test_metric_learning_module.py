@@ -1,0 +1,172 @@
+"""The module: what it trains on, its optimizers, other libraries' losses, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_metric_learning.losses as pml
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.cli import ReduceLROnPlateau
+from torch import nn
+
+from lightning_dml import MemoryBank, MetricLearningModule
+from lightning_dml.callbacks import MemoryBankCallback
+from lightning_dml.errors import InputError
+from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss
+from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
+
+
+def batch_and_bank() -> tuple[dict[str, torch.Tensor], MemoryBank]:
+    batch = {"image": torch.randn(8, 1, 8, 8), "label": torch.arange(8) % 3, "index": torch.arange(8)}
+    bank = MemoryBank(20, 6)
+    rows = nn.functional.normalize(torch.randn(20, 6), dim=1)
+    bank.enqueue(rows, torch.arange(20) % 4, torch.arange(20) + 4)
+    return batch, bank
+
+
+@pytest.mark.parametrize(("batch_weight", "memory_weight"), [(1.0, 1.0), (0.0, 2.0), (0.5, 0.0)])
+def test_the_total_is_the_weighted_sum(batch_weight: float, memory_weight: float) -> None:
+    batch, bank = batch_and_bank()
+    memory_loss = MultiSimilarityLoss()
+    module = tiny_module(batch_weight=batch_weight, memory_weight=memory_weight, memory_loss=memory_loss)
+    module.memory_bank = bank
+    outputs = module.training_step(batch, 0)
+    embeddings = module(batch["image"])
+    in_batch = ContrastiveLoss(0.3)(embeddings, batch["label"])
+    against = memory_loss(
+        embeddings,
+        batch["label"],
+        bank.embeddings,
+        bank.labels,
+        indices=batch["index"],
+        ref_indices=bank.indices,
+    )
+    torch.testing.assert_close(outputs["loss"], batch_weight * in_batch + memory_weight * against)
+    assert not outputs["embeddings"].requires_grad
+    torch.testing.assert_close(outputs["embeddings"], embeddings.detach())
+
+
+def test_with_memory_alone_the_first_step_trains_nothing_but_runs() -> None:
+    module = tiny_module(batch_weight=0.0)
+    batch, _ = batch_and_bank()
+    loss = module.training_step(batch, 0)["loss"]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not parameter.grad.any() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("loss", [pml.ContrastiveLoss(), pml.MultiSimilarityLoss(), pml.TripletMarginLoss()])
+def test_losses_of_pytorch_metric_learning_drop_in(loss: nn.Module) -> None:
+    batch, bank = batch_and_bank()
+    module = tiny_module(loss=loss, memory_weight=0.5)
+    module.memory_bank = bank
+    embeddings = module(batch["image"])
+    expected = loss(embeddings, batch["label"]) + 0.5 * loss(
+        embeddings, batch["label"], ref_emb=bank.embeddings, ref_labels=bank.labels
+    )
+    torch.testing.assert_close(module.training_step(batch, 0)["loss"], expected)
+    Trainer(max_steps=3, limit_val_batches=0, callbacks=[MemoryBankCallback(size=30)], **QUIET).fit(module, TinyData())
+    assert len(module.memory_bank) == 24
+
+
+def test_optimizer_defaults_and_choices() -> None:
+    default = tiny_module(optimizer=None).configure_optimizers()
+    assert isinstance(default, torch.optim.AdamW)
+    assert (default.defaults["lr"], default.defaults["weight_decay"]) == (1e-4, 5e-4)
+
+    plateau = partial(ReduceLROnPlateau, monitor="val/map@r", mode="max")
+    settings = tiny_module(lr_scheduler=plateau).configure_optimizers()
+    assert isinstance(settings["optimizer"], torch.optim.SGD)
+    assert settings["optimizer"].defaults["weight_decay"] == 0
+    assert settings["lr_scheduler"]["monitor"] == "val/map@r"
+
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=7)
+    settings = tiny_module(lr_scheduler=cosine, lr_interval="step").configure_optimizers()
+    assert settings["lr_scheduler"]["interval"] == "step" and "monitor" not in settings["lr_scheduler"]
+
+
+def test_the_scheduler_steps_as_told() -> None:
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=6)
+    module = tiny_module(lr_scheduler=cosine, lr_interval="step")
+    trainer = Trainer(max_steps=6, limit_val_batches=0, **QUIET)
+    trainer.fit(module, TinyData())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
+    module = tiny_module()
+    module.embedder.net[1].requires_grad_(False)
+    chosen = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
+    assert chosen == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+def test_parameters_made_in_configure_model_are_trained() -> None:
+    class Late(MetricLearningModule):
+        def configure_model(self) -> None:
+            if not hasattr(self, "extra"):
+                self.extra = nn.Linear(6, 6)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return nn.functional.normalize(self.extra(self.embedder(images)), dim=1)
+
+    module = Late(TinyEmbedder(), ContrastiveLoss())
+    trainer = Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(module, TinyData())
+    chosen = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert {id(p) for p in module.extra.parameters()} <= chosen
+
+
+def test_evaluation_logs_and_the_numbers_are_those_of_the_metric() -> None:
+    module, data = tiny_module(ks=(1, 3)), TinyData()
+    trainer = Trainer(**QUIET)
+    values = trainer.validate(module, data, verbose=False)[0]
+    module.eval()
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            module.val_metrics.update(module(batch["image"]), batch["label"], batch["index"])
+    expected = module.val_metrics.compute()
+    assert values == pytest.approx({f"val/{name}": value for name, value in expected.items()}, abs=1e-6)
+    assert {"val/recall@1", "val/recall@3", "val/map@r", "val/r_precision"} <= set(values)
+    tested = trainer.test(module, data, verbose=False)[0]
+    assert tested["test/recall@1"] == values["val/recall@1"]
+
+
+def test_predict_returns_every_image_once() -> None:
+    predictions = Trainer(**QUIET).predict(tiny_module(), TinyData())
+    indices = torch.cat([batch["indices"] for batch in predictions])
+    assert indices.tolist() == list(range(60))
+    assert torch.cat([batch["embeddings"] for batch in predictions]).shape == (60, 6)
+
+
+def test_a_checkpoint_loads_with_the_parts_given_again(tmp_path: Path) -> None:
+    module = tiny_module(batch_weight=0.25)
+    trainer = Trainer(max_steps=2, limit_val_batches=0, **QUIET)
+    trainer.fit(module, TinyData())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    loaded = MetricLearningModule.load_from_checkpoint(
+        tmp_path / "a.ckpt", embedder=TinyEmbedder(seed=5), loss=ContrastiveLoss()
+    )
+    assert loaded.batch_weight == 0.25
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_weight": -1.0}, "batch_weight.*-1"),
+        ({"batch_weight": 0.0, "memory_weight": 0.0}, "both 0"),
+        ({"lr_interval": "batch"}, "lr_interval.*'batch'"),
+        ({"ks": (0,)}, "ks.*0"),
+    ],
+)
+def test_wrong_input_is_named(options: dict[str, Any], words: str) -> None:
+    make: Callable[[], object] = lambda: tiny_module(**options)  # noqa: E731
+    with pytest.raises(InputError, match=words):
+        make()

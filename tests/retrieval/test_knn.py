@@ -1,0 +1,238 @@
+"""knn against a sort of all pairs in float64, faiss against torch, and self left out by index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_dml.errors import InputError
+from lightning_dml.retrieval import knn
+from lightning_dml.retrieval.knn import _full_float32, _search_faiss, _search_torch, nearest, unit_rows
+
+METRICS = ("inner_product", "cosine", "l2")
+
+
+def slow_knn(
+    queries: Tensor, gallery: Tensor, k: int, metric: str, query_indices: Tensor, gallery_indices: Tensor
+) -> tuple[list[list[float]], list[list[int]]]:
+    """One Python loop per query and gallery row."""
+    all_values, all_positions = [], []
+    for query, query_index in zip(queries.double().numpy(), query_indices.tolist(), strict=True):
+        scored = []
+        for position, (item, index) in enumerate(zip(gallery.double().numpy(), gallery_indices.tolist(), strict=True)):
+            if index == query_index and index >= 0:
+                continue
+            if metric == "l2":
+                value = float(((query - item) ** 2).sum())
+            elif metric == "cosine":
+                value = float(query @ item / (np.linalg.norm(query) * np.linalg.norm(item)))
+            else:
+                value = float(query @ item)
+            scored.append((value, position))
+        scored.sort(reverse=metric != "l2")
+        all_values.append([value for value, _ in scored[:k]])
+        all_positions.append([position for _, position in scored[:k]])
+    return all_values, all_positions
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    n_queries=st.integers(1, 40),
+    n_gallery=st.integers(4, 40),
+    dim=st.integers(2, 9),
+    k=st.integers(1, 3),
+    items=st.integers(20, 60),
+    metric=st.sampled_from(METRICS),
+)
+def test_equals_a_sort_of_all_pairs(
+    seed: int, n_queries: int, n_gallery: int, dim: int, k: int, items: int, metric: Any
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(n_queries, dim, generator=generator)
+    gallery = torch.randn(n_gallery, dim, generator=generator)
+    query_indices = torch.randint(-2, items, (n_queries,), generator=generator)
+    gallery_indices = torch.randperm(items + n_gallery, generator=generator)[:n_gallery]
+    gallery_indices[0] = -1
+    gallery_indices[-1] = -2
+    expected_values, expected_positions = slow_knn(queries, gallery, k, metric, query_indices, gallery_indices)
+
+    values, positions = knn(
+        queries, gallery, k, metric=metric, query_indices=query_indices, gallery_indices=gallery_indices
+    )
+
+    assert positions.dtype == torch.int64 and values.dtype == torch.float32
+    assert positions.tolist() == expected_positions
+    torch.testing.assert_close(values.double(), torch.tensor(expected_values).double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
+@pytest.mark.parametrize("n_queries", [3, 100])  # faiss has another code path below 20 queries
+@pytest.mark.parametrize("block_entries", [1, 700, 2**24])
+def test_torch_search_equals_faiss(metric: str, n_queries: int, block_entries: int) -> None:
+    queries, gallery = torch.randn(n_queries, 16), torch.randn(150, 16)
+    values, positions = _search_faiss(queries, gallery, 7, metric)
+    torch_values, torch_positions = _search_torch(queries, gallery, 7, metric, block_entries)
+    assert torch.equal(torch_positions, positions)
+    torch.testing.assert_close(torch_values, values, rtol=1e-4, atol=1e-5)
+
+
+def test_l2_values_are_squared_and_ascend() -> None:
+    values, positions = knn(torch.zeros(1, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]]), 3, metric="l2")
+    assert values.tolist() == [[1.0, 4.0, 25.0]]
+    assert positions.tolist() == [[1, 2, 0]]
+
+
+def test_self_is_left_out_by_index_where_it_is_not_the_nearest() -> None:
+    gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.4]])
+    # The query is item 2, embedded far from its gallery row; its true twin at position 0 must stay.
+    values, positions = knn(
+        gallery[:1], gallery, 3, query_indices=torch.tensor([2]), gallery_indices=torch.tensor([0, 1, 2, 3])
+    )
+    assert positions.tolist() == [[0, 1, 3]]
+    assert values.tolist() == [pytest.approx([1.0, 0.9, 0.6])]
+
+
+def test_every_copy_of_the_query_is_left_out() -> None:
+    gallery = torch.arange(6.0)[:, None] + 1
+    _, positions = knn(
+        gallery[:2],
+        gallery,
+        2,
+        query_indices=torch.tensor([5, 9]),
+        gallery_indices=torch.tensor([5, 1, 2, 5, 5, 3]),
+    )
+    assert positions.tolist() == [[5, 2], [5, 4]]
+
+
+def test_negative_indices_are_nobody() -> None:
+    rows = torch.randn(5, 3)
+    nobody = torch.full((5,), -1)
+    _, positions = knn(rows, rows, 1, metric="l2", query_indices=nobody, gallery_indices=nobody)
+    assert positions.flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_k_is_clamped_to_the_query_with_the_fewest_candidates() -> None:
+    rows = torch.randn(5, 3)
+    with pytest.warns(UserWarning, match=r"k=9 is more than the 5 candidates of a query; it is now 5"):
+        _, positions = knn(rows, rows, 9)
+    assert positions.sort(dim=1).values.tolist() == [[0, 1, 2, 3, 4]] * 5
+
+    with pytest.warns(UserWarning, match="more than the 3 candidates"):
+        values, positions = knn(
+            rows, rows, 5, query_indices=torch.arange(5), gallery_indices=torch.tensor([0, 0, 1, 2, 3])
+        )
+    assert positions.shape == values.shape == (5, 3)
+    assert (positions >= 0).all()
+
+
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
+def test_nearest_fills_up_with_minus_one(metric: Any) -> None:
+    gallery = torch.tensor([[1.0], [2.0], [3.0]])
+    queries = torch.tensor([[2.0], [9.0]])
+    values, positions = nearest(queries, gallery, 3, metric, torch.tensor([1, 7]), torch.tensor([0, 1, 2]))
+    assert positions[0].sort().values.tolist() == [-1, 0, 2]
+    assert positions.tolist()[0][2] == -1 and positions.tolist()[1] == [2, 1, 0]
+    assert values[0, 2] == (float("inf") if metric == "l2" else float("-inf"))
+
+
+def test_input_is_left_as_it_was_and_may_be_half_or_strided() -> None:
+    queries = torch.randn(8, 6, requires_grad=True)
+    gallery = torch.randn(6, 10, dtype=torch.bfloat16).T
+    before = queries.detach().clone(), gallery.clone()
+    values, positions = knn(queries, gallery, 2, metric="cosine")
+    assert torch.equal(queries, before[0]) and torch.equal(gallery, before[1])
+    assert values.dtype == torch.float32 and not values.requires_grad
+    similarities = torch.cosine_similarity(queries.detach()[:, None], gallery.float()[None], dim=2)
+    assert torch.equal(positions, similarities.topk(2).indices)
+
+
+def test_cosine_holds_at_any_scale() -> None:
+    rows = torch.randn(5, 4)
+    for scale in (1e-30, 1.0, 1e30):
+        torch.testing.assert_close(unit_rows(rows * scale), rows / rows.norm(dim=1, keepdim=True))
+    assert unit_rows(torch.zeros(1, 4)).tolist() == [[0.0] * 4]
+
+
+def test_torch_search_is_float32_under_autocast() -> None:
+    queries, gallery = torch.randn(4, 32), torch.randn(20, 32)
+    expected = _search_torch(queries, gallery, 3, "inner_product")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (queries @ gallery.T).dtype == torch.bfloat16  # the region does act on products
+        values, positions = _search_torch(queries, gallery, 3, "inner_product")
+    assert values.dtype == torch.float32
+    assert torch.equal(values, expected[0]) and torch.equal(positions, expected[1])
+
+
+def test_torch_search_switches_tf32_off_and_back() -> None:
+    matmul = torch.backends.cuda.matmul
+    switch, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert getattr(matmul, switch) != exact
+        with pytest.raises(KeyError), _full_float32("cpu"):
+            assert getattr(matmul, switch) == exact
+            raise KeyError("a search that fails")
+        assert matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def broken_rows() -> Tensor:
+    rows = torch.randn(9, 3)
+    rows[4, 1], rows[7, 0] = float("nan"), float("-inf")
+    return rows
+
+
+GOOD = torch.eye(3)
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "not a matrix": ({"queries": torch.ones(3)}, r"queries must be \(rows, dimensions\), got shape \(3,\)"),
+    "no dimensions": ({"gallery": torch.ones(3, 0)}, r"gallery must be \(rows, dimensions\), got shape \(3, 0\)"),
+    "integers": ({"gallery": torch.ones(3, 3).long()}, r"gallery must be floating point, got torch.int64"),
+    "dimensions differ": ({"gallery": torch.ones(3, 2)}, "gallery has 2 dimensions and queries have 3"),
+    "devices differ": ({"gallery": torch.ones(3, 3, device="meta")}, "gallery is on meta and queries are on cpu"),
+    "no queries": ({"queries": torch.ones(0, 3)}, r"queries is empty, got shape \(0, 3\)"),
+    "no gallery": ({"gallery": torch.ones(0, 3)}, r"gallery is empty, got shape \(0, 3\)"),
+    "k of zero": ({"k": 0}, "k must be an integer of at least 1, got 0"),
+    "k not an integer": ({"k": 1.5}, "k must be an integer of at least 1, got 1.5"),
+    "unknown metric": ({"metric": "euclid"}, "metric must be one of inner_product, cosine, l2, got 'euclid'"),
+    "broken queries": ({"queries": broken_rows()}, "queries has NaN or infinite values in 2 of 9 rows, .* row 4;"),
+    "broken gallery": ({"gallery": broken_rows()}, "gallery has NaN or infinite values in 2 of 9 rows, .* row 4;"),
+    "one index only": ({"query_indices": torch.arange(3)}, "gallery_indices is missing"),
+    "other index only": ({"gallery_indices": torch.arange(3)}, "query_indices is missing"),
+    "index length": (
+        {"query_indices": torch.arange(2), "gallery_indices": torch.arange(3)},
+        r"query_indices must have shape \(3,\), one for each row, got \(2,\)",
+    ),
+    "index dtype": (
+        {"query_indices": torch.arange(3), "gallery_indices": torch.arange(3.0)},
+        "gallery_indices must be integers, got torch.float32",
+    ),
+    "nothing but self": (
+        {"query_indices": torch.arange(3), "gallery_indices": torch.zeros(3).long()},
+        "gallery has 3 rows, all of them copies of one query by index",
+    ),
+    "overflow": ({"queries": GOOD * 1e30, "gallery": GOOD * 1e30}, "queries: 3 rows, the first is row 0, .*overflow"),
+    "overflow in l2": ({"gallery": GOOD * 1e30, "metric": "l2"}, "queries: 3 rows, the first is row 0, .*overflow"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_argument_value_and_way_out(case: str) -> None:
+    changes, message = ERRORS[case]
+    arguments: dict[str, Any] = {"queries": GOOD, "gallery": GOOD, "k": 1, **changes}
+    with pytest.raises(InputError, match=message):
+        knn(**arguments)
+
+
+def test_rows_whose_sum_overflows_are_not_called_broken() -> None:
+    rows = torch.full((2, 4), 3e38)
+    values, _ = knn(rows, rows, 1, metric="cosine")
+    assert values.flatten().tolist() == pytest.approx([1.0, 1.0])

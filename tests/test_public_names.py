@@ -1,0 +1,116 @@
+"""What the library promises by name: every public name imports, and has a docstring that was written for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+MODULES = [
+    "lightning_dml",
+    "lightning_dml.losses",
+    "lightning_dml.memory",
+    "lightning_dml.modules",
+    "lightning_dml.retrieval",
+    "lightning_dml.callbacks",
+    "lightning_dml.datamodules",
+]
+
+SHIPPED = {
+    "lightning_dml": ["Embedder", "MetricLearningModule", "MemoryBank", "RetrievalMetrics", "__version__"],
+    "lightning_dml.losses": [
+        "PairWeightingLoss",
+        "DirectWeightingLoss",
+        "ContrastiveLoss",
+        "MultiSimilarityLoss",
+    ],
+    "lightning_dml.losses.curves": [
+        "Constant",
+        "Step",
+        "Linear",
+        "Power",
+        "Exponential",
+        "Sigmoid",
+        "PiecewiseLinear",
+    ],
+    "lightning_dml.memory": ["MemoryBank", "MomentumEncoder"],
+    "lightning_dml.retrieval": ["RetrievalMetrics", "knn"],
+    "lightning_dml.callbacks": ["MemoryBankCallback", "RetrievalReport"],
+    "lightning_dml.datamodules": ["FolderDataModule", "GlyphsDataModule", "PKBatchSampler"],
+}
+
+
+def documented(value: Any) -> bool:
+    """Whether `value` has a docstring of its own: none inherited, none that a dataclass or a tuple made up."""
+    if isinstance(value, str):
+        return True  # a version or another constant, which cannot have one
+    if not isinstance(value, ModuleType) and not inspect.isroutine(value) and not inspect.isclass(value):
+        return bool(type(value).__doc__ != value.__doc__)
+    text = (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
+    generated = inspect.isclass(value) and (dataclasses.is_dataclass(value) or issubclass(value, tuple))
+    return bool(text.strip()) and not (generated and text.startswith(f"{value.__name__}("))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_is_importable_and_documented(name: str) -> None:
+    """`__all__` holds no name that is absent, twice there or undocumented."""
+    module = importlib.import_module(name)
+    assert documented(module), f"{name} has no docstring"
+    assert module.__all__, f"{name} exports nothing"
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert [each for each in module.__all__ if not hasattr(module, each)] == []
+    assert [each for each in module.__all__ if not documented(getattr(module, each))] == []
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SHIPPED.items() for name in names])
+def test_this_release_ships(module: str, name: str) -> None:
+    """The names that the design fixes, as far as this release has them, are where it says."""
+    home = importlib.import_module(module)
+    assert documented(getattr(home, name))
+    assert name in getattr(home, "__all__", [name])
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("lightning_dml", ["faiss", "pytorch_lightning", "timm", "torch"]),
+        ("lightning_dml.losses", ["faiss", "pytorch_lightning", "timm"]),
+        ("lightning_dml.memory", ["faiss", "pytorch_lightning", "timm"]),
+        ("lightning_dml.retrieval", ["pytorch_lightning", "timm"]),
+    ],
+)
+def test_importing_a_lower_layer_loads_no_upper_library(module: str, unwanted: list[str]) -> None:
+    """Somebody else's project that takes a loss from here does not load Lightning, timm or faiss with it."""
+    code = f"import sys, {module}; print([name for name in {unwanted!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_checker_tells_a_written_docstring_from_an_inherited_or_generated_one() -> None:
+    """`documented` is no test if everything passes it."""
+
+    class Written:
+        """Has one."""
+
+    class Inherited(Written):
+        pass
+
+    @dataclasses.dataclass
+    class Generated:
+        size: int
+
+    def bare() -> None: ...
+
+    assert documented(Written)
+    assert not documented(Inherited)
+    assert not documented(Generated)
+    assert not documented(bare)
+    assert not documented(ModuleType("bare"))
+    assert not documented(3.0)
