@@ -81,7 +81,9 @@ class RetrievalReport(Callback):
         values, collected = self._evaluate(trainer, pl_module)
         self.rows = [*self.rows[:1], (f"trained, step {trainer.global_step}", values, seconds)]
         figure = self._figure(trainer, *collected) if self.queries else None
-        self._publish(trainer, figure)
+        # Asking the trainer for its folder is a collective, so every rank asks.
+        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "retrieval.png")
+        _publish(_table(self.rows, self.ks), figure, path)
 
     def state_dict(self) -> dict[str, Any]:
         """The row of the untrained weights and the seconds so far."""
@@ -169,18 +171,18 @@ class RetrievalReport(Callback):
         )
         return figure
 
-    @rank_zero_only
-    def _publish(self, trainer: Trainer, figure: Figure | None) -> None:
-        print("\n" + _table(self.rows, self.ks))
-        if figure is None:
-            return
-        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "retrieval.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.part")
-        FigureCanvasAgg(figure)
-        figure.savefig(aside, dpi=150, format=path.suffix.lstrip(".") or "png")
-        os.replace(aside, path)
-        print(f"Queries and their nearest neighbours: {path}")
+
+@rank_zero_only
+def _publish(table: str, figure: Figure | None, path: Path) -> None:
+    print("\n" + table)
+    if figure is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    FigureCanvasAgg(figure)
+    figure.savefig(aside, dpi=150, format=path.suffix.lstrip(".") or "png")
+    os.replace(aside, path)
+    print(f"Queries and their nearest neighbours: {path}")
 
 
 def _table(rows: list[tuple[str, dict[str, float], float]], ks: Sequence[int]) -> str:

@@ -47,7 +47,8 @@ class TinyEmbedder(nn.Module):
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 16), nn.Tanh(), nn.Linear(16, 6))
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.normalize(self.net(images).float(), dim=1)
+        projected = self.net(images)
+        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
 
 
 def tiny_module(**options: Any) -> MetricLearningModule:
