@@ -54,15 +54,23 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=list(args) if args is not None else None,
         )
-    except InputError as error:
-        print(f"lightning-dml: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except ModuleNotFoundError as error:
-        if "tensorboard" not in str(error):
+    except (ValueError, ModuleNotFoundError) as error:
+        message = _message(error)
+        if message is None:
             raise
-        print(
-            "lightning-dml: error: TensorBoardLogger needs the package tensorboard: "
-            "pip install 'lightning-dml[report]', or take the logger out of the config",
-            file=sys.stderr,
-        )
+        print(f"lightning-dml: error: {message}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _message(error: BaseException) -> str | None:
+    """One line for what the caller can put right, None for anything else."""
+    if isinstance(error, ModuleNotFoundError) and "tensorboard" in str(error):
+        return (
+            "TensorBoardLogger needs the package tensorboard: pip install 'lightning-dml[report]', "
+            "or take the logger out of the config"
+        )
+    # jsonargparse wraps what a constructor raises in a report on every type that the argument might have had.
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, InputError):
+        seen = seen.__cause__ or seen.__context__
+    return None if seen is None else str(seen)

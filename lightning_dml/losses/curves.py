@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,6 +170,10 @@ class PiecewiseLinear(Curve):
         left = right - 1
         share = ((similarity - x[left]) / (x[right] - x[left])).clamp(0, 1)
         return torch.lerp(y[left], y[right], share)
+
+
+WeightCurve = Curve | Callable[[Tensor], Any]
+"""What a loss takes for a curve; `Curve` comes first, so that a config may name one by its class path."""
 
 
 def _beyond(similarity: Tensor, threshold: float, above: bool) -> Tensor:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from lightning_dml.losses.base import PairWeightingLoss, Reduction
+from lightning_dml.losses.curves import WeightCurve
 from lightning_dml.losses.mining import Miner
 from lightning_dml.losses.weighting import ContrastiveWeighting, DirectWeighting, MultiSimilarityWeighting
 
@@ -110,8 +107,8 @@ class DirectWeightingLoss(PairWeightingLoss):
 
     def __init__(
         self,
-        positive: Callable[[Tensor], Tensor],
-        negative: Callable[[Tensor], Tensor],
+        positive: WeightCurve,
+        negative: WeightCurve,
         miner: Miner | None = None,
         reduction: Reduction = "anchors",
         gather: bool = True,

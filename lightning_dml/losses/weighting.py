@@ -7,12 +7,12 @@ pulls together. Some losses change the sign within a set, so nothing here takes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dml.errors import InputError
+from lightning_dml.losses.curves import WeightCurve
 
 
 class Weighting(nn.Module):
@@ -107,7 +107,7 @@ class MultiSimilarityWeighting(Weighting):
 class DirectWeighting(Weighting):
     r"""Weights that are chosen, not derived from a loss; see `DirectWeightingLoss`."""
 
-    def __init__(self, positive: Callable[[Tensor], Tensor], negative: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, positive: WeightCurve, negative: WeightCurve) -> None:
         super().__init__()
         for name, curve in (("positive", positive), ("negative", negative)):
             if not callable(curve):

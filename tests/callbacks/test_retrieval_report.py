@@ -1,0 +1,120 @@
+"""The report: the table's numbers, the figure's file, and the weights left as they were."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pytorch_lightning import Trainer
+from torch import nn
+
+from lightning_dml.callbacks import RetrievalReport
+from lightning_dml.errors import InputError
+from tests.tiny import QUIET, TinyData, tiny_module
+
+
+def fit(report: RetrievalReport, data: TinyData | None = None, steps: int = 4, **settings: Any) -> Any:
+    module = tiny_module()
+    Trainer(max_steps=steps, callbacks=[report], **{**QUIET, **settings}).fit(module, data or TinyData())
+    return module
+
+
+def test_the_table_holds_the_values_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Trainer(**QUIET).validate(tiny_module(), TinyData(), verbose=False)[0]
+    report = RetrievalReport(ks=(1, 2, 4, 8), path=str(tmp_path / "figure.png"))
+    module = fit(report)
+    after = Trainer(**QUIET).validate(module, TinyData(), verbose=False)[0]
+    for row, expected in zip(report.rows, (before, after), strict=True):
+        assert {f"val/{name}": value for name, value in row[1].items()} == pytest.approx(expected, abs=1e-6)
+    untrained = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("untrained")).split()
+    assert float(untrained[1]) == pytest.approx(100 * before["val/recall@1"], abs=0.06)
+    assert float(untrained[5]) == pytest.approx(100 * before["val/map@r"], abs=0.06)
+
+
+def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
+    heights = []
+    for queries in (2, 6):
+        fit(RetrievalReport(queries=queries, neighbours=3, path=str(tmp_path / "new" / "figure.png")))
+        heights.append(Image.open(tmp_path / "new" / "figure.png").size[1])
+    assert heights[1] > 2 * heights[0]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["figure.png"]  # nothing half-written is left
+
+
+def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_dml.callbacks import retrieval_report
+
+    shown: list[bool | None] = []
+    original = retrieval_report._show
+    monkeypatch.setattr(
+        retrieval_report, "_show", lambda axes, picture, hit: (shown.append(hit), original(axes, picture, hit))
+    )
+
+    class Perfect(nn.Module):
+        """Knows the class from a picture: nearest neighbours are the four others, then misses."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            centres = TinyData()
+            centres.setup("validate")
+            gallery = torch.stack([centres.val_set[i]["image"] for i in range(60)]).flatten(1)
+            nearest = torch.cdist(images.flatten(1), gallery).argmin(dim=1)
+            return nn.functional.one_hot(nearest // 5, 12).float() + 1e-3 * torch.rand(len(images), 12)
+
+    module = tiny_module()
+    module.embedder = Perfect()
+    module.weight = nn.Parameter(torch.zeros(1))
+    report = RetrievalReport(queries=3, neighbours=6, path=str(tmp_path / "figure.png"))
+    trainer = Trainer(max_steps=1, callbacks=[report], **QUIET)
+    data = TinyData()
+    trainer.validate(module, data, verbose=False)
+    trainer.strategy.connect(module)
+    report._figure(trainer, *report._evaluate(_with_val(trainer), module)[1])
+    assert shown == [None, True, True, True, True, False, False] * 3
+
+
+def _with_val(trainer: Trainer) -> Any:
+    class Loaders:
+        """The trainer as it is in a fit, with validation loaders."""
+
+        val_dataloaders = trainer.datamodule.val_dataloader()
+        num_val_batches = (math.inf,)
+        strategy = trainer.strategy
+        precision_plugin = trainer.precision_plugin
+
+    return Loaders
+
+
+def test_no_queries_draws_nothing(tmp_path: Path) -> None:
+    fit(RetrievalReport(queries=0, path=str(tmp_path / "figure.png")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_modes_are_put_back(tmp_path: Path) -> None:
+    class Frozen(RetrievalReport):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.embedder.net[2].eval()
+            super().on_train_start(trainer, pl_module)
+            assert pl_module.embedder.net[1].training and not pl_module.embedder.net[2].training
+
+    fit(Frozen(path=str(tmp_path / "figure.png")))
+
+
+def test_without_the_datamodule_the_tensor_is_shown(tmp_path: Path) -> None:
+    data = TinyData()
+    data.setup("fit")
+    report = RetrievalReport(path=str(tmp_path / "figure.png"))
+    trainer = Trainer(max_steps=2, callbacks=[report], **QUIET)
+    trainer.fit(tiny_module(), data.train_dataloader(), data.val_dataloader())
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_wrong_input_is_named() -> None:
+    with pytest.raises(InputError, match=r"queries.*-1"):
+        RetrievalReport(queries=-1)
+    with pytest.raises(InputError, match=r"neighbours.*0"):
+        RetrievalReport(neighbours=0)
+    with pytest.raises(InputError, match="validation"):
+        fit(RetrievalReport(), limit_val_batches=0)

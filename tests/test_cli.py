@@ -1,0 +1,168 @@
+"""The command line on the repository's own configs: what it trains, writes, prints, and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_dml import MetricLearningModule
+from lightning_dml.cli import main
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ("fit", "--config", str(ROOT / "configs/quickstart.yaml"))
+SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2")
+CPU = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that is not the repository."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
+    return tmp_path
+
+
+def pictures(root: Path, classes: dict[str, int], side: int = 40) -> None:
+    """`root/<class>/<n>.png` of random noise."""
+    generator = np.random.default_rng(0)
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+
+
+def test_quickstart_trains_evaluates_and_reports(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*QUICKSTART, *SHORT, *CPU, "--trainer.log_every_n_steps=1"])
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["Recall@1", "Recall@2", "Recall@4", "Recall@8", "MAP@R", "seconds"] in lines
+    assert any(line[:1] == ["untrained"] for line in lines) and any(line[:1] == ["trained,"] for line in lines)
+    run = folder / "runs/quickstart/version_0"
+    assert Image.open(run / "retrieval.png").size > (400, 400)
+    assert f"{run.relative_to(folder)}/retrieval.png" in printed
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val/recall@1"]) for row in rows if row["val/recall@1"]]
+    assert len([row for row in rows if row["train/loss"]]) == 3
+    assert list((folder / "runs/tensorboard/quickstart/version_0").glob("events.*"))
+    checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    assert not any("bank" in name for name in checkpoint["state_dict"])
+    loaded = MetricLearningModule.load_from_checkpoint(run / "checkpoints/best.ckpt", map_location="cpu")
+    assert torch.equal(
+        loaded.state_dict()["embedder.projection.bias"], checkpoint["state_dict"]["embedder.projection.bias"]
+    )
+
+
+def test_the_baseline_is_the_same_config_without_memory(folder: Path) -> None:
+    main([*QUICKSTART, *SHORT, *CPU, "--config", str(ROOT / "configs/no-memory.yaml")])
+    checkpoint = torch.load(folder / "runs/quickstart/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert not any("MemoryBank" in name for name in checkpoint["callbacks"])
+
+
+def test_a_run_resumes_and_its_checkpoint_is_tested(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*QUICKSTART, *SHORT, *CPU])
+    untrained = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("untrained"))
+    last = str(folder / "runs/quickstart/version_0/checkpoints/last.ckpt")
+    main([*QUICKSTART, *CPU, *SHORT[1:], "--trainer.max_epochs=2", "--ckpt_path", last])
+    printed = capsys.readouterr().out
+    assert untrained in printed.splitlines()  # the row of the first start, though this fit began at step 3
+    assert "trained, step 6" in printed
+    main(["test", *QUICKSTART[1:], *CPU, "--trainer.limit_test_batches=2", "--ckpt_path", last])
+    assert "test/recall@1" in capsys.readouterr().out
+
+
+def test_validate_without_a_checkpoint_says_so(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="validate runs without --ckpt_path"):
+        main(["validate", *QUICKSTART[1:], *CPU, "--trainer.limit_val_batches=2"])
+
+
+def test_every_kind_of_loss_comes_from_yaml(folder: Path) -> None:
+    config = folder / "loss.yaml"
+    config.write_text(
+        """
+model:
+  init_args:
+    loss:
+      class_path: lightning_dml.losses.DirectWeightingLoss
+      init_args:
+        positive: torch.ones_like
+        negative:
+          class_path: lightning_dml.losses.curves.PiecewiseLinear
+          init_args: {points: [[0.2, 0.0], [1.0, 1.0]]}
+        miner: {class_path: lightning_dml.losses.MultiSimilarityMiner, init_args: {epsilon: 0.2}}
+        reduction: pairs
+    memory_loss:
+      class_path: lightning_dml.losses.MultiSimilarityLoss
+      init_args: {alpha: 2.0, beta: 40.0, base: 0.4, reduction: active_anchors, gather: true, block_bytes: 4096}
+    lr_scheduler:
+      class_path: pytorch_lightning.cli.ReduceLROnPlateau
+      init_args: {monitor: val/recall@1, mode: max}
+    lr_interval: epoch
+"""
+    )
+    main([*QUICKSTART, *SHORT, *CPU, "--config", str(config)])
+    assert (folder / "runs/quickstart/version_0/checkpoints/best.ckpt").exists()
+
+
+FOLDER_CONFIG = """
+model:
+  class_path: lightning_dml.MetricLearningModule
+  init_args:
+    embedder:
+      class_path: lightning_dml.Embedder
+      init_args: {model_name: test_resnet, dim: 16}
+    loss: {class_path: lightning_dml.losses.MultiSimilarityLoss}
+data:
+  class_path: lightning_dml.datamodules.FolderDataModule
+  init_args: {root: images, image_size: 32, resize: 36, classes_per_batch: 3, samples_per_class: 2}
+trainer:
+  max_epochs: 1
+  logger: false
+  accelerator: cpu
+  enable_checkpointing: false
+  enable_progress_bar: false
+"""
+
+
+def fit_folder(folder: Path, *options: str) -> None:
+    config = folder / "folder.yaml"
+    config.write_text(FOLDER_CONFIG)
+    main(["fit", "--config", str(config), *options])
+
+
+def test_a_folder_of_images_trains(folder: Path) -> None:
+    pictures(folder / "images", dict.fromkeys("abcdefgh", 4))
+    fit_folder(folder)
+
+
+NOTHING: tuple[str, ...] = ()
+CLASSES = dict.fromkeys("abcdefgh", 4)
+REFUSED = {
+    "a wrong model name": (CLASSES, ("--model.embedder.model_name=resnet5O",), "resnet5O.*did you mean resnet50"),
+    "a missing folder": (CLASSES, ("--data.root=nowhere",), "nowhere"),
+    "a class with one image": ({**CLASSES, "b": 1, "c": 1, "d": 1, "e": 1}, NOTHING, "1 image|one image"),
+    "more classes than there are": (CLASSES, ("--data.classes_per_batch=5",), "classes_per_batch"),
+    "one image per class": (CLASSES, ("--data.samples_per_class=1",), "samples_per_class.*2"),
+    "no validation data": (CLASSES, ("--data.val_fraction=0",), "validation|val_fraction"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_one_clear_error_before_training(folder: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    classes, options, words = REFUSED[what]
+    pictures(folder / "images", classes)
+    with pytest.raises(SystemExit) as stop:
+        fit_folder(folder, *options)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert re.search(words, error[-1]), error
+    assert error[-1].startswith("lightning-dml: error: ")
+    assert not any("Traceback" in line or "Epoch" in line for line in error)
