@@ -120,7 +120,7 @@ class ArrayDataset(LabelledImages):
     Raises:
         InputError: if `images` has another shape or dtype, or another length than `labels`.
 
-    Example:
+    Examples:
         >>> data = ArrayDataset(np.zeros((2, 4, 4), np.uint8), [0, 1], lambda image: image / 255)
         >>> data[1]["image"].shape, data[1]["label"], data[1]["index"]
         (torch.Size([1, 4, 4]), 1, 1)

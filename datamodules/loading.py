@@ -45,7 +45,7 @@ class ResumableLoader(DataLoader[Any]):
     Raises:
         InputError: if `batch_sampler` cannot start an epoch late.
 
-    Example:
+    Examples:
         >>> from lightning_dml.datamodules.samplers import PKBatchSampler
         >>> sampler = PKBatchSampler([0, 0, 1, 1], classes_per_batch=1, samples_per_class=2)
         >>> loader = ResumableLoader(range(4), sampler)

@@ -28,7 +28,7 @@ class SeededIndex(int):
         index: position in the data set.
         seed: for the random number generator; 0 <= seed < 2**63.
 
-    Example:
+    Examples:
         >>> index = SeededIndex(3, seed=11)
         >>> index + 1, index.seed
         (4, 11)
@@ -74,7 +74,7 @@ class PKBatchSampler(Sampler[list[int]]):
         InputError: for labels that are not a vector of integers, a P, K, `num_batches`, seed or rank out of
             range, a class with one image, or fewer usable classes than P x W.
 
-    Example:
+    Examples:
         >>> sampler = PKBatchSampler([0, 0, 1, 1, 2, 2], classes_per_batch=2, samples_per_class=2)
         >>> [len(batch) for batch in sampler]
         [4]
@@ -251,7 +251,7 @@ class UnpaddedDistributedSampler(Sampler[int]):
     Raises:
         InputError: for a negative length or a rank out of range.
 
-    Example:
+    Examples:
         >>> [list(UnpaddedDistributedSampler(5, num_replicas=2, rank=rank)) for rank in range(2)]
         [[0, 2, 4], [1, 3]]
     """

@@ -1,0 +1,35 @@
+"""Weights that are chosen: direct assignment by weight curves."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_dml.errors import InputError
+from lightning_dml.losses.curves import WeightCurve
+from lightning_dml.losses.weighting.base import Weighting
+
+
+class DirectWeighting(Weighting):
+    r"""Weights that are chosen, not derived from a loss; see `DirectWeightingLoss`."""
+
+    def __init__(self, positive: WeightCurve, negative: WeightCurve) -> None:
+        super().__init__()
+        for name, curve in (("positive", positive), ("negative", negative)):
+            if not callable(curve):
+                raise InputError(
+                    f"{name} must be a weight curve, a callable from similarities to weights such as "
+                    f"lightning_dml.losses.curves.Step(0.5), got {curve!r}"
+                )
+        self.positive = positive
+        self.negative = negative
+
+    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Row losses (n,) and weights (n, M)."""
+        # masked_fill and not a product: an exponential curve may be infinite where there is no pair.
+        weights = self.negative(similarity).detach().masked_fill(~negative, 0)
+        weights = weights - self.positive(similarity).detach().masked_fill(~positive, 0)
+        return (weights * similarity).sum(dim=1), weights
+
+    def extra_repr(self) -> str:
+        """What `print` shows between the brackets."""
+        return f"positive={self.positive}, negative={self.negative}"

@@ -1,0 +1,38 @@
+"""The weighting of the multi-similarity loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_dml.errors import InputError
+from lightning_dml.losses.weighting.base import Weighting
+from lightning_dml.losses.weighting.rows import softmax_with_one
+
+
+class MultiSimilarityWeighting(Weighting):
+    r"""Softmax-with-one weights on both sides; see `MultiSimilarityLoss`."""
+
+    def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} is the sharpness of an exponential and must be positive, got {value}")
+        if not math.isfinite(base):
+            raise InputError(f"base must be a finite similarity such as 0.5, got {base}")
+        self.alpha = alpha
+        self.beta = beta
+        self.base = base
+
+    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Row losses (n,) and weights (n, M) in closed form."""
+        offset = similarity - self.base
+        pull, pulled = softmax_with_one((-self.alpha * offset).masked_fill_(~positive, -torch.inf))
+        push, pushed = softmax_with_one(offset.mul_(self.beta).masked_fill_(~negative, -torch.inf))
+        return pull / self.alpha + push / self.beta, pushed.sub_(pulled)
+
+    def extra_repr(self) -> str:
+        """What `print` shows between the brackets."""
+        return f"alpha={self.alpha}, beta={self.beta}, base={self.base}"
