@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
-from lightning_dml.losses.engine import PairLabels, PairSums, pair_sums
+from lightning_dml.losses.engine import PairSums, PairTask, pair_sums, row_statistics
+from lightning_dml.losses.labels import PairLabels
 from lightning_dml.losses.mining import Miner
 from lightning_dml.losses.weighting import Weighting
 
@@ -94,8 +95,25 @@ class PairWeightingLoss(nn.Module):
         Raises:
             InputError: if shapes, lengths or dtypes do not fit together.
         """
-        _check_rows("embeddings", embeddings, "labels", labels, "indices", indices)
         together = self.gather and distributed.is_distributed()
+        references, task = self.prepare(embeddings, labels, ref_emb, ref_labels, indices, ref_indices, together)
+        return self._reduce(pair_sums(embeddings, references, task), len(embeddings), together)
+
+    def prepare(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        indices: Tensor | None,
+        ref_indices: Tensor | None,
+        together: bool,
+    ) -> tuple[Tensor, PairTask]:
+        """Checks the arguments of a call and says what the engine is to do: the references (M, D) and its task.
+
+        With `together`, the in-batch references are the rows of all ranks, and every rank must call.
+        """
+        _check_rows("embeddings", embeddings, "labels", labels, "indices", indices)
         if ref_emb is None:
             if ref_labels is not None or ref_indices is not None:
                 raise InputError("ref_labels and ref_indices need ref_emb; leave all three out for an in-batch loss")
@@ -110,10 +128,17 @@ class PairWeightingLoss(nn.Module):
                     "anchors and references must come from embedders of the same dimension"
                 )
             references, pairs = ref_emb, PairLabels(labels, ref_labels, indices, ref_indices)
-        sums = pair_sums(
-            embeddings, references, pairs, self.miner, self.weighting, self.block_bytes, self.reduction != "anchors"
-        )
-        return self._reduce(sums, len(embeddings), together)
+        task = PairTask(pairs, self.miner, self.weighting, self.block_bytes, count=self.reduction != "anchors")
+        statistics = row_statistics(embeddings, references, task)
+        if statistics is not None:
+            if ref_emb is not None:
+                raise InputError(
+                    f"{type(self.weighting).__name__} couples the rows of anchors and positives and works in-batch "
+                    "only: leave ref_emb out, or choose a variant or loss whose anchors are independent"
+                )
+            everyone = distributed.gather_rows(statistics) if together else statistics
+            task = task._replace(statistics=(statistics, everyone))
+        return references, task
 
     def _reduce(self, sums: PairSums, anchors: int, together: bool) -> Tensor:
         loss = sums.loss

@@ -1,70 +1,26 @@
-"""The pair engine: any mining with any weighting over blocks of anchor rows, in bounded memory.
+"""The pair engine: any mining with any weighting over blocks of the similarity matrix, in bounded memory.
 
 Anchors are independent of one another, so a loss needs only a few rows of the similarity matrix S = A R^T at
 a time. For each block the engine computes S, mines, asks the weighting for the row losses and for dL/dS, and
 multiplies dL/dS straight back into the gradients of anchors and references. Nothing of the size of S outlives
-its block, whatever the loss.
+its block, whatever the loss. Where a pair's weight depends on its own similarity alone, a block need not even be
+a whole row: it is then a tile that stays in the processor's cache.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_dml.losses.labels import PairLabels
 from lightning_dml.losses.mining import Miner
-from lightning_dml.losses.weighting import Weighting
+from lightning_dml.losses.weighting.base import Weighting
 
-UNLABELLED = -1
-"""Label of a row that takes part in no pair: an empty or refused slot of a memory bank."""
-
-
-@dataclass(frozen=True)
-class PairLabels:
-    """What decides which pairs are positive, negative or none.
-
-    Attributes:
-        anchors: (N,) int64 labels.
-        references: (M,) int64 labels.
-        anchor_indices: (N,) int64 sample indices, or None; -1 where unknown.
-        ref_indices: (M,) int64 sample indices, or None; -1 where unknown.
-        own_column: column of the first anchor's own row where the references hold the anchors in order
-            (in-batch), else None.
-    """
-
-    anchors: Tensor
-    references: Tensor
-    anchor_indices: Tensor | None = None
-    ref_indices: Tensor | None = None
-    own_column: int | None = None
-
-    def masks(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Positive and negative masks, (n, M) bool, of the anchors in `rows`.
-
-        A pair of a sample with itself (its own row, or any reference with the same sample index) is neither
-        positive nor negative, and so is a pair with an unlabelled side.
-        """
-        anchors = self.anchors[rows, None]
-        positive = anchors == self.references
-        negative = ~positive
-        if self.own_column is not None:
-            own = torch.arange(len(anchors), device=anchors.device)
-            positive[own, own + (self.own_column + (rows.start or 0))] = False
-        if self.anchor_indices is not None and self.ref_indices is not None:
-            indices = self.anchor_indices[rows, None]
-            copies = (indices == self.ref_indices) & (indices >= 0)
-            positive &= ~copies
-            negative &= ~copies
-        for labels in (anchors, self.references):
-            # On an accelerator asking would be a synchronisation that costs more than the mask.
-            if labels.is_cuda or bool((labels == UNLABELLED).any()):
-                labelled = labels != UNLABELLED
-                positive &= labelled
-                negative &= labelled
-        return positive, negative
+_CACHE_BYTES = 2**20  # a tile of this size and what is computed from it stay in the second-level cache of one core
 
 
 class PairSums(NamedTuple):
@@ -81,28 +37,51 @@ class PairSums(NamedTuple):
     pairs: Tensor
 
 
-def pair_sums(
-    anchors: Tensor,
-    references: Tensor,
-    labels: PairLabels,
-    miner: Miner | None,
-    weighting: Weighting,
-    block_bytes: int,
-    count: bool,
-) -> PairSums:
-    """Runs the engine.
+class PairTask(NamedTuple):
+    """What the engine works on beside the embeddings.
 
-    Args:
-        anchors: (N, D) float embeddings.
-        references: (M, D) float embeddings; may be `anchors` itself.
+    Attributes:
         labels: decides which pairs exist.
         miner: keeps the informative pairs; None keeps all.
         weighting: row losses and their derivative with respect to S.
         block_bytes: upper limit of one block of S, in bytes; at least one row is taken.
         count: whether to count active anchors and pairs (one more pass over each block); else both are 0.
+        statistics: the weighting's row statistics of all anchors (N,) and of all references (M,), where it has some.
     """
-    loss, active_anchors, pairs = _PairSums.apply(anchors, references, labels, miner, weighting, block_bytes, count)
-    return PairSums(loss, active_anchors, pairs)
+
+    labels: PairLabels
+    miner: Miner | None
+    weighting: Weighting
+    block_bytes: int
+    count: bool = False
+    statistics: tuple[Tensor, Tensor] | None = None
+
+    def mined(self, similarity: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Masks of the kept positives and negatives of a block."""
+        positive, negative = self.labels.masks(rows, columns)
+        return (positive, negative) if self.miner is None else self.miner(similarity, positive, negative)
+
+
+def pair_sums(anchors: Tensor, references: Tensor, task: PairTask) -> PairSums:
+    """Runs the engine on anchors (N, D) and references (M, D), which may be the same tensor."""
+    parameters = [each for each in task.weighting.parameters() if each.requires_grad]
+    return PairSums(*_PairSums.apply(anchors, references, task, *parameters))
+
+
+@torch.no_grad()
+def row_statistics(anchors: Tensor, references: Tensor, task: PairTask) -> Tensor | None:
+    """The weighting's statistic of each anchor, (N,), in a sweep of its own; None if it has none."""
+    if type(task.weighting).row_statistics is Weighting.row_statistics:
+        return None
+    left, right = _computed(anchors, references)
+    parts = []
+    with torch.autocast(left.device.type, enabled=False):
+        for rows, columns in _blocks(len(left), right, task, whole_rows=True):
+            similarity = left[rows] @ right.T
+            part = task.weighting.row_statistics(similarity, *task.mined(similarity, rows, columns))
+            assert part is not None
+            parts.append(part)
+    return torch.cat(parts) if parts else left.new_zeros(0)
 
 
 class _PairSums(torch.autograd.Function):
@@ -110,45 +89,42 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        anchors: Tensor,
-        references: Tensor,
-        labels: PairLabels,
-        miner: Miner | None,
-        weighting: Weighting,
-        block_bytes: int,
-        count: bool,
+        ctx: Any, anchors: Tensor, references: Tensor, task: PairTask, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_anchors, wants_references = ctx.needs_input_grad[:2]
-        # Exponentials of alpha = 50 overflow half precision, so the mathematics is float32 at least.
-        dtype = torch.promote_types(torch.promote_types(anchors.dtype, references.dtype), torch.float32)
-        left, right = anchors.detach().to(dtype), references.detach().to(dtype)
+        left, right = _computed(anchors, references)
         loss = left.new_zeros(())
-        active, pairs = (torch.zeros((), dtype=torch.int64, device=left.device) for _ in range(2))
+        counts = torch.zeros(len(left), dtype=torch.int64, device=left.device)
         grad_left = torch.zeros_like(left) if wants_anchors else None
         grad_right = torch.zeros_like(right) if wants_references else None
+        grad_parameters = [torch.zeros_like(each) for each in parameters]
 
-        step = max(1, block_bytes // max(1, len(right) * left.element_size()))
         with torch.autocast(left.device.type, enabled=False):
-            for start in range(0, len(left), step):
-                rows = slice(start, start + step)
-                similarity = left[rows] @ right.T
-                positive, negative = labels.masks(rows)
-                if miner is not None:
-                    positive, negative = miner(similarity, positive, negative)
-                row_losses, weights = weighting(similarity, positive, negative)
-                loss += row_losses.sum()
-                if count:
-                    per_row = torch.count_nonzero(weights, dim=1)
-                    active += torch.count_nonzero(per_row)
-                    pairs += per_row.sum()
+            for rows, columns in _blocks(len(left), right, task):
+                similarity = left[rows] @ right[columns].T
+                positive, negative = task.mined(similarity, rows, columns)
+                if parameters:
+                    losses, weights, grads = task.weighting.with_parameters(similarity, positive, negative, parameters)
+                    for total, grad in zip(grad_parameters, grads, strict=True):
+                        total += grad
+                elif task.statistics is not None:
+                    own, all_rows = task.statistics
+                    losses, weights = task.weighting(similarity, positive, negative, (own[rows], all_rows))
+                else:
+                    losses, weights = task.weighting(similarity, positive, negative)
+                loss += losses.sum()
+                if task.count:
+                    counts[rows] += torch.count_nonzero(weights, dim=1)
                 if grad_left is not None:
-                    torch.mm(weights, right, out=grad_left[rows])
+                    grad_left[rows].addmm_(weights, right[columns])
                 if grad_right is not None:
-                    grad_right.addmm_(weights.T, left[rows])
+                    grad_right[columns].addmm_(weights.T, left[rows])
+        active, pairs = torch.count_nonzero(counts), counts.sum()
         ctx.gradients = (
             None if grad_left is None else grad_left.to(anchors.dtype),
             None if grad_right is None else grad_right.to(references.dtype),
+            None,
+            *grad_parameters,
         )
         ctx.mark_non_differentiable(active, pairs)
         return loss, active, pairs
@@ -156,9 +132,23 @@ class _PairSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = ctx.gradients
-        return (
-            None if left is None else left * grad_loss.to(left.dtype),
-            None if right is None else right * grad_loss.to(right.dtype),
-            *(None,) * 5,
-        )
+        return tuple(None if each is None else each * grad_loss.to(each.dtype) for each in ctx.gradients)
+
+
+def _computed(anchors: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the mathematics: exponentials of 50 S overflow half precision, so float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(anchors.dtype, references.dtype), torch.float32)
+    return anchors.detach().to(dtype), references.detach().to(dtype)
+
+
+def _blocks(count: int, right: Tensor, task: PairTask, whole_rows: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Row and column ranges that cover the similarity matrix, row after row."""
+    entries = max(1, task.block_bytes // right.element_size())
+    tiled = not whole_rows and task.weighting.separable and (task.miner is None or task.miner.separable)
+    if tiled and right.device.type == "cpu":
+        entries = min(entries, _CACHE_BYTES // right.element_size())
+    height = max(1, min(count, 256, entries)) if tiled else max(1, entries // max(1, len(right)))
+    width = max(1, entries // height) if tiled else max(1, len(right))
+    for top in range(0, count, height):
+        for start in range(0, max(1, len(right)), width):
+            yield slice(top, min(top + height, count)), slice(start, min(start + width, len(right)))

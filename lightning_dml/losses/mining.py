@@ -15,7 +15,12 @@ class Miner(nn.Module):
 
     A miner sees a block of similarities and the masks of the pairs there are, and returns smaller masks. It is
     called without gradient.
+
+    Attributes:
+        separable: whether keeping a pair depends on its own similarity alone. The engine then passes any part of a row.
     """
+
+    separable: bool = False
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Mines a block of rows.

@@ -12,6 +12,8 @@ from lightning_dml.losses.weighting.base import Weighting
 class ContrastiveWeighting(Weighting):
     r"""Weight 1 on positives, and 1 on negatives above the margin; see `ContrastiveLoss`."""
 
+    separable = True
+
     def __init__(self, margin: float = 0.5, pos_margin: float | None = None) -> None:
         super().__init__()
         for name, value in (("margin", margin), ("pos_margin", pos_margin)):

@@ -12,6 +12,8 @@ from lightning_dml.losses.weighting.base import Weighting
 class DirectWeighting(Weighting):
     r"""Weights that are chosen, not derived from a loss; see `DirectWeightingLoss`."""
 
+    separable = True
+
     def __init__(self, positive: WeightCurve, negative: WeightCurve) -> None:
         super().__init__()
         for name, curve in (("positive", positive), ("negative", negative)):

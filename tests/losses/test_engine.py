@@ -1,0 +1,103 @@
+"""What the engine does beside the losses: tiles, learnable parameters, statistics of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_dml.errors import InputError
+from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, PairWeightingLoss
+from lightning_dml.losses.weighting import Weighting
+from tests.losses.test_pair_losses import gradients
+
+
+def data(anchors: int = 21, references: int = 50) -> dict[str, Any]:
+    """A batch against references that hold some of its samples."""
+    return {
+        "embeddings": F.normalize(torch.randn(anchors, 6, dtype=torch.float64), dim=1),
+        "labels": torch.arange(anchors) % 4,
+        "ref_emb": F.normalize(torch.randn(references, 6, dtype=torch.float64), dim=1),
+        "ref_labels": torch.arange(references) % 5,
+        "indices": torch.arange(anchors),
+        "ref_indices": torch.arange(references) + 9,
+    }
+
+
+@pytest.mark.parametrize("loss", [ContrastiveLoss(0.2), MultiSimilarityLoss()])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_any_block_gives_the_same(loss: PairWeightingLoss, in_batch: bool) -> None:
+    """A block size is a matter of memory; it must never be one of results."""
+    batch = data()
+    if in_batch:
+        batch = {name: value for name, value in batch.items() if not name.startswith("ref_")}
+    results = []
+    for block in (1, 8, 100, 1000, 2**24):
+        loss.block_bytes = block
+        results.append(gradients(loss, batch))
+    for other in results[1:]:
+        for ours, first in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, first, rtol=0, atol=1e-12)
+
+
+class Bounded(Weighting):
+    """Contrastive on negatives, with a margin that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.margin = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+        self.unused = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def row_losses(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        """Textbook formula."""
+        return ((similarity - self.margin).relu() * negative).square().sum(dim=1)
+
+
+def test_parameters_of_a_weighting_are_trained() -> None:
+    """A margin's beta that gets no gradient would silently stay where it started."""
+    batch, loss = data(), PairWeightingLoss(Bounded(), block_bytes=500)
+    loss(**batch).backward()
+    similarity = batch["embeddings"] @ batch["ref_emb"].T
+    margin = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    negative = batch["labels"][:, None] != batch["ref_labels"]
+    negative &= batch["indices"][:, None] != batch["ref_indices"]
+    (((similarity - margin).relu() * negative).square().sum() / 21).backward()
+    weighting = loss.weighting
+    assert isinstance(weighting, Bounded)
+    torch.testing.assert_close(weighting.margin.grad, margin.grad)
+    assert torch.equal(weighting.unused.grad, torch.zeros(3, dtype=torch.float64))
+
+
+class Coupled(Weighting):
+    """Pulls positives harder where both have many similar negatives: rows need each other's statistics."""
+
+    def row_statistics(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        """Sum of the similarities of the negatives."""
+        return (similarity * negative).sum(dim=1)
+
+    def forward(
+        self, similarity: Tensor, positive: Tensor, negative: Tensor, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The statistics of both ends as the row loss."""
+        assert statistics is not None
+        own, others = statistics
+        return ((own[:, None] + others) * positive).sum(dim=1), torch.zeros_like(similarity)
+
+
+def test_rows_get_the_statistics_of_all_rows() -> None:
+    """The original lifted structure loss couples the two ends of a positive pair."""
+    batch = {name: value for name, value in data().items() if name in ("embeddings", "labels")}
+    same = batch["labels"][:, None] == batch["labels"]
+    own = ((batch["embeddings"] @ batch["embeddings"].T) * ~same).sum(dim=1)
+    expected = ((own[:, None] + own) * same.fill_diagonal_(False)).sum() / 21
+    for block in (1, 400, 2**20):
+        torch.testing.assert_close(PairWeightingLoss(Coupled(), block_bytes=block)(**batch), expected)
+
+
+def test_coupled_rows_refuse_references() -> None:
+    """A memory's rows are no anchors, so their statistics are not known."""
+    with pytest.raises(InputError, match=r"Coupled.*in-batch only"):
+        PairWeightingLoss(Coupled())(**data())
