@@ -2,16 +2,55 @@
 
 from lightning_dml.losses import curves, mining, weighting
 from lightning_dml.losses.base import PairWeightingLoss
-from lightning_dml.losses.mining import MultiSimilarityMiner
+from lightning_dml.losses.general import GeneralPairWeightingLoss
+from lightning_dml.losses.inspection import pair_weights
+from lightning_dml.losses.logistic_losses import BinomialDevianceLoss, CircleLoss, LiftedStructureLoss
+from lightning_dml.losses.metric_losses import MarginLoss
+from lightning_dml.losses.mining import (
+    AllPairs,
+    BatchHardMiner,
+    DistanceWeightedMiner,
+    MultiSimilarityMiner,
+    RankedListMiner,
+    SemiHardMiner,
+    ThresholdMiner,
+    TopKMiner,
+    TripletViolationMiner,
+)
 from lightning_dml.losses.named import ContrastiveLoss, DirectWeightingLoss, MultiSimilarityLoss
+from lightning_dml.losses.ranking_losses import FastAPLoss, RankedListLoss
+from lightning_dml.losses.softmax_losses import NCALoss, NPairLoss, NTXentLoss, SupConLoss, TupletMarginLoss
+from lightning_dml.losses.triplet_losses import TripletLoss
 
 __all__ = [
+    "AllPairs",
+    "BatchHardMiner",
+    "BinomialDevianceLoss",
+    "CircleLoss",
     "ContrastiveLoss",
     "DirectWeightingLoss",
+    "DistanceWeightedMiner",
+    "FastAPLoss",
+    "GeneralPairWeightingLoss",
+    "LiftedStructureLoss",
+    "MarginLoss",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
+    "NCALoss",
+    "NPairLoss",
+    "NTXentLoss",
     "PairWeightingLoss",
+    "RankedListLoss",
+    "RankedListMiner",
+    "SemiHardMiner",
+    "SupConLoss",
+    "ThresholdMiner",
+    "TopKMiner",
+    "TripletLoss",
+    "TripletViolationMiner",
+    "TupletMarginLoss",
     "curves",
     "mining",
+    "pair_weights",
     "weighting",
 ]

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.losses.engine import PairSums, PairTask, pair_sums, row_statistics
-from lightning_dml.losses.labels import PairLabels
+from lightning_dml.losses.labels import UNLABELLED, PairLabels
 from lightning_dml.losses.mining import Miner
 from lightning_dml.losses.weighting import Weighting
+
+SAMPLE = 256  # references whose length is checked in every call
 
 Reduction = Literal["anchors", "active_anchors", "pairs"]
 
@@ -37,6 +39,11 @@ class PairWeightingLoss(nn.Module):
         gather: False keeps the loss within the rank: own batch as references, own counts, no collective.
         block_bytes: upper limit in bytes of a block of S; the working memory is a few times that.
 
+    Attributes:
+        validate: whether a call checks that rows are finite and of unit length, all anchors and a sample of the
+            references; and, should the loss not be finite, which rows are to blame. None, the default, checks on a
+            CPU and not on an accelerator, where the answer would be waited for. Set it to False for raw inner products.
+
     Raises:
         InputError: for an unknown reduction or a block of less than one byte.
 
@@ -47,6 +54,8 @@ class PairWeightingLoss(nn.Module):
         >>> float(loss(embeddings, torch.tensor([0, 0, 1])))  # (1 + 0.3) + (1 + 0.1) + (0.3 + 0.1), over 3
         0.93333...
     """
+
+    validate: bool | None = None
 
     def __init__(
         self,
@@ -93,11 +102,15 @@ class PairWeightingLoss(nn.Module):
             0-dim loss in float32 (float64 for float64 embeddings); 0 with a zero gradient where no pair exists.
 
         Raises:
-            InputError: if shapes, lengths or dtypes do not fit together.
+            InputError: if shapes, lengths or dtypes do not fit together, or rows are not finite or not of unit length.
         """
         together = self.gather and distributed.is_distributed()
         references, task = self.prepare(embeddings, labels, ref_emb, ref_labels, indices, ref_indices, together)
-        return self._reduce(pair_sums(embeddings, references, task), len(embeddings), together)
+        sums = pair_sums(embeddings, references, task)
+        if self._validates(embeddings) and not bool(torch.isfinite(sums.loss)):
+            check_unit_rows("embeddings", embeddings)
+            check_unit_rows("ref_emb", references[task.labels.references != UNLABELLED])
+        return self._reduce(sums, len(embeddings), together)
 
     def prepare(
         self,
@@ -128,7 +141,12 @@ class PairWeightingLoss(nn.Module):
                     "anchors and references must come from embedders of the same dimension"
                 )
             references, pairs = ref_emb, PairLabels(labels, ref_labels, indices, ref_indices)
-        task = PairTask(pairs, self.miner, self.weighting, self.block_bytes, count=self.reduction != "anchors")
+        if self._validates(embeddings):
+            check_unit_rows("embeddings", embeddings)
+            if ref_emb is not None:
+                every = slice(None, None, max(1, len(references) // SAMPLE))
+                check_unit_rows("ref_emb", references[every][pairs.references[every] != UNLABELLED])
+        task = PairTask(pairs, self.miner, self.weighting, self.block_bytes, counting=self.reduction != "anchors")
         statistics = row_statistics(embeddings, references, task)
         if statistics is not None:
             if ref_emb is not None:
@@ -139,6 +157,9 @@ class PairWeightingLoss(nn.Module):
             everyone = distributed.gather_rows(statistics) if together else statistics
             task = task._replace(statistics=(statistics, everyone))
         return references, task
+
+    def _validates(self, embeddings: Tensor) -> bool:
+        return embeddings.device.type == "cpu" if self.validate is None else self.validate
 
     def _reduce(self, sums: PairSums, anchors: int, together: bool) -> Tensor:
         loss = sums.loss
@@ -169,6 +190,28 @@ def _in_batch(embeddings: Tensor, labels: Tensor, indices: Tensor | None, togeth
     ref_indices = None if indices is None else distributed.gather_rows(indices, counts)
     own_column = sum(counts[: distributed.rank()])
     return references, PairLabels(labels, ref_labels, indices, ref_indices, own_column)
+
+
+def check_unit_rows(name: str, rows: Tensor) -> None:
+    """Raises `InputError` unless every row (n, D) is finite and of unit length."""
+    rows = rows.detach()
+    tolerance = 2e-2  # rows that were kept in bfloat16 are off by up to a hundredth
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    wrong = ~((norms - 1).abs() <= tolerance)  # NaN as well
+    if not bool(wrong.any()):
+        return
+    first = int(wrong.nonzero()[0])
+    if not bool(torch.isfinite(norms[first])):
+        raise InputError(
+            f"{name} must be finite, but {int((~torch.isfinite(norms)).sum())} of {len(rows)} rows are not, such as "
+            f"row {first}: the training has diverged or the input is broken; lower the learning rate, or train in bf16 "
+            "or float32"
+        )
+    raise InputError(
+        f"{name} must have rows of unit length, but {int(wrong.sum())} of {len(rows)} have not, such as row {first} of "
+        f"length {float(norms[first]):.4g}: normalise with torch.nn.functional.normalize, or set the loss's validate "
+        "to False for raw inner products"
+    )
 
 
 def _check_rows(

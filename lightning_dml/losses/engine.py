@@ -10,6 +10,7 @@ a whole row: it is then a tile that stays in the processor's cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from lightning_dml.losses.labels import PairLabels
 from lightning_dml.losses.mining import Miner
 from lightning_dml.losses.weighting.base import Weighting
 
-_CACHE_BYTES = 2**20  # a tile of this size and what is computed from it stay in the second-level cache of one core
+_CACHE_BYTES = 2**22  # a tile of this size stays in the processor's cache, and is worth the calls that it takes
 
 
 class PairSums(NamedTuple):
@@ -45,7 +46,7 @@ class PairTask(NamedTuple):
         miner: keeps the informative pairs; None keeps all.
         weighting: row losses and their derivative with respect to S.
         block_bytes: upper limit of one block of S, in bytes; at least one row is taken.
-        count: whether to count active anchors and pairs (one more pass over each block); else both are 0.
+        counting: whether to count active anchors and pairs (one more pass over each block); else both are 0.
         statistics: the weighting's row statistics of all anchors (N,) and of all references (M,), where it has some.
     """
 
@@ -53,7 +54,7 @@ class PairTask(NamedTuple):
     miner: Miner | None
     weighting: Weighting
     block_bytes: int
-    count: bool = False
+    counting: bool = False
     statistics: tuple[Tensor, Tensor] | None = None
 
     def mined(self, similarity: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
@@ -75,13 +76,24 @@ def row_statistics(anchors: Tensor, references: Tensor, task: PairTask) -> Tenso
         return None
     left, right = _computed(anchors, references)
     parts = []
-    with torch.autocast(left.device.type, enabled=False):
+    with drawing_again(task.miner), torch.autocast(left.device.type, enabled=False):
         for rows, columns in _blocks(len(left), right, task, whole_rows=True):
             similarity = left[rows] @ right.T
             part = task.weighting.row_statistics(similarity, *task.mined(similarity, rows, columns))
             assert part is not None
             parts.append(part)
     return torch.cat(parts) if parts else left.new_zeros(0)
+
+
+@contextmanager
+def drawing_again(miner: Miner | None) -> Iterator[None]:
+    """Puts a sampled miner back afterwards, so that the next sweep draws the same pairs."""
+    state = {} if miner is None else miner.state_dict()
+    try:
+        yield
+    finally:
+        if miner is not None:
+            miner.load_state_dict(state)
 
 
 class _PairSums(torch.autograd.Function):
@@ -98,10 +110,11 @@ class _PairSums(torch.autograd.Function):
         grad_left = torch.zeros_like(left) if wants_anchors else None
         grad_right = torch.zeros_like(right) if wants_references else None
         grad_parameters = [torch.zeros_like(each) for each in parameters]
+        buffer: list[Tensor] = []
 
         with torch.autocast(left.device.type, enabled=False):
             for rows, columns in _blocks(len(left), right, task):
-                similarity = left[rows] @ right[columns].T
+                similarity = _product(left[rows], right[columns], buffer)
                 positive, negative = task.mined(similarity, rows, columns)
                 if parameters:
                     losses, weights, grads = task.weighting.with_parameters(similarity, positive, negative, parameters)
@@ -113,7 +126,7 @@ class _PairSums(torch.autograd.Function):
                 else:
                     losses, weights = task.weighting(similarity, positive, negative)
                 loss += losses.sum()
-                if task.count:
+                if task.counting:
                     counts[rows] += torch.count_nonzero(weights, dim=1)
                 if grad_left is not None:
                     grad_left[rows].addmm_(weights, right[columns])
@@ -139,6 +152,13 @@ def _computed(anchors: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the mathematics: exponentials of 50 S overflow half precision, so float32 at least."""
     dtype = torch.promote_types(torch.promote_types(anchors.dtype, references.dtype), torch.float32)
     return anchors.detach().to(dtype), references.detach().to(dtype)
+
+
+def _product(rows: Tensor, columns: Tensor, buffer: list[Tensor]) -> Tensor:
+    """Their products, (n, m), in the memory of the last block of this size: fresh memory is slower than the product."""
+    if not buffer or buffer[0].shape != (len(rows), len(columns)):
+        buffer[:] = [rows.new_empty(len(rows), len(columns))]
+    return torch.mm(rows, columns.T, out=buffer[0])
 
 
 def _blocks(count: int, right: Tensor, task: PairTask, whole_rows: bool = False) -> Iterator[tuple[slice, slice]]:

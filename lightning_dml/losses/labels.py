@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 UNLABELLED = -1
 """Label of a row that takes part in no pair: an empty or refused slot of a memory bank."""
+
+_NOTHING = -2  # never equal to an unlabelled or unnumbered reference
+_TABLE = 2**24  # largest label or index that a look-up table is made for
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,21 @@ class PairLabels:
     anchor_indices: Tensor | None = None
     ref_indices: Tensor | None = None
     own_column: int | None = None
+    _same_label: _Matches = field(init=False, repr=False)
+    _same_sample: _Matches | None = field(init=False, repr=False, default=None)
+    _unlabelled: tuple[Tensor, Tensor] | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        labelled = self.anchors != UNLABELLED, self.references != UNLABELLED
+        # On an accelerator asking would be a synchronisation that costs more than the mask.
+        if self.anchors.is_cuda or not (bool(labelled[0].all()) and bool(labelled[1].all())):
+            object.__setattr__(self, "_unlabelled", (~labelled[0], ~labelled[1]))
+        anchors = self.anchors.masked_fill(self.anchors == UNLABELLED, _NOTHING)
+        object.__setattr__(self, "_same_label", _Matches.of(anchors, self.references))
+        if self.anchor_indices is not None and self.ref_indices is not None:
+            indices = self.anchor_indices.masked_fill(self.anchor_indices < 0, _NOTHING)
+            references = self.ref_indices.clamp_min(-1)
+            object.__setattr__(self, "_same_sample", _Matches.of(indices, references))
 
     def masks(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Positive and negative masks, (n, m) bool, of the block of anchors `rows` and references `columns`.
@@ -36,25 +54,76 @@ class PairLabels:
         A pair of a sample with itself (its own row, or any reference with the same sample index) is neither
         positive nor negative, and so is a pair with an unlabelled side.
         """
-        anchors, references = self.anchors[rows, None], self.references[columns]
-        positive = anchors == references
+        positive = self._same_label.mask(rows, columns)
         negative = ~positive
         if self.own_column is not None:
-            own = torch.arange(rows.start, rows.stop, device=anchors.device)
+            own = torch.arange(rows.start, rows.stop, device=positive.device)
             column = own + (self.own_column - columns.start)
-            inside = (column >= 0) & (column < len(references))
+            inside = (column >= 0) & (column < positive.shape[1])
             own, column = own[inside] - rows.start, column[inside]
             positive[own, column] = False
             negative[own, column] = False
-        if self.anchor_indices is not None and self.ref_indices is not None:
-            indices = self.anchor_indices[rows, None]
-            copies = (indices == self.ref_indices[columns]) & (indices >= 0)
-            positive &= ~copies
-            negative &= ~copies
-        for labels in (anchors, references):
-            # On an accelerator asking would be a synchronisation that costs more than the mask.
-            if labels.is_cuda or bool((labels == UNLABELLED).any()):
-                labelled = labels != UNLABELLED
-                positive &= labelled
-                negative &= labelled
+        if self._same_sample is not None:
+            self._same_sample.clear(rows, columns, positive, negative)
+        if self._unlabelled is not None:
+            anchors, references = self._unlabelled
+            negative &= ~(anchors[rows, None] | references[columns])
         return positive, negative
+
+
+@dataclass(frozen=True)
+class _Matches:
+    """Where a value of the anchors equals one of the references.
+
+    Few references match any anchor, and a look-up table finds those in one pass over the references; only they are
+    then compared with each anchor. Without a table (on an accelerator, where it would need a synchronisation, or for
+    very large values) all are.
+    """
+
+    anchors: Tensor
+    references: Tensor
+    columns: Tensor | None  # ascending; None means all
+
+    @classmethod
+    def of(cls, anchors: Tensor, references: Tensor) -> _Matches:
+        if anchors.device.type != "cpu" or not len(anchors) or not len(references):
+            return cls(anchors, references, None)
+        largest = int(anchors.max())
+        if largest > _TABLE:
+            return cls(anchors, references, None)
+        # Every value that no anchor has looks up the last entry, which is False.
+        table = torch.zeros(max(0, largest) + 2, dtype=torch.bool)
+        table[anchors[anchors >= 0].long()] = True
+        table[-1] = False
+        places = references.long().clamp(max=largest + 1) if largest >= 0 else torch.zeros_like(references).long()
+        places = torch.where(places < 0, len(table) - 1, places) if bool((references < 0).any()) else places
+        columns = table[places].nonzero()[:, 0]
+        if largest < 0 or bool((anchors < _NOTHING).any()):  # negative labels of the caller's own
+            return cls(anchors, references, None)
+        return cls(anchors, references, columns)
+
+    def mask(self, rows: slice, columns: slice) -> Tensor:
+        """(n, m) bool, whether anchor and reference match."""
+        if self.columns is None:
+            return self.anchors[rows, None] == self.references[columns]
+        hits = self._hits(columns)
+        mask = torch.zeros(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.bool)
+        return mask.index_copy_(1, hits - columns.start, self.anchors[rows, None] == self.references[hits])
+
+    def clear(self, rows: slice, columns: slice, *masks: Tensor) -> None:
+        """Makes each of the masks (n, m) False where anchor and reference match."""
+        if self.columns is None:
+            differs = self.anchors[rows, None] != self.references[columns]
+            for mask in masks:
+                mask &= differs
+            return
+        hits = self._hits(columns)
+        row, place = (self.anchors[rows, None] == self.references[hits]).nonzero(as_tuple=True)
+        for mask in masks:
+            mask[row, hits[place] - columns.start] = False
+
+    def _hits(self, columns: slice) -> Tensor:
+        assert self.columns is not None
+        bounds = torch.tensor([columns.start, columns.stop])
+        first, last = torch.searchsorted(self.columns, bounds).tolist()
+        return self.columns[first:last]

@@ -43,6 +43,8 @@ class MetricLearningModule(LightningModule):
             (the values of XBM's SOP recipe, which used Adam).
         lr_scheduler: makes the scheduler from the optimizer; None keeps the rate. A `ReduceLROnPlateau` of
             Lightning's (`pytorch_lightning.cli.ReduceLROnPlateau`) watches its `monitor`.
+        loss_lr: learning rate of the parameters of the losses themselves, such as a margin's beta or another library's
+            proxies; None is the embedder's.
         lr_interval: whether the scheduler steps per `epoch` or per `step`.
         ks: the K of the Recall@K that evaluation logs.
 
@@ -50,7 +52,8 @@ class MetricLearningModule(LightningModule):
         memory_bank: the `MemoryBank` in use, or None.
 
     Raises:
-        InputError: for weights that are negative or both 0, or an unknown `lr_interval`.
+        InputError: for weights that are negative or both 0, a `loss_lr` that is not positive, or an unknown
+            `lr_interval`.
     """
 
     memory_bank: MemoryBank | None
@@ -64,6 +67,7 @@ class MetricLearningModule(LightningModule):
         memory_weight: float = 1.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        loss_lr: float | None = None,
         lr_interval: str = "epoch",
         ks: Sequence[int] = (1, 2, 4, 8),
     ) -> None:
@@ -80,6 +84,8 @@ class MetricLearningModule(LightningModule):
             raise InputError("batch_weight and memory_weight are both 0, so nothing would be trained; raise one")
         if lr_interval not in ("epoch", "step"):
             raise InputError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
+        if loss_lr is not None and loss_lr <= 0:
+            raise InputError(f"loss_lr must be positive, or None for the embedder's rate, got {loss_lr}")
         self.embedder = embedder
         self.loss = loss
         self.memory_loss = memory_loss
@@ -87,6 +93,7 @@ class MetricLearningModule(LightningModule):
         self.memory_weight = memory_weight
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.loss_lr = loss_lr
         self.lr_interval = lr_interval
         self.memory_bank = None
         self.val_metrics = RetrievalMetrics(ks=tuple(ks))
@@ -137,7 +144,7 @@ class MetricLearningModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler over the parameters that train, those made in `configure_model` included."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        parameters = self._parameter_groups()
         if self.optimizer is None:
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 parameters, lr=DEFAULT_LR, weight_decay=DEFAULT_WEIGHT_DECAY
@@ -151,6 +158,20 @@ class MetricLearningModule(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             settings["monitor"] = getattr(scheduler, "monitor", "val/recall@1")
         return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """What trains, the losses' own parameters in a group of their own where they have another rate."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.loss_lr is None:
+            return [{"params": trained}]
+        of_losses = {
+            id(each) for part in (self.loss, self.memory_loss) if part is not None for each in part.parameters()
+        }
+        groups = [
+            {"params": [each for each in trained if id(each) not in of_losses]},
+            {"params": [each for each in trained if id(each) in of_losses], "lr": self.loss_lr},
+        ]
+        return [group for group in groups if group["params"]]
 
     def _log_train(self, name: str, value: Tensor, batch_size: int, prog_bar: bool = False) -> None:
         self.log(name, value.detach(), on_step=True, on_epoch=False, prog_bar=prog_bar, batch_size=batch_size)
@@ -177,6 +198,9 @@ def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Ten
             references["ref_indices"] = bank.indices
         value: Tensor = loss(embeddings, labels, indices=indices, **references)
         return value
+    if bank is not None and bank.refused:  # slots of refused rows: our losses know their label, others do not
+        filled = bank.labels >= 0
+        references = {name: rows[filled] for name, rows in references.items()}
     # A loss that knows nothing of ranks: every rank computes it on the whole batch. The backward pass of the gather
     # sums the ranks' equal gradients and DDP takes the mean, which leaves the gradient of one process.
     counts = distributed.row_counts(len(embeddings), embeddings.device)

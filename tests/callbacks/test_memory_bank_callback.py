@@ -27,12 +27,14 @@ class Watched(MetricLearningModule):
         self.seen: list[tuple[dict[str, Tensor], dict[str, Any] | None, nn.Module]] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Copies the state before the step, as the step itself would change it."""
         bank = None if self.memory_bank is None else self.memory_bank.state_dict()
         self.seen.append((batch, bank, copy.deepcopy(self.embedder)))
         return super().training_step(batch, batch_idx)
 
 
 def fit(callback: MemoryBankCallback, steps: int = 6, **settings: Any) -> Watched:
+    """Trains a few steps on a rate that moves the weights visibly, so that stale keys differ from fresh ones."""
     module = Watched(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     trainer = Trainer(max_steps=steps, limit_val_batches=0, callbacks=[callback], **QUIET, **settings)
     trainer.fit(module, TinyData())
@@ -40,6 +42,7 @@ def fit(callback: MemoryBankCallback, steps: int = 6, **settings: Any) -> Watche
 
 
 def test_online_keys_are_the_step_outputs_enqueued_after_it() -> None:
+    """A batch already in the bank at its own step would be compared with itself."""
     module = fit(MemoryBankCallback(size=20, momentum=None))
     expected = MemoryBank(20, 6)
     for step, (batch, bank, embedder) in enumerate(module.seen):
@@ -54,6 +57,7 @@ def test_online_keys_are_the_step_outputs_enqueued_after_it() -> None:
 
 
 def test_momentum_keys_follow_the_formula_and_hold_the_current_batch() -> None:
+    """MoCo's formula step by step; off by one update, the keys would lag behind what papers report."""
     module = fit(MemoryBankCallback(size=20, momentum=0.8))
     keys = copy.deepcopy(module.seen[0][2])
     expected = MemoryBank(20, 6)
@@ -70,6 +74,7 @@ def test_momentum_keys_follow_the_formula_and_hold_the_current_batch() -> None:
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_the_bank_waits_for_its_start_step(momentum: float | None) -> None:
+    """Keys from before the warm-up would drag early, useless embeddings into the loss."""
     module = fit(MemoryBankCallback(size=100, start_step=3, momentum=momentum))
     rows = [0 if bank is None else len(bank["labels"]) for _, bank, _ in module.seen]
     assert rows == ([0, 0, 0, 0, 8, 16] if momentum is None else [0, 0, 0, 8, 16, 24])
@@ -79,16 +84,19 @@ def test_the_bank_waits_for_its_start_step(momentum: float | None) -> None:
 
 
 def test_a_start_beyond_the_end_leaves_the_bank_out() -> None:
+    """The baseline without memory is this setting; an empty bank must not change the loss."""
     module = fit(MemoryBankCallback(size=20, start_step=100))
     assert module.memory_bank is None
 
 
 @pytest.mark.parametrize(("size", "entries"), [(0.5, 30), (1.0, 60), (1, 1), (3, 3)])
 def test_size_is_entries_or_a_share_of_the_training_set(size: float, entries: int) -> None:
+    """1 is one entry and 1.0 the whole training set: mixed up, the bank is silently of the wrong size."""
     assert fit(MemoryBankCallback(size=size), steps=2).memory_bank.size == entries
 
 
 def test_the_encoder_moves_once_per_optimizer_step() -> None:
+    """With gradient accumulation, a move per batch would make the momentum another one than was set."""
     module = fit(MemoryBankCallback(size=100, momentum=0.5), steps=2, accumulate_grad_batches=3)
     assert len(module.seen) == 6
     keys, previous = copy.deepcopy(module.seen[0][2]), module.seen[0][2]
@@ -101,6 +109,7 @@ def test_the_encoder_moves_once_per_optimizer_step() -> None:
 
 
 def test_the_model_state_holds_neither_bank_nor_encoder(tmp_path: Path) -> None:
+    """Weights for inference would otherwise be as large as the bank, and not load without it."""
     module = tiny_module()
     trainer = Trainer(max_steps=3, limit_val_batches=0, callbacks=[MemoryBankCallback(size=20)], **QUIET)
     trainer.fit(module, TinyData())
@@ -112,10 +121,12 @@ def test_the_model_state_holds_neither_bank_nor_encoder(tmp_path: Path) -> None:
 
 
 def test_the_dtype_is_kept() -> None:
+    """Who halves the memory of a large bank must get what was asked for."""
     assert fit(MemoryBankCallback(size=20, dtype="bfloat16"), steps=2).memory_bank.dtype == torch.bfloat16
 
 
 def test_a_second_trainer_starts_with_an_empty_bank() -> None:
+    """Keys of another model, left over in a notebook, would poison the new training."""
     callback = MemoryBankCallback(size=60)
     fit(callback, steps=4)
     module = fit(callback, steps=1)
@@ -123,12 +134,14 @@ def test_a_second_trainer_starts_with_an_empty_bank() -> None:
 
 
 def test_autocast_keys_stay_float32_in_the_bank() -> None:
+    """Mixed precision must not round the stored keys off the unit sphere."""
     module = fit(MemoryBankCallback(size=20), steps=2, precision="bf16-mixed")
     assert module.memory_bank.dtype == torch.float32
     torch.testing.assert_close(module.memory_bank.embeddings.norm(dim=1), torch.ones(16))
 
 
 def test_nan_embeddings_are_refused_and_reported() -> None:
+    """One bad batch would spoil every later loss; the user learns of it and the bank stays clean."""
     class Broken(Watched):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
             outputs = super().training_step(batch, batch_idx)
@@ -145,16 +158,23 @@ def test_nan_embeddings_are_refused_and_reported() -> None:
 
 
 class WithoutDict(Watched):
+    """The most common foreign module: its training_step returns the loss alone."""
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        """Leaves out what the callback needs."""
         return super().training_step(batch, batch_idx)["loss"]
 
 
 class TupleData(TinyData):
+    """The most common foreign data: (image, label) tuples instead of dicts."""
+
     def train_dataloader(self) -> Any:
+        """Has no index and no names."""
         return torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)] * 8, batch_size=4)
 
 
 def run(callback: MemoryBankCallback, module: Any = None, data: Any = None) -> None:
+    """Trains just long enough for the callback to see a batch and a step's output."""
     trainer = Trainer(max_steps=2, limit_val_batches=0, callbacks=[callback], **QUIET)
     trainer.fit(module or tiny_module(), data or TinyData())
 
@@ -173,5 +193,6 @@ def run(callback: MemoryBankCallback, module: Any = None, data: Any = None) -> N
     ],
 )
 def test_wrong_input_is_named(call: Callable[[], object], words: str) -> None:
+    """A wrong setting or module stops with its name and value, not with a traceback from deep inside."""
     with pytest.raises(InputError, match=words):
         call()

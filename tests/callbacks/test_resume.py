@@ -22,12 +22,14 @@ class Losses(Callback):
         self.values: dict[int, float] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Files the loss under the global step, so that a resumed run is compared at the same place."""
         self.values[trainer.global_step] = float(outputs["loss"].detach())
 
 
 def fit(
     folder: Path, momentum: float | None, checkpoint: Path | None = None, size: int = 30, every: int = 4
 ) -> tuple[MetricLearningModule, MemoryBankCallback, dict[int, float]]:
+    """Trains on from `checkpoint`, or from the start, and keeps a checkpoint every few steps."""
     module, losses = tiny_module(), Losses()
     memory = MemoryBankCallback(size=size, start_step=2, momentum=momentum)
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)
@@ -43,6 +45,7 @@ def fit(
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_resumed_runs_equal_the_uninterrupted_one(tmp_path: Path, momentum: float | None) -> None:
+    """A preempted job must not end up with another model than one that was left to run."""
     module, memory, losses = fit(tmp_path / "whole", momentum)
     for step in (4, 8, 12, 16):
         resumed, its_memory, its_losses = fit(tmp_path / str(step), momentum, tmp_path / f"whole/step={step}.ckpt")
@@ -68,6 +71,7 @@ def test_without_the_callback_state_the_run_would_differ(tmp_path: Path) -> None
 
 
 def test_a_resume_may_change_the_size(tmp_path: Path) -> None:
+    """Who resumes with a smaller bank to save memory keeps the newest keys, the useful ones."""
     _, memory, _ = fit(tmp_path / "whole", None, every=17)
     _, smaller, _ = fit(tmp_path / "smaller", None, tmp_path / "whole/step=17.ckpt", size=10)
     assert smaller.bank.size == 10

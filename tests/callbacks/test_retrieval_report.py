@@ -18,12 +18,14 @@ from tests.tiny import QUIET, TinyData, tiny_module
 
 
 def fit(report: RetrievalReport, data: TinyData | None = None, steps: int = 4, **settings: Any) -> Any:
+    """Trains the tiny module with a report that looks at it before and after."""
     module = tiny_module()
     Trainer(max_steps=steps, callbacks=[report], **{**QUIET, **settings}).fit(module, data or TinyData())
     return module
 
 
 def test_the_table_holds_the_values_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The printed gain is what a user judges the training by; it has to be what validate would say."""
     before = Trainer(**QUIET).validate(tiny_module(), TinyData(), verbose=False)[0]
     report = RetrievalReport(ks=(1, 2, 4, 8), path=str(tmp_path / "figure.png"))
     module = fit(report)
@@ -36,6 +38,7 @@ def test_the_table_holds_the_values_before_and_after(tmp_path: Path, capsys: pyt
 
 
 def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
+    """A figure that does not grow would squeeze the pictures; half-written files would pass for finished ones."""
     heights = []
     for queries in (2, 6):
         fit(RetrievalReport(queries=queries, neighbours=3, path=str(tmp_path / "new" / "figure.png")))
@@ -45,6 +48,7 @@ def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
 
 
 def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A miss framed as a hit would make a bad model look good."""
     from lightning_dml.callbacks import retrieval_report
 
     shown: list[bool | None] = []
@@ -88,11 +92,13 @@ def _with_val(trainer: Trainer) -> Any:
 
 
 def test_no_queries_draws_nothing(tmp_path: Path) -> None:
+    """Who only wants the table gets no file."""
     fit(RetrievalReport(queries=0, path=str(tmp_path / "figure.png")))
     assert not list(tmp_path.iterdir())
 
 
 def test_modes_are_put_back(tmp_path: Path) -> None:
+    """The report evaluates the model; a frozen layer that it left in train mode would start to learn."""
     class Frozen(RetrievalReport):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             pl_module.embedder.net[2].eval()
@@ -103,6 +109,7 @@ def test_modes_are_put_back(tmp_path: Path) -> None:
 
 
 def test_without_the_datamodule_the_tensor_is_shown(tmp_path: Path) -> None:
+    """Plain dataloaders have no original pictures; the figure must be drawn all the same."""
     data = TinyData()
     data.setup("fit")
     report = RetrievalReport(path=str(tmp_path / "figure.png"))
@@ -112,6 +119,7 @@ def test_without_the_datamodule_the_tensor_is_shown(tmp_path: Path) -> None:
 
 
 def test_wrong_input_is_named() -> None:
+    """A report that cannot be made says so at the start, not after hours of training."""
     with pytest.raises(InputError, match=r"queries.*-1"):
         RetrievalReport(queries=-1)
     with pytest.raises(InputError, match=r"neighbours.*0"):

@@ -16,6 +16,7 @@ from lightning_dml.errors import InputError
 
 
 def data_set(counts: list[int]) -> ArrayDataset:
+    """Images that all differ, in classes of the given sizes."""
     images = np.arange(sum(counts) * 4, dtype=np.uint8).reshape(-1, 2, 2)
     return ArrayDataset(images, np.repeat(np.arange(len(counts)), counts), lambda image: image / 255)
 
@@ -40,10 +41,12 @@ GOOD = [4, 4, 4]
 
 
 def trainer(**options: Any) -> Trainer:
+    """A trainer that writes nothing, for checks that ask it for its settings."""
     return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **options)
 
 
 def test_loaders_pass_the_options_on() -> None:
+    """An option that gets lost on the way to the loader would be a setting without effect."""
     data = Module(GOOD, GOOD, [2, 3], eval_batch_size=5, seed=9, batches_per_epoch=7)
     data.setup("fit")
     train = data.train_dataloader()
@@ -57,6 +60,7 @@ def test_loaders_pass_the_options_on() -> None:
 
 
 def test_evaluation_is_shared_out_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded or repeated image would count twice in the metrics."""
     data = Module(GOOD, [3, 4], eval_batch_size=2)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     seen = []
@@ -67,6 +71,7 @@ def test_evaluation_is_shared_out_over_ranks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_workers_persist() -> None:
+    """Workers started anew each epoch cost seconds; without workers PyTorch refuses the flag."""
     data = Module(GOOD, GOOD, num_workers=1)
     assert data.train_dataloader().persistent_workers and data.val_dataloader().num_workers == 1
     assert not Module(GOOD).train_dataloader().persistent_workers
@@ -89,6 +94,7 @@ def test_workers_persist() -> None:
     ],
 )
 def test_setup_finds_mistakes(stage: str | None, sets: list[Any], options: dict[str, Any], message: str) -> None:
+    """Found before the first batch, a mistake in the data costs seconds instead of an epoch."""
     with pytest.raises(InputError, match=message):
         Module(*sets, **options).setup(stage)
 
@@ -103,10 +109,12 @@ def test_setup_finds_mistakes(stage: str | None, sets: list[Any], options: dict[
     ],
 )
 def test_setup_asks_only_for_what_the_stage_needs(stage: str, sets: list[Any]) -> None:
+    """Who tests a finished model need not have the training images at hand."""
     Module(*sets).setup(stage)
 
 
 def test_a_class_is_named_where_names_are_known() -> None:
+    """The user looks for a folder, not for label number 1."""
     data = Module([4, 1, 4], GOOD)
     data.class_names = ["ant", "bee", "cow"]
     with pytest.raises(InputError, match="training class 'bee' has one image"):
@@ -114,6 +122,7 @@ def test_a_class_is_named_where_names_are_known() -> None:
 
 
 def test_a_fit_may_do_without_validation() -> None:
+    """Only who switches validation off may leave its images out."""
     data = Module(GOOD)
     data.trainer = trainer(limit_val_batches=0)
     data.setup("fit")
@@ -123,6 +132,7 @@ def test_a_fit_may_do_without_validation() -> None:
 
 
 def test_more_ranks_than_evaluation_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without images would leave the others waiting."""
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(InputError, match=r"the validation set has 2 image\(s\) for 3 ranks"):
         Module(val=[2]).setup("validate")
@@ -130,6 +140,7 @@ def test_more_ranks_than_evaluation_images(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_lightnings_own_sampler_is_refused_on_several_ranks(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left on, Lightning would replace our samplers and pad, so the metrics would be wrong in silence."""
     data = Module(GOOD, GOOD, GOOD)
     data.trainer = trainer(use_distributed_sampler=True)
     data.setup(stage)  # one rank: nothing would be replaced
@@ -143,6 +154,7 @@ def test_lightnings_own_sampler_is_refused_on_several_ranks(stage: str, monkeypa
 
 
 def test_the_epoch_counter_is_added_once_and_to_fits_only() -> None:
+    """Added twice, it would count an epoch twice after a resume."""
     data = Module(GOOD, GOOD, GOOD)
     data.trainer = trainer()
     for stage, count in (("validate", 0), ("fit", 1), ("fit", 1)):
@@ -151,6 +163,7 @@ def test_the_epoch_counter_is_added_once_and_to_fits_only() -> None:
 
 
 def test_eval_image_is_the_undecorated_picture() -> None:
+    """The report shows people the picture itself, not a normalised tensor; a wrong position is refused."""
     data = Module(GOOD, GOOD)
     picture = data.eval_image(3)
     assert picture.dtype == np.uint8 and picture.tolist() == [[12, 13], [14, 15]]
@@ -171,5 +184,6 @@ def test_eval_image_is_the_undecorated_picture() -> None:
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str) -> None:
+    """Each wrong number is named together with the range that is allowed."""
     with pytest.raises(InputError, match=message):
         Module(GOOD, GOOD, **options).setup("fit")

@@ -44,6 +44,7 @@ CONFIGS: list[tuple[type[RetrievalDataModule], dict[str, Any]]] = [
 
 
 def parser() -> ArgumentParser:
+    """The parser as the command line builds it, except that it raises instead of exiting."""
     made = ArgumentParser(exit_on_error=False)
     made.add_subclass_arguments(RetrievalDataModule, "data")
     return made
@@ -51,6 +52,7 @@ def parser() -> ArgumentParser:
 
 @pytest.mark.parametrize(("cls", "options"), CONFIGS)
 def test_every_option_reaches_the_module(cls: type[RetrievalDataModule], options: dict[str, Any]) -> None:
+    """An option that YAML cannot set is out of reach for everybody on the command line."""
     own = set(inspect.signature(cls).parameters) - {"options"}
     base = set(inspect.signature(RetrievalDataModule).parameters)
     assert set(options) == own and set(BASE) == base  # a new option belongs into this test
@@ -64,6 +66,7 @@ def test_every_option_reaches_the_module(cls: type[RetrievalDataModule], options
 
 
 def test_yaml_refuses_what_is_no_option() -> None:
+    """A misspelt option that is ignored would train something else than was asked for."""
     with pytest.raises(ArgumentError, match="batch_sise"):
         parser().parse_object(
             {"data": {"class_path": "lightning_dml.datamodules.GlyphsDataModule", "init_args": {"batch_sise": 3}}},
@@ -71,6 +74,7 @@ def test_yaml_refuses_what_is_no_option() -> None:
 
 
 def test_help_explains_the_options() -> None:
+    """`--help` reads the docstrings; broken markup there would leave users without any explanation."""
     made = ArgumentParser()
     made.add_class_arguments(FolderDataModule, "data")
     text = " ".join(made.format_help().split())
@@ -78,6 +82,7 @@ def test_help_explains_the_options() -> None:
 
 
 def test_transforms_from_yaml_are_used() -> None:
+    """A user's own transform has to be built from its class path and applied."""
     made = parser()
     options = {"root": "x", "eval_transform": {"class_path": "torchvision.transforms.v2.PILToTensor"}}
     config = made.parse_object(

@@ -33,6 +33,7 @@ def make(tmp_path: Path) -> Maker:
 
 
 def module(root: Path, stage: str = "fit", **options: Any) -> FolderDataModule:
+    """A set-up data module with sizes that keep the test fast."""
     small = {"image_size": 16, "resize": 20, "classes_per_batch": 2, "samples_per_class": 2}
     data = FolderDataModule(root, **small | options)
     data.setup(stage)
@@ -40,11 +41,13 @@ def module(root: Path, stage: str = "fit", **options: Any) -> FolderDataModule:
 
 
 def classes(data: FolderDataModule, images: Any) -> list[str]:
+    """The class names that a data set really holds, whatever numbers they have."""
     assert data.class_names is not None
     return [data.class_names[label] for label in sorted(set(images.labels.tolist()))]
 
 
 def test_flat_folders_are_split_by_class(make: Maker) -> None:
+    """A class on both sides would make validation measure memory instead of unseen classes."""
     names = [f"class{number}" for number in range(7)]
     root = make({name: 3 for name in names})
     data = module(root, val_fraction=0.4)
@@ -61,11 +64,13 @@ def test_flat_folders_are_split_by_class(make: Maker) -> None:
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.99, 3), (0.5, 2)])
 def test_a_split_keeps_classes_on_both_sides(fraction: float, count: int, make: Maker) -> None:
+    """An extreme fraction of few classes must leave neither side empty."""
     data = module(make({f"c{n}": 2 for n in range(4)}), val_fraction=fraction, classes_per_batch=1)
     assert len(classes(data, data.val_set)) == count
 
 
 def test_split_folders_are_taken_as_they_lie(make: Maker) -> None:
+    """Benchmarks come with their split; mixing it would make the results incomparable."""
     root = make({"train/dog": 3, "train/cat": 2, "val/ant": 2, "test/bee": 4})
     data = module(root)
     assert data.class_names == ["cat", "dog", "ant", "bee"]
@@ -75,16 +80,19 @@ def test_split_folders_are_taken_as_they_lie(make: Maker) -> None:
 
 
 def test_without_a_test_folder_validation_tests(make: Maker) -> None:
+    """Many data sets have only two parts, as in the papers."""
     data = module(make({"train/a": 2, "train/b": 2, "val/c": 2}))
     assert data.test_set is data.val_set
 
 
 def test_a_class_may_be_called_train(make: Maker) -> None:
+    """Among flat class folders, `train` is a vehicle and no split."""
     data = module(make({"train": 2, "plane": 2, "car": 2, "val": 2}))
     assert data.class_names is not None and sorted(data.class_names) == ["car", "plane", "train", "val"]
 
 
 def test_other_and_hidden_files_are_passed_over(make: Maker) -> None:
+    """Notes, caches and macOS leftovers in a folder must not break a training."""
     root = make({f"c{n}": 2 for n in range(4)})
     (root / "c0" / "notes.txt").write_text("x")
     (root / "c0" / ".hidden.png").write_text("x")
@@ -97,6 +105,7 @@ def test_other_and_hidden_files_are_passed_over(make: Maker) -> None:
 
 
 def test_transforms(make: Maker) -> None:
+    """A wrong normalisation or resize shows in no error, only in poor results; the pixel is computed by hand."""
     data = module(make({"train/a": 2, "train/b": 2, "val/c": 3}), mean=(0, 0, 0), std=(1, 1, 0.5))
     assert data.train_set is not None and data.val_set is not None
     for sample in (data.train_set[0], data.val_set[2]):
@@ -111,6 +120,7 @@ def test_transforms(make: Maker) -> None:
 
 
 def test_the_default_training_transform_crops_and_flips(tmp_path: Path) -> None:
+    """A crop or a flip that never happens would weaken training unnoticed."""
     ramp = np.broadcast_to(4 * np.arange(64, dtype=np.uint8)[:, None], (64, 64, 3))
     for name in ("train/a", "train/b", "val/c"):
         (tmp_path / name).mkdir(parents=True)
@@ -127,6 +137,7 @@ def test_the_default_training_transform_crops_and_flips(tmp_path: Path) -> None:
 
 
 def test_own_transforms_replace_ours(make: Maker) -> None:
+    """Ours on top of the user's would augment twice."""
     root = make({"train/a": 2, "train/b": 2, "val/c": 3})
     data = module(root, train_transform=lambda image: torch.zeros(3, 2, 2), eval_transform=lambda image: torch.ones(1))
     assert data.train_set is not None and data.val_set is not None
@@ -134,6 +145,7 @@ def test_own_transforms_replace_ours(make: Maker) -> None:
 
 
 def test_shared_classes(make: Maker) -> None:
+    """Seen classes in validation are refused unless the user says that this is meant."""
     root = make({"train/a": 2, "train/b": 2, "val/b": 2, "val/c": 2})
     with pytest.raises(InputError, match=r"class 'b' \(1 such .*unseen classes.*allow_shared_classes=true"):
         module(root)
@@ -143,6 +155,7 @@ def test_shared_classes(make: Maker) -> None:
 
 
 def test_evaluation_needs_no_training_folder(make: Maker) -> None:
+    """A model is often evaluated where the training images are not."""
     root = make({"val/a": 2, "val/b": 2})
     assert len(module(root, "validate").val_set or []) == 4
     with pytest.raises(InputError, match="no training images"):
@@ -162,12 +175,14 @@ def test_evaluation_needs_no_training_folder(make: Maker) -> None:
     ],
 )
 def test_folder_errors(folders: dict[str, int], message: str, make: Maker) -> None:
+    """A folder of the wrong form is explained by what is missing in it."""
     with pytest.raises(InputError, match=message):
         module(make(folders), classes_per_batch=1 if folders == {"a": 3} else 2)
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 def test_a_missing_root(stage: str, tmp_path: Path) -> None:
+    """A typing error in the path is the likeliest mistake; the message has to show the path."""
     with pytest.raises(InputError, match=r"root .*nowhere is not a folder"):
         module(tmp_path / "nowhere", stage)
 
@@ -184,5 +199,6 @@ def test_a_missing_root(stage: str, tmp_path: Path) -> None:
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Wrong fractions and sizes are refused when the object is made, with the value in the message."""
     with pytest.raises(InputError, match=message):
         FolderDataModule(tmp_path, **options)

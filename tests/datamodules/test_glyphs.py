@@ -20,6 +20,7 @@ Drawn = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]
 
 @pytest.fixture(scope="module")
 def drawn() -> Drawn:
+    """Draws once for all tests, since drawing takes seconds."""
     return glyphs.draw_glyphs()
 
 
@@ -43,6 +44,7 @@ def recall_and_map(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -
 
 
 def test_what_is_drawn(drawn: Drawn) -> None:
+    """Empty or repeated drawings would make classes that no model can tell, or that any model can."""
     images, labels, characters = drawn
     assert images.shape == (9600, 28, 28) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and labels.tolist() == np.repeat(np.arange(1200), 8).tolist()
@@ -55,6 +57,7 @@ def test_what_is_drawn(drawn: Drawn) -> None:
 
 
 def test_look_alikes_keep_the_lower_code_point(drawn: Drawn) -> None:
+    """A Latin, a Greek and a Cyrillic A would be three classes with one picture."""
     characters = set(drawn[2])
     # Greek and Cyrillic capitals that look like A, B, H, and a rho that looks like P.
     assert not characters & set("\u0391\u0410\u0392\u0412\u0397\u041d\u03a1\u0420")
@@ -62,11 +65,13 @@ def test_look_alikes_keep_the_lower_code_point(drawn: Drawn) -> None:
 
 
 def test_drawing_again_gives_the_same(drawn: Drawn) -> None:
+    """Numbers in the README can only be reproduced if the data are the same for everyone."""
     images, _, characters = glyphs.draw_glyphs()
     assert np.array_equal(images, drawn[0]) and characters == drawn[2]
 
 
 def test_splits(root: Path, drawn: Drawn) -> None:
+    """Labels shifted against names or pictures would make every number meaningless."""
     data = GlyphsDataModule(root)
     data.setup("fit")
     assert data.train_set is not None and data.val_set is not None and data.test_set is data.val_set
@@ -81,6 +86,7 @@ def test_splits(root: Path, drawn: Drawn) -> None:
 
 
 def test_raw_pixels_are_neither_trivial_nor_hopeless(root: Path) -> None:
+    """A data set that pixels solve, or that nothing solves, shows no difference between methods."""
     data = GlyphsDataModule(root)
     data.setup("validate")
     assert data.val_set is not None
@@ -90,6 +96,7 @@ def test_raw_pixels_are_neither_trivial_nor_hopeless(root: Path) -> None:
 
 
 def test_batches(root: Path) -> None:
+    """What the network is given: size, range and classes per batch."""
     data = GlyphsDataModule(root, classes_per_batch=8, samples_per_class=4)
     data.setup("fit")
     loader = data.train_dataloader()
@@ -101,6 +108,7 @@ def test_batches(root: Path) -> None:
 
 
 def test_augmentation_is_light_random_and_optional(root: Path) -> None:
+    """A shift that pushes the character out of the picture would train on blank images."""
     data, plain = GlyphsDataModule(root), GlyphsDataModule(root, augment=False)
     data.setup("fit")
     plain.setup("fit")
@@ -115,6 +123,7 @@ def test_augmentation_is_light_random_and_optional(root: Path) -> None:
 
 
 def test_image_size(root: Path) -> None:
+    """A network that needs larger input gets it in training and in evaluation alike."""
     data = GlyphsDataModule(root, image_size=32)
     data.setup("fit")
     assert data.train_set is not None and data.val_set is not None
@@ -124,10 +133,12 @@ def test_image_size(root: Path) -> None:
 
 
 def forbidden() -> Drawn:
+    """Stands in for drawing where the cache should have made it needless."""
     raise AssertionError("drawn again")
 
 
 def test_the_cache_is_read_and_leaves_nothing_else(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is not read costs seconds at each start; leftovers would pile up."""
     monkeypatch.setattr(glyphs, "draw_glyphs", forbidden)
     data = GlyphsDataModule(root)
     data.prepare_data()
@@ -139,6 +150,7 @@ def test_the_cache_is_read_and_leaves_nothing_else(root: Path, monkeypatch: pyte
 def test_a_damaged_cache_is_drawn_again(
     damage: str, root: Path, tmp_path: Path, drawn: Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A job killed while writing must not leave a data set that fails, or worse, trains on garbage."""
     path = tmp_path / glyphs._cache_name()
     whole = (root / path.name).read_bytes()
     middle = len(whole) // 2
@@ -168,6 +180,7 @@ def test_a_damaged_cache_is_drawn_again(
 
 
 def test_the_cache_name_follows_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another Pillow or typeface draws other pictures; an old cache would mix both."""
     names = {glyphs._cache_name()}
     monkeypatch.setattr(glyphs, "pillow_version", "0.0")
     names.add(glyphs._cache_name())
@@ -179,6 +192,7 @@ def test_the_cache_name_follows_the_versions(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_default_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The cache goes where XDG says, not into the user's working folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert GlyphsDataModule().root == tmp_path / "lightning_dml"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -189,6 +203,7 @@ def test_the_default_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_a_folder_that_cannot_be_written_is_no_obstacle(
     tmp_path: Path, drawn: Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a read-only home the training still runs, only without a cache."""
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(glyphs, "draw_glyphs", lambda: drawn)
     data = GlyphsDataModule(tmp_path / "file")
@@ -199,6 +214,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
 
 
 def test_too_few_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation without the typefaces is told so, instead of training on a smaller data set."""
     monkeypatch.setattr(glyphs, "_DIFFERENT", 1e9)
     with pytest.raises(InputError, match=r"have 0 characters with 8 different drawings, and .* takes 1200"):
         glyphs.draw_glyphs()

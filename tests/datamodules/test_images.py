@@ -21,12 +21,14 @@ GREY = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
 
 
 def to_tensor(image: Any) -> Tensor:
+    """A plain picture in [0, 1], so that colours can be checked by eye."""
     converted: Tensor = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])(image)
     return converted
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
+    """One file per colour mode that real folders mix: RGB, grey and with transparency."""
     paths = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
     Image.new("RGB", (5, 4), (255, 0, 51)).save(paths[0])
     Image.new("L", (5, 4), 51).save(paths[1])
@@ -35,6 +37,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def test_array_samples() -> None:
+    """The keys and dtypes that module and callback rely on, alone and collated."""
     data = ArrayDataset(GREY, [7, 8, 9], lambda image: image.float())
     sample = data[2]
     assert len(data) == 3 and set(sample) == {"image", "label", "index"}
@@ -47,6 +50,7 @@ def test_array_samples() -> None:
 
 
 def test_a_transform_in_place_does_not_reach_the_array() -> None:
+    """Otherwise every epoch would augment the result of the last one."""
     images = GREY.copy()
     data = ArrayDataset(images, [0, 0, 0], lambda image: image.fill_(0).float())
     assert data[1]["image"].sum() == 0
@@ -55,6 +59,7 @@ def test_a_transform_in_place_does_not_reach_the_array() -> None:
 
 
 def test_file_samples_are_rgb(files: list[Path]) -> None:
+    """A grey or transparent file among colour ones would break the batch."""
     data = ImageFileDataset(files, [0, 0, 1], to_tensor)
     colours = [data[row]["image"][:, 0, 0].tolist() for row in range(3)]
     assert colours == [pytest.approx(colour) for colour in ([1, 0, 0.2], [0.2, 0.2, 0.2], [0, 0.2, 1])]
@@ -65,6 +70,7 @@ def test_file_samples_are_rgb(files: list[Path]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_file_is_named_with_its_row(workers: int, files: list[Path]) -> None:
+    """Among a million files the user must learn which one to remove, also from a worker."""
     files[1].write_bytes(files[1].read_bytes()[:40])
     loader = DataLoader(ImageFileDataset(files, [0, 0, 1], to_tensor), num_workers=workers)
     with pytest.raises(InputError, match=r"cannot read image .*b\.png \(row 1 of the data set\).* remove the file"):
@@ -73,6 +79,7 @@ def test_a_corrupt_file_is_named_with_its_row(workers: int, files: list[Path]) -
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])
 def test_what_is_no_image_or_no_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    """Empty, misnamed and missing files are reported alike, by path."""
     path = tmp_path / "x.jpg"
     if content is not None:
         path.write_bytes(content)
@@ -81,6 +88,7 @@ def test_what_is_no_image_or_no_file_is_named(content: bytes | None, tmp_path: P
 
 
 def test_a_seeded_index_decides_the_random_transform_and_nothing_else() -> None:
+    """Resumed runs repeat their augmentation through this seed, and it must not touch the model's randomness."""
     data = ArrayDataset(GREY, [0, 1, 2], lambda image: torch.rand(4))
     before = torch.random.get_rng_state()
     first, other = data[SeededIndex(1, 5)]["image"], data[SeededIndex(1, 6)]["image"]
@@ -93,6 +101,7 @@ def test_a_seeded_index_decides_the_random_transform_and_nothing_else() -> None:
 
 
 def test_a_seeded_index_does_not_seed_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeding CUDA per sample would be slow and, in a forked worker, an error."""
     def refuse(seed: int) -> None:
         raise AssertionError("the GPUs were seeded")
 
@@ -110,10 +119,12 @@ def test_a_seeded_index_does_not_seed_the_gpus(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_array_errors(images: Any, labels: list[int], message: str) -> None:
+    """Floats in [0, 1] or a missing dimension would train on nearly black pictures."""
     with pytest.raises(InputError, match=message):
         ArrayDataset(images, labels, torch.Tensor.float)
 
 
 def test_file_errors() -> None:
+    """Lists of different length would pair images with labels of others."""
     with pytest.raises(InputError, match="paths and labels must be as many, got 1 and 2"):
         ImageFileDataset(["a.png"], [0, 1], to_tensor)

@@ -32,6 +32,7 @@ class TinyDataModule(RetrievalDataModule):
         super().__init__(**{"classes_per_batch": 4, "samples_per_class": 2} | options)
 
     def setup(self, stage: str | None = None) -> None:
+        """Builds sets whose every read differs, so that a wrong seed shows in the pixels."""
         images = np.random.default_rng(0).integers(0, 256, (40, 3, 3), dtype=np.uint8)
         labels = np.repeat(np.arange(10), 4)
         self.train_set = ArrayDataset(images, labels, noisy)
@@ -49,21 +50,26 @@ class Watcher(LightningModule):
         self.predicted: list[int] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Writes down what came in, and trains, so that there is a state to resume."""
         self.seen.append((self.current_epoch, batch["index"].tolist(), float(batch["image"].double().sum())))
         loss: Tensor = self.layer(batch["image"].flatten(1)).mean()
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Runs between epochs, as it does for users; it must not disturb the order of training."""
         assert batch["image"].dtype == torch.float32
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Writes down which images came, in their order."""
         self.predicted += batch["index"].tolist()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Any optimizer that has a step to count."""
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
+    """A quiet trainer whose defaults a test may override."""
     defaults: dict[str, Any] = {
         "default_root_dir": folder,
         "accelerator": "cpu",
@@ -78,6 +84,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 
 def every_step(folder: Path) -> ModelCheckpoint:
+    """Keeps a checkpoint of every step, so that a resume can begin anywhere."""
     return ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False)
 
 
@@ -92,6 +99,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[in
 
 
 def test_epochs_and_augmentation_differ(whole: tuple[Path, list[tuple[int, list[int], float]]]) -> None:
+    """If all batches were alike, the tests below would pass whatever the loader did."""
     _, seen = whole
     assert len({tuple(indices) for _, indices, _ in seen}) == len({pixels for _, _, pixels in seen}) == len(seen)
 
@@ -101,6 +109,7 @@ def test_epochs_and_augmentation_differ(whole: tuple[Path, list[tuple[int, list[
 def test_a_resumed_fit_sees_the_batches_that_were_to_come(
     step: int, whole: tuple[Path, list[tuple[int, list[int], float]]], tmp_path: Path
 ) -> None:
+    """A restart that repeats or skips images trains on another distribution than the user believes."""
     folder, seen = whole
     model = Watcher()
     fit = trainer(tmp_path, enable_checkpointing=False)
@@ -118,6 +127,7 @@ def test_a_fit_resumed_twice_sees_the_batches_that_were_to_come(
     whole: tuple[Path, list[tuple[int, list[int], float]]],
     tmp_path: Path,
 ) -> None:
+    """Preempted jobs restart many times; a small error each time would add up."""
     folder, seen = whole
     once, twice = Watcher(), Watcher()
     fit = trainer(tmp_path, callbacks=[every_step(tmp_path)], **limits)
@@ -131,6 +141,7 @@ def test_a_fit_resumed_twice_sees_the_batches_that_were_to_come(
 def test_hooks_of_the_epoch_after_a_resume_run(
     whole: tuple[Path, list[tuple[int, list[int], float]]], tmp_path: Path
 ) -> None:
+    """A skipped epoch start would leave schedulers and callbacks of the user one epoch behind."""
     class Epochs(Callback):
         started: list[int] = []  # noqa: RUF012
 
@@ -147,6 +158,7 @@ def test_hooks_of_the_epoch_after_a_resume_run(
 def test_workers_change_nothing(
     step: int, whole: tuple[Path, list[tuple[int, list[int], float]]], tmp_path: Path
 ) -> None:
+    """num_workers is about speed; it must change neither the images nor where a checkpoint resumes."""
     folder, seen = whole
     model = Watcher()
     data = TinyDataModule(num_workers=2)
@@ -164,6 +176,7 @@ def test_workers_change_nothing(
 
 @pytest.mark.parametrize(("step", "limit"), [(2, 3), (3, 3), (4, 3)])
 def test_resumes_in_epochs_that_are_cut_short(step: int, limit: int, tmp_path: Path) -> None:
+    """limit_train_batches ends epochs early; the loader must not finish them after a resume."""
     model, again = Watcher(), Watcher()
     cut = {"limit_train_batches": limit, "max_epochs": 2}
     trainer(tmp_path, callbacks=[every_step(tmp_path)], **cut).fit(model, datamodule=TinyDataModule())
@@ -177,6 +190,7 @@ def test_resumes_in_epochs_that_are_cut_short(step: int, limit: int, tmp_path: P
 def test_resumes_from_the_checkpoint_of_an_epoch_end(
     whole: tuple[Path, list[tuple[int, list[int], float]]], tmp_path: Path
 ) -> None:
+    """The usual checkpoint, saved per epoch, must start the next epoch and not repeat the last."""
     _, seen = whole
     first, again = Watcher(), Watcher()
     keep = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
@@ -188,6 +202,7 @@ def test_resumes_from_the_checkpoint_of_an_epoch_end(
 
 
 def test_the_loader_leaves_the_global_random_state_alone() -> None:
+    """Dropout would otherwise depend on how the data are loaded, and runs could not be compared."""
     data = TinyDataModule()
     data.setup("fit")
     before = torch.random.get_rng_state()
@@ -198,12 +213,14 @@ def test_the_loader_leaves_the_global_random_state_alone() -> None:
 
 
 def test_prediction_goes_through_lightnings_own_sampler(tmp_path: Path) -> None:
+    """Lightning swaps the sampler for prediction; ours must survive that in order."""
     model = Watcher()
     trainer(tmp_path).predict(model, datamodule=TinyDataModule(eval_batch_size=7), return_predictions=False)
     assert model.predicted == list(range(40))
 
 
 def test_state_before_during_and_after_an_epoch() -> None:
+    """A checkpoint may be written at any moment; the count must be that of batches handed out."""
     loader = ResumableLoader(range(20), PKBatchSampler(np.repeat(np.arange(10), 2), 2, 2))  # type: ignore[arg-type]
     assert loader.state_dict() == {"epoch": 0, "batch": 0}
     iterator = iter(loader)
@@ -222,6 +239,7 @@ def test_state_before_during_and_after_an_epoch() -> None:
 
 
 def test_a_batch_sampler_that_cannot_resume_is_refused() -> None:
+    """Accepted, it would start the epoch over after a resume without a word."""
     sampler = BatchSampler(SequentialSampler(range(4)), 2, False)
     with pytest.raises(InputError, match=r"batch_sampler must have epoch, state_dict .* got BatchSampler"):
         ResumableLoader(range(4), sampler)  # type: ignore[arg-type]
@@ -229,6 +247,7 @@ def test_a_batch_sampler_that_cannot_resume_is_refused() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_epoch_may_be_set_after_the_iterator_is_made(workers: int) -> None:
+    """Lightning does it in that order; read too early, every epoch would have the first one's batches."""
     data = TinyDataModule(num_workers=workers)
     data.setup("fit")
     loader, other = data.train_dataloader(), data.train_dataloader()

@@ -37,17 +37,20 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def epoch(rank: int = 0, number: int = 0, **options: Any) -> list[list[int]]:
+    """The batches of one epoch as one rank draws them."""
     sampler = PKBatchSampler(**options, rank=rank)
     sampler.set_epoch(number)
     return list(sampler)
 
 
 def seeds(batches: list[list[int]]) -> list[list[int]]:
+    """The seeds that travel with the indices; equal indices do not show whether these are equal."""
     return [[index.seed for index in batch] for batch in batches]  # type: ignore[attr-defined]
 
 
 @given(problems())
 def test_every_batch_has_p_distinct_classes_of_k_images_on_every_rank(options: dict[str, Any]) -> None:
+    """A class twice in a batch, or an image twice in a group, gives fewer and easier pairs than P x K promises."""
     p, k, labels = options["classes_per_batch"], options["samples_per_class"], options["labels"]
     ranks = [epoch(rank, **options) for rank in range(options["num_replicas"])]
     sizes = Counter(labels.tolist())
@@ -71,6 +74,7 @@ def test_every_batch_has_p_distinct_classes_of_k_images_on_every_rank(options: d
 
 @given(problems())
 def test_a_class_without_groups_is_drawn_only_when_too_few_have_any(options: dict[str, Any]) -> None:
+    """Else some classes would come again before others have come at all."""
     k, labels = options["samples_per_class"], options["labels"]
     options |= {"classes_per_batch": options["classes_per_batch"] * options["num_replicas"], "num_replicas": 1}
     groups = {name: -(-count // k) for name, count in Counter(labels.tolist()).items()}
@@ -87,6 +91,7 @@ def test_a_class_without_groups_is_drawn_only_when_too_few_have_any(options: dic
 
 @given(problems(), st.integers(0, 3))
 def test_ranks_slice_the_batch_that_one_rank_would_draw(options: dict[str, Any], number: int) -> None:
+    """Training on more GPUs must be the same training, only faster."""
     replicas = options["num_replicas"]
     ranks = [epoch(rank, number, **options) for rank in range(replicas)]
     whole = epoch(
@@ -99,6 +104,7 @@ def test_ranks_slice_the_batch_that_one_rank_would_draw(options: dict[str, Any],
 
 @given(problems(), st.integers(0, 3), st.data())
 def test_resumes_at_every_step(options: dict[str, Any], number: int, data: st.DataObject) -> None:
+    """A checkpoint can fall on any step; from each one the rest must be the same, seeds included."""
     rank = data.draw(st.integers(0, options["num_replicas"] - 1))
     whole = epoch(rank, number, **options)
     following = epoch(rank, number + 1, **options)
@@ -116,17 +122,20 @@ def test_resumes_at_every_step(options: dict[str, Any], number: int, data: st.Da
 
 @given(problems())
 def test_an_epoch_of_single_classes_covers_every_image(options: dict[str, Any]) -> None:
+    """An image that no epoch draws would be missing from training for good."""
     options |= {"classes_per_batch": 1, "num_replicas": 1, "num_batches": None}
     assert {index for batch in epoch(**options) for index in batch} == set(range(len(options["labels"])))
 
 
 def test_an_epoch_leaves_out_little_where_classes_are_many() -> None:
+    """The last, incomplete batch is dropped; more than that would be lost data."""
     batches = epoch(labels=np.repeat(np.arange(500), 8), classes_per_batch=16, samples_per_class=4)
     assert len(batches) == 62  # of 62.5
     assert len({index for batch in batches for index in batch}) > 0.98 * 4000
 
 
 def test_an_incomplete_group_is_padded_with_images_of_other_groups() -> None:
+    """Padding from the group itself would make pairs of an image with itself."""
     # 7 images in groups of 3: all seven, and two of them once more.
     batches = epoch(labels=np.zeros(7, int), classes_per_batch=1, samples_per_class=3)
     drawn = Counter(index for batch in batches for index in batch)
@@ -135,6 +144,7 @@ def test_an_incomplete_group_is_padded_with_images_of_other_groups() -> None:
 
 @pytest.mark.parametrize("classes_per_batch", [1, 6])
 def test_several_passes_cover_every_image_evenly(classes_per_batch: int) -> None:
+    """Longer epochs must not favour some images, nor always group the same ones."""
     labels = np.repeat(np.arange(6), 8)
     batches = epoch(
         labels=labels, classes_per_batch=classes_per_batch, samples_per_class=4, num_batches=36 // classes_per_batch
@@ -146,6 +156,7 @@ def test_several_passes_cover_every_image_evenly(classes_per_batch: int) -> None
 
 
 def test_classes_are_drawn_in_proportion_to_the_groups_they_have() -> None:
+    """Otherwise images of small classes would be seen far more often than others."""
     labels = np.repeat([0, 1, 2], [12, 6, 2])  # 6, 3 and 1 groups
     epochs = [epoch(number=number, labels=labels, classes_per_batch=1, samples_per_class=2) for number in range(2000)]
     # Then every order of the ten groups is as likely as any other, the last place as the first.
@@ -155,6 +166,7 @@ def test_classes_are_drawn_in_proportion_to_the_groups_they_have() -> None:
 
 
 def test_the_same_seed_and_epoch_draw_the_same_and_others_do_not() -> None:
+    """A seed that does not repeat, or an epoch that repeats another, both spoil experiments."""
     options: dict[str, Any] = {"labels": np.repeat(np.arange(20), 9), "classes_per_batch": 4, "samples_per_class": 3}
     base = epoch(**options)
     assert epoch(**options) == base and seeds(epoch(**options)) == seeds(base)
@@ -165,6 +177,7 @@ def test_the_same_seed_and_epoch_draw_the_same_and_others_do_not() -> None:
 
 
 def test_set_epoch_forgets_a_loaded_start_only_for_another_epoch() -> None:
+    """Lightning calls set_epoch after a resume; forgetting then would repeat the batches already seen."""
     sampler = PKBatchSampler(np.repeat(np.arange(4), 8), 2, 2)
     sampler.load_state_dict({"epoch": 3, "batch": 2})
     sampler.set_epoch(3)
@@ -175,6 +188,7 @@ def test_set_epoch_forgets_a_loaded_start_only_for_another_epoch() -> None:
 
 
 def test_the_epoch_is_read_at_the_first_batch_and_lightning_finds_set_epoch() -> None:
+    """Lightning looks for set_epoch on the inner sampler; not found there, every epoch would be the same."""
     sampler = PKBatchSampler(np.repeat(np.arange(4), 8), 2, 2)
     iterator = iter(sampler)
     sampler.sampler.set_epoch(5)
@@ -183,6 +197,7 @@ def test_the_epoch_is_read_at_the_first_batch_and_lightning_finds_set_epoch() ->
 
 
 def test_ranks_are_read_from_the_process_group_at_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers are often made before the processes are; a rank fixed then would be 0 everywhere."""
     labels = np.repeat(np.arange(8), 6)
     sampler, evaluation = PKBatchSampler(labels, 2, 2), UnpaddedDistributedSampler(7)
     assert (len(sampler), len(evaluation)) == (12, 7)
@@ -194,6 +209,7 @@ def test_ranks_are_read_from_the_process_group_at_iteration(monkeypatch: pytest.
 
 
 def test_labels_may_be_a_list_or_a_tensor() -> None:
+    """Users hold labels in all three forms, and each must draw the same batches."""
     labels = [5, 5, 1, 1, 9, 9, 9]
     expected = epoch(labels=np.array(labels), classes_per_batch=2, samples_per_class=2)
     for form in (labels, torch.tensor(labels), np.array(labels, np.uint8)):
@@ -201,6 +217,7 @@ def test_labels_may_be_a_list_or_a_tensor() -> None:
 
 
 def test_dropped_classes_are_never_drawn() -> None:
+    """A class of one image has no positive pair; the user asked to leave it out."""
     labels = np.array([3, 0, 1, 1, 2, 2, 0, 0])
     batches = epoch(labels=labels, classes_per_batch=2, samples_per_class=2, drop_small_classes=True, num_batches=50)
     assert {int(labels[index]) for batch in batches for index in batch} == {0, 1, 2}
@@ -231,11 +248,13 @@ GOOD: dict[str, Any] = {"labels": PAIRS, "classes_per_batch": 2, "samples_per_cl
     ],
 )
 def test_errors_name_argument_value_and_way_out(options: dict[str, Any], message: str) -> None:
+    """Labels and sizes that cannot fit are refused with the number that would fit."""
     with pytest.raises(InputError, match=message):
         PKBatchSampler(**(GOOD | options))
 
 
 def test_more_ranks_than_at_construction_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few classes for the ranks must not show as a hang in the middle of training."""
     sampler = PKBatchSampler(PAIRS, 4, 2)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(InputError, match="on 2 rank"):
@@ -246,11 +265,13 @@ def test_more_ranks_than_at_construction_are_checked_too(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("state", [{}, {"epoch": 1}, {"epoch": 1, "batch": -2}])
 def test_a_state_that_is_none_is_refused(state: dict[str, int]) -> None:
+    """The checkpoint of another loader must not pass for the start of an epoch."""
     with pytest.raises(InputError, match="must hold an epoch and a batch"):
         PKBatchSampler(PAIRS, 2, 2).load_state_dict(state)
 
 
 def test_a_seeded_index_is_an_int_and_survives_pickling() -> None:
+    """It is pickled on its way to a worker; without its seed there, workers would change the augmentation."""
     index = SeededIndex(7, seed=2**62 + 1)
     again = pickle.loads(pickle.dumps(index))
     assert again == 7 and type(again) is SeededIndex and again.seed == index.seed
@@ -259,6 +280,7 @@ def test_a_seeded_index_is_an_int_and_survives_pickling() -> None:
 
 @given(st.integers(0, 40), st.integers(1, 6))
 def test_unpadded_sampler_has_every_index_once(length: int, replicas: int) -> None:
+    """A repeated image counts twice in a metric and a missing one not at all."""
     ranks = [UnpaddedDistributedSampler(length, replicas, rank) for rank in range(replicas)]
     assert sorted(index for rank in ranks for index in rank) == list(range(length))
     assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks]
@@ -266,5 +288,6 @@ def test_unpadded_sampler_has_every_index_once(length: int, replicas: int) -> No
 
 
 def test_unpadded_sampler_refuses_a_negative_length() -> None:
+    """A negative length would look like an empty data set."""
     with pytest.raises(InputError, match="length must not be negative, got -1"):
         UnpaddedDistributedSampler(-1)

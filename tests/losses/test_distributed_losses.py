@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,24 +11,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss
+from lightning_dml import distributed, losses
+from lightning_dml.losses import ContrastiveLoss
 from tests.helpers import run_ranks
 
-LOSSES = {"contrastive": ContrastiveLoss(0.2), "multi-similarity": MultiSimilarityLoss(2.0, 10.0, 0.2)}
+LOSSES: dict[str, losses.PairWeightingLoss] = {
+    "contrastive": ContrastiveLoss(0.2),
+    "contrastive, mined": ContrastiveLoss(0.2, miner=losses.MultiSimilarityMiner(0.1)),
+    "multi-similarity": losses.MultiSimilarityLoss(2.0, 10.0, 0.2),
+    "direct": losses.DirectWeightingLoss(losses.curves.Constant(), losses.curves.Linear(0.1)),
+    "general": losses.GeneralPairWeightingLoss("triplet_violation", "linear", "softmax", "mean"),
+    "triplet": losses.TripletLoss(0.2),
+    "triplet, soft": losses.TripletLoss(scale=4.0, measure="distance"),
+    "margin, learned": losses.MarginLoss(learn_beta=True).double(),
+    "ranked list": losses.RankedListLoss(),
+    "fastap": losses.FastAPLoss(),
+    "n-pair": losses.NPairLoss(4.0),
+    "nt-xent": losses.NTXentLoss(0.5),
+    "tuplet margin": losses.TupletMarginLoss(8.0),
+    "supcon": losses.SupConLoss(0.5),
+    "nca": losses.NCALoss(),
+    "lifted": losses.LiftedStructureLoss(),
+    "binomial": losses.BinomialDevianceLoss(2.0, 10.0, 0.2),
+    "circle": losses.CircleLoss(0.4, 8.0),
+}
 SIZES = {2: (5, 11), 3: (4, 1, 11)}
 
 
 def net() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8))
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8)).double()
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(16, 6, generator=generator)
+    x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
     labels = torch.arange(16) % 5
     indices = torch.arange(16) % 13  # some samples twice
-    bank = F.normalize(torch.randn(30, 8, generator=generator), dim=1)
+    bank = F.normalize(torch.randn(30, 8, generator=generator, dtype=torch.float64), dim=1)
     return x, labels, indices, bank, torch.arange(30) % 6, torch.arange(30)
 
 
@@ -43,14 +63,19 @@ def total(model: nn.Module, loss: nn.Module, rows: slice) -> Tensor:
 
 def gradient(model: nn.Module, name: str, reduction: str, rows: slice) -> tuple[float, list[Any]]:
     loss = LOSSES[name]
-    loss.reduction = reduction  # type: ignore[assignment]
+    loss.reduction = reduction
     model.zero_grad()
+    loss.zero_grad()
     value = total(model, loss, rows)
     value.backward()
-    return float(value.detach()), [parameter.grad.numpy().copy() for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for parameter in loss.parameters():  # DDP takes the mean of these as well, once they are part of the model
+        mean = distributed.all_reduce_sum(parameter.grad) / distributed.world_size()
+        gradients.append(mean)
+    return float(value.detach()), [gradient.numpy().copy() for gradient in gradients]
 
 
-CASES = [(name, reduction) for name in LOSSES for reduction in ("anchors", "active_anchors", "pairs")]
+CASES = [(name, reduction) for name in LOSSES for reduction in get_args(losses.base.Reduction)]
 
 
 def on_rank(rank: int, ranks: int) -> list[tuple[float, list[Any]]]:
@@ -66,9 +91,34 @@ def test_ranks_train_as_one_process_would(ranks: int) -> None:
     alone = [gradient(net(), name, reduction, slice(0, 16)) for name, reduction in CASES]
     for results in run_ranks(ranks, on_rank):
         for case, (value, gradients), (expected, expected_gradients) in zip(CASES, results, alone, strict=True):
-            assert value == pytest.approx(expected, abs=1e-6), case
+            assert value == pytest.approx(expected, abs=1e-9), case
             for ours, right in zip(gradients, expected_gradients, strict=True):
-                np.testing.assert_allclose(ours, right, rtol=0, atol=1e-6, err_msg=str(case))
+                np.testing.assert_allclose(ours, right, rtol=0, atol=1e-9, err_msg=str(case))
+
+
+def lifted(model: nn.Module, rows: slice) -> tuple[float, list[Any]]:
+    """The original lifted structure loss couples anchors of different ranks, and works in-batch only."""
+    x, labels, indices, *_ = data()
+    model.zero_grad()
+    loss = losses.LiftedStructureLoss(variant="original")
+    value = loss(F.normalize(model(x[rows]), dim=1), labels[rows], indices=indices[rows])
+    value.backward()
+    return float(value.detach()), [parameter.grad.numpy().copy() for parameter in model.parameters()]
+
+
+def lifted_on_rank(rank: int, ranks: int) -> tuple[float, list[Any]]:
+    """Its share of the batch."""
+    start = sum(SIZES[ranks][:rank])
+    return lifted(DistributedDataParallel(net()), slice(start, start + SIZES[ranks][rank]))
+
+
+def test_rows_that_are_coupled_are_coupled_over_ranks() -> None:
+    """The statistics of a positive on another rank must come from there."""
+    expected, expected_gradients = lifted(net(), slice(0, 16))
+    for value, gradients in run_ranks(2, lifted_on_rank):
+        assert value == pytest.approx(expected, abs=1e-9)
+        for ours, right in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(ours, right, rtol=0, atol=1e-9)
 
 
 def alone(rank: int, ranks: int) -> float:
@@ -82,4 +132,4 @@ def alone(rank: int, ranks: int) -> float:
 def test_without_gather_a_rank_needs_no_other() -> None:
     x, labels, *_ = data()
     expected = ContrastiveLoss(0.2)(F.normalize(x[:7], dim=1), labels[:7])
-    assert run_ranks(2, alone)[0] == pytest.approx(float(expected), abs=1e-6)
+    assert run_ranks(2, alone)[0] == pytest.approx(float(expected), abs=1e-9)

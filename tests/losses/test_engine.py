@@ -101,3 +101,45 @@ def test_coupled_rows_refuse_references() -> None:
     """A memory's rows are no anchors, so their statistics are not known."""
     with pytest.raises(InputError, match=r"Coupled.*in-batch only"):
         PairWeightingLoss(Coupled())(**data())
+
+
+def unit(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random unit rows."""
+    return F.normalize(torch.randn(rows, 4, dtype=torch.float64), dim=1).to(dtype)
+
+
+def test_rows_that_are_not_unit_are_refused() -> None:
+    """Similarities beyond [-1, 1] make every margin meaningless, and the training only looks bad."""
+    labels = torch.arange(6) % 2
+    with pytest.raises(InputError, match=r"embeddings must have rows of unit length, but 6 of 6.*validate"):
+        ContrastiveLoss()(3 * unit(6), labels)
+    with pytest.raises(InputError, match=r"ref_emb must have rows of unit length"):
+        ContrastiveLoss()(unit(6), labels, 3 * unit(6), labels)
+    loss = ContrastiveLoss()
+    loss.validate = False
+    assert torch.isfinite(loss(3 * unit(6), labels))
+
+
+def test_half_precision_rows_count_as_unit() -> None:
+    """A bank in bfloat16 holds rows whose length is off by a hundredth."""
+    labels = torch.arange(64) % 2
+    ContrastiveLoss()(unit(64, torch.bfloat16), labels, unit(64, torch.float16), labels)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_are_named(value: float) -> None:
+    """A NaN loss tells nobody where it came from."""
+    rows, labels = unit(900), torch.arange(900) % 2
+    rows[7, 2] = value
+    with pytest.raises(InputError, match=r"embeddings must be finite, but 1 of 900 rows are not, such as row 7"):
+        ContrastiveLoss()(rows, labels)
+    with pytest.raises(InputError, match=r"ref_emb must be finite, but 1 of 900"):
+        MultiSimilarityLoss()(unit(900), labels, rows, labels)  # row 7 is not in the sample; the loss shows it
+
+
+def test_empty_slots_of_a_bank_are_no_error() -> None:
+    """A refused row leaves a slot of zeros with label -1, which takes part in nothing."""
+    labels, references = torch.arange(6) % 2, unit(6)
+    expected = ContrastiveLoss(0.1)(unit_rows := unit(6), labels, references[:5], labels[:5])
+    references[5] = 0
+    assert torch.equal(ContrastiveLoss(0.1)(unit_rows, labels, references, torch.tensor([0, 1, 0, 1, 0, -1])), expected)

@@ -48,7 +48,7 @@ CASES: dict[str, Case] = {
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> dict[str, Tensor | None]:
+def batches(draw: st.DrawFn, duplicates: bool = True) -> dict[str, Tensor | None]:
     """Anchors and, maybe, references; classes of one sample, copies of a sample, unlabelled rows, duplicates."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     n, m, dim = draw(st.integers(1, 7)), draw(st.integers(1, 9)), draw(st.integers(2, 5))
@@ -59,7 +59,7 @@ def batches(draw: st.DrawFn) -> dict[str, Tensor | None]:
         return embeddings, torch.randint(-1, classes, (count,), generator=generator)
 
     embeddings, labels = rows(n)
-    if draw(st.booleans()) and n > 1:
+    if duplicates and n > 1 and draw(st.booleans()):
         embeddings[1] = embeddings[0]
     batch: dict[str, Tensor | None] = {"embeddings": embeddings, "labels": labels}
     if draw(st.booleans()):

@@ -1,0 +1,1 @@
+"""Tests of the memory: the ring buffer and the momentum encoder against their definitions."""

@@ -1,0 +1,1 @@
+"""Tests of the modules: the embedder and the LightningModule that trains it."""

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_dml import MemoryBank, MetricLearningModule
 from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.errors import InputError
-from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss
+from lightning_dml.losses import ContrastiveLoss, MarginLoss, MultiSimilarityLoss
 from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
 
 
@@ -162,6 +162,7 @@ def test_a_checkpoint_loads_with_the_parts_given_again(tmp_path: Path) -> None:
     [
         ({"batch_weight": -1.0}, "batch_weight.*-1"),
         ({"batch_weight": 0.0, "memory_weight": 0.0}, "both 0"),
+        ({"loss_lr": 0.0}, "loss_lr.*0"),
         ({"lr_interval": "batch"}, "lr_interval.*'batch'"),
         ({"ks": (0,)}, "ks.*0"),
     ],
@@ -170,3 +171,40 @@ def test_wrong_input_is_named(options: dict[str, Any], words: str) -> None:
     make: Callable[[], object] = lambda: tiny_module(**options)  # noqa: E731
     with pytest.raises(InputError, match=words):
         make()
+
+
+def test_parameters_of_losses_have_their_own_rate_and_are_trained(tmp_path: Path) -> None:
+    """A learned boundary needs another rate than a backbone, and must be in the checkpoint."""
+    module = tiny_module(loss=MarginLoss(learn_beta=True), memory_loss=pml.ProxyAnchorLoss(12, 6), loss_lr=0.5)
+    module.memory_weight = 0.0
+    trainer = Trainer(max_steps=3, limit_val_batches=0, **QUIET)
+    trainer.fit(module, TinyData())
+    groups = trainer.optimizers[0].param_groups
+    assert [group["lr"] for group in groups] == [0.05, 0.5]
+    assert len(groups[1]["params"]) == 2
+    assert module.state_dict()["loss.weighting.beta"] != 1.2
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    weights = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(weights["loss.weighting.beta"], module.state_dict()["loss.weighting.beta"])
+    assert "memory_loss.proxies" in weights
+
+
+def test_proxies_of_another_library_are_trained() -> None:
+    """Proxy losses are what many come with; they need no memory."""
+    loss = pml.ProxyAnchorLoss(12, 6)
+    before = loss.proxies.detach().clone()
+    Trainer(max_steps=2, limit_val_batches=0, **QUIET).fit(tiny_module(loss=loss, loss_lr=0.1), TinyData())
+    assert not torch.equal(loss.proxies, before)
+
+
+def test_refused_rows_stay_out_of_other_losses() -> None:
+    """They know nothing of empty slots: a row of zeros would be a negative of everything."""
+    batch, bank = batch_and_bank()
+    module = tiny_module(loss=pml.ContrastiveLoss(), batch_weight=0.0)
+    module.memory_bank = bank
+    expected = module.training_step(batch, 0)["loss"]
+    bigger = MemoryBank(21, 6)
+    bigger.enqueue(bank.embeddings, bank.labels, bank.indices)
+    bigger.enqueue(torch.full((1, 6), torch.nan), torch.tensor([0]), torch.tensor([99]))
+    module.memory_bank = bigger
+    torch.testing.assert_close(module.training_step(batch, 0)["loss"], expected)

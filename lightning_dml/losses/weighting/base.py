@@ -46,6 +46,8 @@ class Weighting(nn.Module):
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and their derivative with respect to the similarities, (n, M), of the same dtype.
 
+        `similarity` is the engine's to lose: a closed form may overwrite it and return it as the weights.
+
         Where `row_statistics` returns some, they come as a fourth argument: those of the block's anchors (n,) and
         those of all references (M,).
         """

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
+from lightning_dml.losses.curves import unit_step, unit_step_
 from lightning_dml.losses.weighting.base import Weighting
+from lightning_dml.losses.weighting.rows import Positives
 
 
 class ContrastiveWeighting(Weighting):
@@ -24,18 +26,17 @@ class ContrastiveWeighting(Weighting):
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and weights (n, M) in closed form."""
-        excess = (similarity - self.margin).relu_().mul_(negative)
-        weights = torch.sign(excess)
-        losses = excess.sum(dim=1)
-        # Positives are few: picking them out is cheaper than another pass over the block.
-        row, column = positive.nonzero(as_tuple=True)
-        shortfall = (1.0 if self.pos_margin is None else self.pos_margin) - similarity[row, column]
-        pull = torch.ones_like(shortfall)
-        if self.pos_margin is not None:
-            shortfall = shortfall.relu()
-            pull = torch.sign(shortfall)
-        losses.index_add_(0, row, shortfall)
-        weights[row, column] = -pull
+        pairs = Positives.of(similarity, positive)
+        if self.pos_margin is None:
+            shortfall, pull = 1 - pairs.values, torch.ones_like(pairs.values)
+        else:
+            shortfall = (self.pos_margin - pairs.values).relu_()
+            pull = unit_step(shortfall)
+        # In place: the block itself becomes the weights.
+        excess = similarity.sub_(self.margin).relu_().masked_fill_(~negative, 0)
+        losses = excess.sum(dim=1) + pairs.sums(shortfall)
+        weights = unit_step_(excess)
+        weights[pairs.row, pairs.column] = -pull
         return losses, weights
 
     def extra_repr(self) -> str:

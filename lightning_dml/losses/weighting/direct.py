@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses.curves import WeightCurve
 from lightning_dml.losses.weighting.base import Weighting
+from lightning_dml.losses.weighting.rows import Positives
 
 
 class DirectWeighting(Weighting):
@@ -27,10 +29,11 @@ class DirectWeighting(Weighting):
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and weights (n, M)."""
-        # masked_fill and not a product: an exponential curve may be infinite where there is no pair.
+        # Filled and not multiplied: an exponential curve may be infinite where there is no pair.
         weights = self.negative(similarity).detach().masked_fill(~negative, 0)
-        weights = weights - self.positive(similarity).detach().masked_fill(~positive, 0)
-        return (weights * similarity).sum(dim=1), weights
+        pairs = Positives.of(similarity, positive)
+        weights[pairs.row, pairs.column] = -self.positive(pairs.values).detach().to(weights.dtype)
+        return torch.linalg.vecdot(weights, similarity), weights
 
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""

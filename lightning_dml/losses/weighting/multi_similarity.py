@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.rows import softmax_with_one
+from lightning_dml.losses.weighting.rows import Positives, softmax_with_one
 
 
 class MultiSimilarityWeighting(Weighting):
@@ -28,10 +28,12 @@ class MultiSimilarityWeighting(Weighting):
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and weights (n, M) in closed form."""
-        offset = similarity - self.base
-        pull, pulled = softmax_with_one((-self.alpha * offset).masked_fill_(~positive, -torch.inf))
-        push, pushed = softmax_with_one(offset.mul_(self.beta).masked_fill_(~negative, -torch.inf))
-        return pull / self.alpha + push / self.beta, pushed.sub_(pulled)
+        pairs = Positives.of(similarity, positive)
+        push, weights = softmax_with_one(similarity.sub_(self.base).mul_(self.beta), negative)
+        table = pairs.table((self.base - pairs.values) * self.alpha, -torch.inf)
+        pull, pulled = softmax_with_one(table, table != -torch.inf)
+        weights[pairs.row, pairs.column] = -pulled[pairs.row, pairs.slot]
+        return pull / self.alpha + push / self.beta, weights
 
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_EXPONENT = -80.0
+"""Below e^-80 no term counts, and where float32 leaves its normal range exp is fifty times as slow on a CPU."""
+
 
 @dataclass(frozen=True)
 class Positives:
@@ -29,7 +32,7 @@ class Positives:
     @classmethod
     def of(cls, similarity: Tensor, positive: Tensor) -> Positives:
         """Picks the pairs of the mask `positive` (n, M) out of `similarity` (n, M)."""
-        row, column = positive.nonzero(as_tuple=True)
+        row, column = positions(positive)
         counts = torch.bincount(row, minlength=len(similarity))
         slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
         return cls(row, column, slot, similarity[row, column], counts)
@@ -46,8 +49,31 @@ class Positives:
         return values.new_zeros(len(self.counts)).index_add_(0, self.row, values)
 
 
-def softmax_with_one(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 + sum exp) of each row, (n,), and its derivative (n, M); overwrites `logits` (n, M)."""
-    value = torch.logsumexp(logits, dim=1)
-    value = torch.logaddexp(value, torch.zeros_like(value))
-    return value, logits.sub_(value[:, None]).exp_()
+def positions(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns, (E,) int64 each in row order, of the True entries of a mask (n, M) with few of them."""
+    if mask.is_cuda or not mask.is_contiguous() or mask.storage_offset() % 8 or mask.numel() < 1024:
+        row, column = mask.nonzero(as_tuple=True)
+        return row, column
+    # Eight entries at a time: most words are 0. Three times as fast as looking at each entry.
+    flat = mask.view(-1)
+    whole = len(flat) // 8 * 8
+    word = flat[:whole].view(torch.int64).nonzero()[:, 0]
+    hit, place = flat[:whole].view(-1, 8)[word].nonzero(as_tuple=True)
+    places = torch.cat((word[hit] * 8 + place, flat[whole:].nonzero()[:, 0] + whole))
+    row = places // mask.shape[1]
+    return row, places - row * mask.shape[1]
+
+
+def softmax_with_one(logits: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 + sum exp) of each row over the kept entries, (n,), and its derivative, (n, M); overwrites `logits`.
+
+    Args:
+        logits: (n, M) float.
+        kept: (n, M) bool.
+    """
+    left_out = ~kept
+    logits.masked_fill_(left_out, -torch.inf)
+    largest = logits.amax(dim=1, keepdim=True).clamp_min(0) if logits.shape[1] else logits.new_zeros(len(logits), 1)
+    powers = logits.sub_(largest).clamp_min_(LEAST_EXPONENT).exp_().masked_fill_(left_out, 0)
+    total = powers.sum(dim=1, keepdim=True) + torch.exp(-largest)
+    return (largest + total.log())[:, 0], powers.div_(total)

@@ -1,0 +1,207 @@
+"""Weightings on the distance d = sqrt(2 - 2 S) of unit vectors, and what other weightings on it share.
+
+The derivative of d with respect to S is -1/d, infinite for two equal vectors. So d is clamped at `MIN_DISTANCE`, and
+nearer pairs have no slope: the similarity of two equal float32 vectors is off from 1 by some 1e-7, their d by up to
+1e-3, and a weight of 1/d would be rounding, amplified. Nothing is lost, for equal vectors have no direction to be
+pulled or pushed along.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dml.errors import InputError
+from lightning_dml.losses.weighting.base import Weighting
+from lightning_dml.losses.weighting.rows import Positives
+
+MIN_DISTANCE = 1e-3
+"""Distance that nearer pairs are taken to have, without a slope. Ours."""
+
+
+class ChunkedWeighting(Weighting):
+    """A weighting that takes a few rows of its block at a time.
+
+    Its temporaries are then small, and stay in the processor's cache between the many passes over them.
+    """
+
+    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Row losses (n,) and weights (n, M) in closed form."""
+        step = _rows_per_chunk(similarity)
+        if step >= len(similarity):
+            return self.chunk(similarity, positive, negative)
+        losses, weights = similarity.new_zeros(len(similarity)), torch.empty_like(similarity)
+        for start in range(0, len(similarity), step):
+            rows = slice(start, start + step)
+            losses[rows], weights[rows] = self.chunk(similarity[rows], positive[rows], negative[rows])
+        return losses, weights
+
+    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, of a chunk of rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define chunk(similarity, positive, negative)")
+
+
+class HadsellWeighting(ChunkedWeighting):
+    r"""Contrastive weights on squared distances, the form of Hadsell, Chopra and LeCun (2006).
+
+    .. math::
+        L_i = \tfrac12 \sum_{j \in P_i} d_{ij}^2 + \tfrac12 \sum_{k \in N_i} [M - d_{ik}]_+^2
+
+    The weight of a positive is 1, that of a negative :math:`[M / d - 1]_+`, and 0 for negatives nearer than
+    `MIN_DISTANCE`. The formula is that of the documentation of pytorch-metric-learning.
+
+    Args:
+        margin: distance below which a negative counts; distances of unit vectors lie in [0, 2].
+
+    Raises:
+        InputError: for a margin that is not positive.
+    """
+
+    separable = True
+
+    def __init__(self, margin: float = 1.0) -> None:
+        super().__init__()
+        check_number("margin", margin, "a distance between unit vectors such as 1.0", above=0)
+        self.margin = margin
+
+    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Row losses (n,) and weights (n, M) in closed form."""
+        distance, slope = distance_and_slope(similarity)
+        excess = distance.neg_().add_(self.margin).relu_().mul_(negative)
+        weights = slope.mul_(excess)
+        losses = excess.square_().sum(dim=1).div_(2)
+        pairs = Positives.of(similarity, positive)
+        weights[pairs.row, pairs.column] = -1.0
+        return losses.add_(pairs.sums(1 - pairs.values)), weights
+
+    def extra_repr(self) -> str:
+        """What `print` shows between the brackets."""
+        return f"margin={self.margin}"
+
+
+class DistanceContrastiveWeighting(ChunkedWeighting):
+    r"""Contrastive weights on plain distances, the form of pytorch-metric-learning.
+
+    .. math::
+        L_i = \sum_{j \in P_i} [d_{ij} - m_p]_+ + \sum_{k \in N_i} [m_n - d_{ik}]_+
+
+    The weight of a pair is :math:`1 / d` where its hinge is open, and 0 nearer than `MIN_DISTANCE`.
+
+    Args:
+        margin: distance :math:`m_n` below which a negative counts.
+        pos_margin: distance :math:`m_p` above which a positive counts.
+
+    Raises:
+        InputError: for a margin that is not positive, or a negative positive margin.
+    """
+
+    separable = True
+
+    def __init__(self, margin: float = 1.0, pos_margin: float = 0.0) -> None:
+        super().__init__()
+        check_number("margin", margin, "a distance between unit vectors such as 1.0", above=0)
+        check_number("pos_margin", pos_margin, "a distance between unit vectors such as 0.0", least=0)
+        self.margin = margin
+        self.pos_margin = pos_margin
+
+    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Row losses (n,) and weights (n, M) in closed form."""
+        return _hinges(similarity, positive, negative, self.pos_margin, self.margin)
+
+    def extra_repr(self) -> str:
+        """What `print` shows between the brackets."""
+        return f"margin={self.margin}, pos_margin={self.pos_margin}"
+
+
+class MarginWeighting(ChunkedWeighting):
+    r"""Weight 1/d on positives beyond, and on negatives within, a boundary that may be learned; see `MarginLoss`.
+
+    Attributes:
+        beta: the boundary; a 0-dim `nn.Parameter` where it is learned.
+    """
+
+    separable = True
+    beta: nn.Parameter | float
+
+    def __init__(self, margin: float = 0.2, beta: float = 1.2, learn_beta: bool = False) -> None:
+        super().__init__()
+        check_number("margin", margin, "a distance between unit vectors such as 0.2", least=0)
+        check_number("beta", beta, "a distance between unit vectors such as 1.2", above=0)
+        self.margin = margin
+        self.beta = nn.Parameter(torch.tensor(float(beta))) if learn_beta else float(beta)
+
+    def row_losses(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        """Loss of each anchor, (n,), differentiable with respect to the similarities and to `beta`."""
+        beyond = distances(similarity) - self.beta
+        pull = torch.where(positive, (beyond + self.margin).relu(), 0).sum(dim=1)
+        return pull + torch.where(negative, (self.margin - beyond).relu(), 0).sum(dim=1)
+
+    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Row losses (n,) and weights (n, M) in closed form."""
+        beta = self._beta()
+        return _hinges(similarity, positive, negative, beta - self.margin, beta + self.margin)
+
+    def extra_repr(self) -> str:
+        """What `print` shows between the brackets."""
+        return f"margin={self.margin}, beta={float(self._beta()):g}, learn_beta={isinstance(self.beta, Tensor)}"
+
+    def _beta(self) -> Tensor | float:
+        return self.beta.detach() if isinstance(self.beta, Tensor) else self.beta
+
+
+def distances(similarity: Tensor) -> Tensor:
+    """Distances d = sqrt(2 - 2 S), at least `MIN_DISTANCE`, in the shape of `similarity`; differentiable."""
+    return (2 - 2 * similarity).clamp(min=MIN_DISTANCE**2).sqrt()
+
+
+def distance_and_slope(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """The same distances, and -dd/dS = 1/d, 0 nearer than `MIN_DISTANCE`; without autograd, in fewer passes."""
+    squared = similarity.mul(-2).add_(2).clamp_(min=MIN_DISTANCE**2)
+    distance = squared.sqrt()
+    return distance, distance.reciprocal().masked_fill_(squared <= MIN_DISTANCE**2, 0)
+
+
+def check_number(
+    name: str, value: float, meaning: str, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """Raises `InputError` unless `value` is finite, greater than `above`, and within [`least`, `most`].
+
+    Args:
+        name: the argument.
+        value: what was passed.
+        meaning: what it should be instead, with an example.
+        above: open lower limit.
+        least: closed lower limit.
+        most: closed upper limit.
+    """
+    if math.isfinite(value) and value > above and least <= value <= most:
+        return
+    limits = [
+        text.format(limit)
+        for text, limit in (("greater than {:g}", above), ("at least {:g}", least), ("at most {:g}", most))
+        if math.isfinite(limit)
+    ]
+    raise InputError(f"{name} must be {meaning}, finite{''.join(f', {limit}' for limit in limits)}; got {value}")
+
+
+def _hinges(
+    similarity: Tensor, positive: Tensor, negative: Tensor, pos_margin: Tensor | float, margin: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Row losses and weights of [d - pos_margin]+ on positives and [margin - d]+ on negatives."""
+    distance, slope = distance_and_slope(similarity)
+    pairs = Positives.of(distance, positive)
+    shortfall = (pairs.values - pos_margin).relu_()
+    pull = torch.sign(shortfall).mul_(slope[pairs.row, pairs.column])
+    excess = distance.neg_().add_(margin).relu_().mul_(negative)
+    losses = excess.sum(dim=1).add_(pairs.sums(shortfall))
+    weights = slope.mul_(excess.sign_())
+    weights[pairs.row, pairs.column] = -pull
+    return losses, weights
+
+
+def _rows_per_chunk(similarity: Tensor) -> int:
+    # On a CPU a chunk fits the second-level cache; on an accelerator each operation should be worth its launch.
+    elements = 2**22 if similarity.is_cuda else 2**18
+    return max(1, elements // max(1, similarity.shape[1]))

@@ -1,0 +1,130 @@
+"""The weighting of `GeneralPairWeightingLoss`: a shape for each side, by name, on similarity or on distance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_dml.errors import InputError
+from lightning_dml.losses.weighting.base import Weighting
+from lightning_dml.losses.weighting.distance import distance_and_slope
+from lightning_dml.losses.weighting.rows import LEAST_EXPONENT
+
+ShapeName = Literal["constant", "linear", "power", "exponential", "sigmoid", "softmax", "softmax_with_one"]
+Normalization = Literal["none", "mean", "sum", "nonzero"]
+Measure = Literal["similarity", "distance"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Weight of a pair as a function of its violation v, the amount by which it is on the wrong side of a threshold.
+
+    Attributes:
+        name: constant 1, linear [v]+, power [v]+^exponent, exponential e^(rate v), sigmoid 1/(1 + e^(-rate v)), softmax
+            e^(rate v) / sum, softmax_with_one e^(rate v) / (1 + sum), sums over the anchor's kept pairs of the side.
+        threshold: where v is 0.
+        rate: of the exponentials.
+        exponent: of the power.
+    """
+
+    name: ShapeName
+    threshold: float
+    rate: float = 10.0
+    exponent: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ShapeName):
+            raise InputError(f"weighting must be one of {', '.join(get_args(ShapeName))}, got {self.name!r}")
+        if not math.isfinite(self.threshold):
+            raise InputError(f"threshold must be finite, got {self.threshold}")
+        for field in ("rate", "exponent"):
+            value = getattr(self, field)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{field} must be positive, got {value}")
+
+    def __call__(self, violation: Tensor, kept: Tensor) -> Tensor:
+        """Weights (n, M) for violations (n, M), 0 where `kept` (n, M) is False."""
+        if self.name in ("softmax", "softmax_with_one"):
+            with_one = self.name == "softmax_with_one"
+            logits = (self.rate * violation).masked_fill_(~kept, -torch.inf)
+            largest = logits.amax(dim=1, keepdim=True) if logits.shape[1] else logits.new_zeros(len(logits), 1)
+            largest = largest.clamp_min(0) if with_one else largest.masked_fill(largest == -torch.inf, 0)
+            powers = logits.sub_(largest).clamp_min_(LEAST_EXPONENT).exp_().masked_fill_(~kept, 0)
+            total = powers.sum(dim=1, keepdim=True) + (torch.exp(-largest) if with_one else 0)
+            return powers / total.masked_fill(total == 0, 1)
+        if self.name == "constant":
+            weights = torch.ones_like(violation)
+        elif self.name == "linear":
+            weights = violation.relu()
+        elif self.name == "power":
+            weights = violation.relu().pow_(self.exponent)
+        elif self.name == "exponential":
+            weights = torch.exp(self.rate * violation)
+        else:
+            weights = torch.sigmoid(self.rate * violation)
+        return weights.masked_fill_(~kept, 0)
+
+
+class GeneralWeighting(Weighting):
+    """Named weightings on both sides; see `GeneralPairWeightingLoss`."""
+
+    def __init__(
+        self, positive: Shape, negative: Shape, normalization: Normalization = "none", measure: Measure = "similarity"
+    ) -> None:
+        super().__init__()
+        if normalization not in get_args(Normalization):
+            raise InputError(
+                f"normalization must be one of {', '.join(get_args(Normalization))}, got {normalization!r}"
+            )
+        if measure not in get_args(Measure):
+            raise InputError(f"measure must be similarity or distance, got {measure!r}")
+        self.positive = positive
+        self.negative = negative
+        self.normalization = normalization
+        self.measure = measure
+
+    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Row losses (n,) and weights (n, M)."""
+        # Oriented so that both sides read alike: positives violate where it is small, negatives where it is large.
+        sign, closeness, slope = 1.0, similarity, None
+        if self.measure == "distance":
+            distance, slope = distance_and_slope(similarity)
+            sign, closeness = -1.0, -distance
+        push = self.negative(closeness - sign * self.negative.threshold, negative)
+        pull = self.positive(sign * self.positive.threshold - closeness, positive)
+        weights = self._normalized(push, negative) - self._normalized(pull, positive)
+        losses = (weights * closeness).sum(dim=1)
+        return losses, weights if slope is None else weights * slope
+
+    def extra_repr(self) -> str:
+        """What `print` shows between the brackets."""
+        return f"{self.positive}, {self.negative}, normalization={self.normalization!r}, measure={self.measure!r}"
+
+    def _normalized(self, weights: Tensor, kept: Tensor) -> Tensor:
+        if self.normalization == "none":
+            return weights
+        if self.normalization == "mean":
+            divisor = kept.to(weights.dtype).sum(dim=1, keepdim=True)
+        elif self.normalization == "sum":
+            divisor = weights.sum(dim=1, keepdim=True)
+        else:
+            divisor = (weights != 0).to(weights.dtype).sum(dim=1, keepdim=True)
+        return weights / divisor.masked_fill(divisor == 0, 1)
+
+
+def shape(argument: str, name: ShapeName, threshold: float, settings: Mapping[str, float] | None) -> Shape:
+    """A `Shape` from a name and a config's settings; errors name `argument`."""
+    settings = {"threshold": threshold, **(settings or {})}
+    known = [field.name for field in fields(Shape) if field.name != "name"]
+    unknown = sorted(settings.keys() - set(known))
+    if unknown:
+        raise InputError(f"{argument}_args knows {', '.join(known)}, got {unknown[0]!r}")
+    try:
+        return Shape(name, **settings)
+    except InputError as error:
+        raise InputError(f"{argument}: {error}") from error
