@@ -40,6 +40,7 @@ def pictures(root: Path, classes: dict[str, int], side: int = 40) -> None:
 
 
 def test_quickstart_trains_evaluates_and_reports(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first command of the README: table, figure, logs and a checkpoint that loads without the config."""
     main([*QUICKSTART, *SHORT, *CPU, "--trainer.log_every_n_steps=1"])
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
@@ -62,12 +63,14 @@ def test_quickstart_trains_evaluates_and_reports(folder: Path, capsys: pytest.Ca
 
 
 def test_the_baseline_is_the_same_config_without_memory(folder: Path) -> None:
+    """A comparison is fair only if the memory is all that differs."""
     main([*QUICKSTART, *SHORT, *CPU, "--config", str(ROOT / "configs/no-memory.yaml")])
     checkpoint = torch.load(folder / "runs/quickstart/version_0/checkpoints/last.ckpt", weights_only=True)
     assert not any("MemoryBank" in name for name in checkpoint["callbacks"])
 
 
 def test_a_run_resumes_and_its_checkpoint_is_tested(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a crash the report must still compare with the untrained model, not with the resumed one."""
     main([*QUICKSTART, *SHORT, *CPU])
     untrained = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("untrained"))
     last = str(folder / "runs/quickstart/version_0/checkpoints/last.ckpt")
@@ -80,11 +83,13 @@ def test_a_run_resumes_and_its_checkpoint_is_tested(folder: Path, capsys: pytest
 
 
 def test_validate_without_a_checkpoint_says_so(folder: Path) -> None:
+    """Numbers of random weights would pass for those of the trained model."""
     with pytest.warns(UserWarning, match="validate runs without --ckpt_path"):
         main(["validate", *QUICKSTART[1:], *CPU, "--trainer.limit_val_batches=2"])
 
 
 def test_every_kind_of_loss_comes_from_yaml(folder: Path) -> None:
+    """What needs Python code is out of reach on the command line."""
     config = folder / "loss.yaml"
     config.write_text(
         """
@@ -133,12 +138,14 @@ trainer:
 
 
 def fit_folder(folder: Path, *options: str) -> None:
+    """The config that a user with a folder of images would write."""
     config = folder / "folder.yaml"
     config.write_text(FOLDER_CONFIG)
     main(["fit", "--config", str(config), *options])
 
 
 def test_a_folder_of_images_trains(folder: Path) -> None:
+    """Own images are what most people come for."""
     pictures(folder / "images", dict.fromkeys("abcdefgh", 4))
     fit_folder(folder)
 
@@ -157,6 +164,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_one_clear_error_before_training(folder: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    """A wrong value ends in one line that names it, with no traceback and no training begun."""
     classes, options, words = REFUSED[what]
     pictures(folder / "images", classes)
     with pytest.raises(SystemExit) as stop:

@@ -25,6 +25,7 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_print_what_they_say(name: str) -> None:
+    """Examples are what people copy; a stale one costs them an hour."""
     module = importlib.import_module(name)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     names = {**vars(module), "torch": importlib.import_module("torch")}
@@ -32,6 +33,7 @@ def test_examples_print_what_they_say(name: str) -> None:
 
 
 def test_there_are_examples() -> None:
+    """Had the finder stopped seeing the modules, the test above would pass on nothing."""
     finder = doctest.DocTestFinder()
     count = sum(bool(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name)))
     assert count >= 15

@@ -11,6 +11,7 @@ PATH = Path(__file__).parents[1] / "examples/subclass.py"
 
 
 def test_a_foreign_module_uses_the_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The callback promises to work with any LightningModule; this is the proof that people read."""
     monkeypatch.chdir(tmp_path)
     spec = importlib.util.spec_from_file_location("subclass", PATH)
     assert spec is not None and spec.loader is not None
@@ -23,4 +24,5 @@ def test_a_foreign_module_uses_the_bank(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_it_is_short() -> None:
+    """An example that does not fit a screen is not read."""
     assert len(PATH.read_text().splitlines()) < 60

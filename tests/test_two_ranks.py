@@ -18,6 +18,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def run(*command: str, folder: Path) -> str:
+    """Runs a command as a user would, in its own processes, and shows its output if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -25,6 +26,7 @@ def run(*command: str, folder: Path) -> str:
 
 
 def assert_same(ours: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:
+    """Compares name by name, so that a failure tells which tensor differs."""
     assert ours.keys() == right.keys()
     for name, tensor in right.items():
         torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(tensor), rtol=0, atol=tolerance)
@@ -33,6 +35,7 @@ def assert_same(ours: dict[str, Any], right: dict[str, Any], tolerance: float) -
 @pytest.mark.slow
 @pytest.mark.parametrize("momentum", ["-1", "0.9"])
 def test_two_ranks_train_as_one(tmp_path: Path, momentum: str) -> None:
+    """Two GPUs must give the model of one: weights, bank and metrics, and the same on both."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
@@ -62,6 +65,7 @@ TWO = ("--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.stra
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_the_quickstart_runs_on_two_processes(tmp_path: Path, launcher: str) -> None:
+    """Both usual launchers work, and the report comes once, not once per rank."""
     command = [Path(sys.executable).with_name("lightning-dml")] if launcher == "lightning" else [*TORCHRUN, "-m"]
     command = [str(part) for part in command] + ([] if launcher == "lightning" else ["lightning_dml"])
     config = str(ROOT / "configs/quickstart.yaml")

@@ -26,6 +26,7 @@ class TinyData(RetrievalDataModule):
         self.augment = augment
 
     def setup(self, stage: str | None = None) -> None:
+        """Draws the same images in every process, so that runs can be compared."""
         generator = np.random.default_rng(0)
         centres = generator.integers(0, 256, (2 * CLASSES, 1, SIDE, SIDE))
         noise = generator.integers(-60, 60, (2 * CLASSES, PER_CLASS, SIDE, SIDE))
@@ -47,11 +48,13 @@ class TinyEmbedder(nn.Module):
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 16), nn.Tanh(), nn.Linear(16, 6))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Normalises in float32 at least, as autocast would round the unit length away."""
         projected = self.net(images)
         return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
 
 
 def tiny_module(**options: Any) -> MetricLearningModule:
+    """A module whose learning rate makes a difference within a few steps."""
     options = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9), **options}
     return MetricLearningModule(TinyEmbedder(), options.pop("loss", ContrastiveLoss(0.3)), **options)
 

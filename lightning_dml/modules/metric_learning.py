@@ -167,10 +167,9 @@ class MetricLearningModule(LightningModule):
         of_losses = {
             id(each) for part in (self.loss, self.memory_loss) if part is not None for each in part.parameters()
         }
-        groups = [
-            {"params": [each for each in trained if id(each) not in of_losses]},
-            {"params": [each for each in trained if id(each) in of_losses], "lr": self.loss_lr},
-        ]
+        with_own_rate = [each for each in trained if id(each) in of_losses]
+        others = [each for each in trained if id(each) not in of_losses]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": with_own_rate, "lr": self.loss_lr}]
         return [group for group in groups if group["params"]]
 
     def _log_train(self, name: str, value: Tensor, batch_size: int, prog_bar: bool = False) -> None:

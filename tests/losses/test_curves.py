@@ -27,12 +27,14 @@ FORMULAS: list[tuple[curves.Curve, Callable[[float], float]]] = [
 
 @pytest.mark.parametrize(("curve", "formula"), FORMULAS, ids=lambda value: repr(value)[:40])
 def test_a_curve_equals_its_formula(curve: curves.Curve, formula: Callable[[float], float]) -> None:
+    """A curve is the weight of a pair; a wrong sign or factor would train, only badly."""
     similarity = torch.linspace(-1, 1, 201, dtype=torch.float64).reshape(3, 67)
     expected = torch.tensor([formula(float(s)) for s in similarity.flatten()], dtype=torch.float64)
     torch.testing.assert_close(curve(similarity), expected.reshape(3, 67))
 
 
 def test_points_are_joined_by_lines() -> None:
+    """Users draw a curve by points and rely on straight lines between and level ends."""
     points = [(-0.5, 1.0), (0.0, 3.0), (0.75, 0.0)]
     similarity = torch.linspace(-1, 1, 101, dtype=torch.float64)
     expected = np.interp(similarity.numpy(), *zip(*points, strict=True))
@@ -50,5 +52,6 @@ def test_points_are_joined_by_lines() -> None:
     ],
 )
 def test_impossible_curves_are_refused(make: Callable[[], object], words: str) -> None:
+    """NaN weights or unordered points would show only as a diverging loss."""
     with pytest.raises(InputError, match=words):
         make()

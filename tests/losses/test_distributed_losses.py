@@ -39,11 +39,13 @@ SIZES = {2: (5, 11), 3: (4, 1, 11)}
 
 
 def net() -> nn.Module:
+    """The same network on every rank."""
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8)).double()
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same 16 rows on every rank, some of one class and some of one sample, and a bank."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
     labels = torch.arange(16) % 5
@@ -53,6 +55,7 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def total(model: nn.Module, loss: nn.Module, rows: slice) -> Tensor:
+    """The in-batch loss and the loss against the bank together, as the module adds them."""
     x, labels, indices, bank, bank_labels, bank_indices = data()
     embeddings = F.normalize(model(x[rows]), dim=1)
     in_batch = loss(embeddings, labels[rows], indices=indices[rows])
@@ -62,6 +65,7 @@ def total(model: nn.Module, loss: nn.Module, rows: slice) -> Tensor:
 
 
 def gradient(model: nn.Module, name: str, reduction: str, rows: slice) -> tuple[float, list[Any]]:
+    """Value and gradient of every weight, as NumPy so that they can be sent between processes."""
     loss = LOSSES[name]
     loss.reduction = reduction
     model.zero_grad()
@@ -79,6 +83,7 @@ CASES = [(name, reduction) for name in LOSSES for reduction in get_args(losses.b
 
 
 def on_rank(rank: int, ranks: int) -> list[tuple[float, list[Any]]]:
+    """What one rank gets from its uneven share of the rows."""
     model = DistributedDataParallel(net())
     start = sum(SIZES[ranks][:rank])
     rows = slice(start, start + SIZES[ranks][rank])
@@ -88,6 +93,7 @@ def on_rank(rank: int, ranks: int) -> list[tuple[float, list[Any]]]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_train_as_one_process_would(ranks: int) -> None:
+    """More GPUs must not change the loss; a wrong factor would act like another learning rate."""
     alone = [gradient(net(), name, reduction, slice(0, 16)) for name, reduction in CASES]
     for results in run_ranks(ranks, on_rank):
         for case, (value, gradients), (expected, expected_gradients) in zip(CASES, results, alone, strict=True):
@@ -122,6 +128,7 @@ def test_rows_that_are_coupled_are_coupled_over_ranks() -> None:
 
 
 def alone(rank: int, ranks: int) -> float:
+    """Only rank 0 computes a loss."""
     x, labels, indices, *_ = data()
     rows = slice(0, 7) if rank == 0 else slice(7, 16)
     if rank == 1:
@@ -130,6 +137,7 @@ def alone(rank: int, ranks: int) -> float:
 
 
 def test_without_gather_a_rank_needs_no_other() -> None:
+    """A loss that waits for a rank that never calls it hangs the job."""
     x, labels, *_ = data()
     expected = ContrastiveLoss(0.2)(F.normalize(x[:7], dim=1), labels[:7])
     assert run_ranks(2, alone)[0] == pytest.approx(float(expected), abs=1e-9)

@@ -84,6 +84,7 @@ def gradients(function: Callable[..., Tensor], batch: dict[str, Any]) -> list[Te
 @pytest.mark.parametrize("name", CASES)
 @given(batch=batches(), block=st.sampled_from([1, 100, 2**20]))
 def test_value_and_gradient_equal_the_textbook(name: str, batch: dict[str, Any], block: int) -> None:
+    """The fast blocked code must be the published loss, whatever the block size."""
     loss, row_loss, mine = CASES[name]
     loss.block_bytes = block
 
@@ -97,6 +98,7 @@ def test_value_and_gradient_equal_the_textbook(name: str, batch: dict[str, Any],
 
 @given(batch=batches())
 def test_reductions_divide_by_their_counts(batch: dict[str, Any]) -> None:
+    """Another divisor acts as another learning rate and makes papers' settings unusable."""
     weights = []
 
     def count(sp: Tensor, sn: Tensor) -> Tensor:
@@ -115,17 +117,20 @@ class TextbookContrastive(Weighting):
     """Gives the row loss only, so that the engine has to differentiate the block."""
 
     def row_losses(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        """The definition and nothing more."""
         return torch.where(positive, 1 - similarity, torch.where(negative, (similarity - 0.3).relu(), 0)).sum(dim=1)
 
 
 @given(batch=batches())
 def test_a_weighting_without_closed_form_is_differentiated(batch: dict[str, Any]) -> None:
+    """Users may write only the loss and leave the gradient to autograd."""
     ours = gradients(PairWeightingLoss(TextbookContrastive()), batch)
     for value, expected in zip(ours, gradients(ContrastiveLoss(0.3), batch), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_step_and_constant_curves_give_the_contrastive_gradient() -> None:
+    """Weight curves generalise known losses; here is one where both are known."""
     embeddings = F.normalize(torch.randn(12, 4, dtype=torch.float64), dim=1)
     batch = {"embeddings": embeddings, "labels": torch.arange(12) % 3}
     direct = gradients(DirectWeightingLoss(curves.Constant(), curves.Step(0.5)), batch)
@@ -133,6 +138,7 @@ def test_step_and_constant_curves_give_the_contrastive_gradient() -> None:
 
 
 def test_a_plain_function_is_a_curve() -> None:
+    """A user can try a weight without writing a class for it."""
     embeddings = F.normalize(torch.randn(8, 4), dim=1)
     labels = torch.arange(8) % 2
     ours = DirectWeightingLoss(positive=torch.ones_like, negative=torch.exp)(embeddings, labels)
@@ -142,6 +148,7 @@ def test_a_plain_function_is_a_curve() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_embeddings_are_weighted_in_float32(dtype: torch.dtype) -> None:
+    """In half precision the exponentials overflow and the loss becomes infinite."""
     # e^{50 (1 - 0.5)} overflows float16.
     embeddings = torch.eye(4)[[0, 0, 0, 1]].to(dtype).requires_grad_()
     loss = MultiSimilarityLoss(base=0.0)(embeddings, torch.tensor([0, 1, 2, 3]))
@@ -154,6 +161,7 @@ def test_half_precision_embeddings_are_weighted_in_float32(dtype: torch.dtype) -
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
+    """Similarities rounded to bfloat16 would blur the pairs that the loss is to tell apart."""
     embeddings, labels = F.normalize(torch.randn(16, 8), dim=1), torch.arange(16) % 4
     with torch.autocast("cpu", torch.bfloat16):
         inside = MultiSimilarityLoss()(embeddings, labels)
@@ -161,6 +169,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 
 def test_works_in_a_compiled_caller() -> None:
+    """Users compile their training step; it must give the same gradient."""
     loss = ContrastiveLoss()
 
     @torch.compile(backend="eager")
@@ -176,6 +185,7 @@ def test_works_in_a_compiled_caller() -> None:
 
 
 def test_a_batch_without_pairs_has_zero_loss_and_a_gradient() -> None:
+    """NaN from a division by no pairs would end the training, and no gradient would stop DDP."""
     embeddings = F.normalize(torch.randn(1, 4), dim=1).requires_grad_()
     loss = ContrastiveLoss()(embeddings, torch.tensor([0]))
     loss.backward()
@@ -226,6 +236,7 @@ def test_no_block_outlives_its_rows() -> None:
     ],
 )
 def test_wrong_input_is_named(call: Callable[[], object], words: str) -> None:
+    """Shapes that broadcast by accident give a number and a wrong training; they are refused."""
     from lightning_dml.errors import InputError
 
     with pytest.raises(InputError, match=words):

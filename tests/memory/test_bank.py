@@ -19,6 +19,7 @@ SIZE = 7
 
 
 def batch(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows that carry their number, so that a mixed-up row shows."""
     values = torch.arange(start, start + count)
     return torch.stack((values, -values), dim=1).float(), values % 5, values
 
@@ -34,17 +35,20 @@ class BankMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 3 * SIZE), step=st.integers(0, 100))
     def enqueue(self, count: int, step: int) -> None:
+        """Adds more rows than fit, too: the ring wraps around within one call."""
         self.bank.enqueue(*batch(self.next, count), step=step)
         self.model.extend((value, value % 5, step) for value in range(self.next, self.next + count))
         self.next += count
 
     @rule()
     def reset(self) -> None:
+        """Empties both."""
         self.bank.reset()
         self.model.clear()
 
     @rule()
     def save_and_load(self) -> None:
+        """Goes through a file, as a checkpoint does."""
         file = io.BytesIO()
         torch.save(self.bank.state_dict(), file)
         file.seek(0)
@@ -54,6 +58,7 @@ class BankMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.bank))
     @rule(size=st.integers(1, 2 * SIZE))
     def another_size_keeps_the_newest(self, size: int) -> None:
+        """Resuming with another size must keep the newest keys and go on overwriting the oldest."""
         other = MemoryBank(size, 2)
         other.load_state_dict(self.bank.state_dict())
         assert sorted(other.indices.tolist()) == sorted(value for value, _, _ in list(self.model)[-size:])
@@ -65,6 +70,7 @@ class BankMachine(RuleBasedStateMachine):
 
     @invariant()
     def same_rows(self) -> None:
+        """A label that belongs to another embedding would make false positives in the loss."""
         bank = self.bank
         rows = zip(bank.indices.tolist(), bank.labels.tolist(), bank.steps.tolist(), strict=True)
         assert sorted(rows) == sorted(self.model)
@@ -78,6 +84,7 @@ TestBankMachine = BankMachine.TestCase
 
 
 def test_views_share_the_storage() -> None:
+    """A copy at each step would double the memory of a large bank."""
     bank = MemoryBank(4, 2)
     bank.enqueue(*batch(0, 2))
     assert bank.embeddings.data_ptr() == bank._embeddings.data_ptr()
@@ -85,6 +92,7 @@ def test_views_share_the_storage() -> None:
 
 
 def test_label_zero_in_the_last_slot_is_full_all_the_same() -> None:
+    """XBM's released code tells by that label whether the bank is full, and is wrong here."""
     bank = MemoryBank(2, 1)
     bank.enqueue(torch.ones(2, 1), torch.tensor([1, 0]))
     bank.enqueue(torch.ones(1, 1), torch.tensor([1]))
@@ -92,12 +100,14 @@ def test_label_zero_in_the_last_slot_is_full_all_the_same() -> None:
 
 
 def test_what_is_enqueued_does_not_recast_the_bank() -> None:
+    """A single half-precision batch must not lower the precision of all keys."""
     bank = MemoryBank(4, 2, dtype=torch.float32)
     bank.enqueue(torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([3], dtype=torch.int32))
     assert bank.embeddings.dtype == torch.float32 and bank.labels.dtype == torch.int64
 
 
 def test_rows_that_are_not_finite_are_refused() -> None:
+    """One NaN key would make every later loss NaN; it is kept as a row without label."""
     bank = MemoryBank(4, 2)
     rows = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [0.0, float("inf")]])
     bank.enqueue(rows, torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]))
@@ -108,6 +118,7 @@ def test_rows_that_are_not_finite_are_refused() -> None:
 
 
 def test_gradients_do_not_enter() -> None:
+    """Keys with a graph would keep all past activations in memory."""
     bank = MemoryBank(2, 2)
     bank.enqueue(torch.ones(1, 2, requires_grad=True) * 2, torch.tensor([0]))
     assert not bank.embeddings.requires_grad
@@ -130,5 +141,6 @@ def test_gradients_do_not_enter() -> None:
     ],
 )
 def test_wrong_input_is_named(call: Callable[[], object], words: str) -> None:
+    """Keys of another dimension or count are refused before they overwrite good ones."""
     with pytest.raises(InputError, match=words):
         call()

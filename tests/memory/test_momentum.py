@@ -11,16 +11,19 @@ from lightning_dml.memory import MomentumEncoder
 
 
 def net() -> nn.Module:
+    """A network with a batch norm, the layer that makes momentum encoders hard."""
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
 def shift(module: nn.Module, by: float) -> None:
+    """Stands in for an optimizer step."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(by)
 
 
 def test_parameters_follow_the_formula() -> None:
+    """A swapped m and 1 - m would still train, at a momentum that nobody asked for."""
     online = net()
     encoder = MomentumEncoder(online, 0.9)
     expected = [parameter.detach().clone() for parameter in online.parameters()]
@@ -35,6 +38,7 @@ def test_parameters_follow_the_formula() -> None:
 
 @pytest.mark.parametrize(("momentum", "moves_to"), [(0.0, "online"), (1.0, "start")])
 def test_the_ends_of_the_range(momentum: float, moves_to: str) -> None:
+    """0 is a plain copy and 1 a frozen one; both are used as baselines."""
     online = net()
     start = [parameter.detach().clone() for parameter in online.parameters()]
     encoder = MomentumEncoder(online, momentum)
@@ -46,6 +50,7 @@ def test_the_ends_of_the_range(momentum: float, moves_to: str) -> None:
 
 
 def test_batch_norm_statistics_evolve_by_the_own_forward_only() -> None:
+    """Statistics of the online network do not fit the weights of this one."""
     online = net()
     encoder = MomentumEncoder(online, 0.5)
     online(torch.randn(8, 3))
@@ -57,6 +62,7 @@ def test_batch_norm_statistics_evolve_by_the_own_forward_only() -> None:
 
 
 def test_layers_that_are_frozen_online_are_frozen_here() -> None:
+    """Who freezes batch norm must not find it moving in the keys."""
     online = net()
     online[1].eval()
     encoder = MomentumEncoder(online, 0.5)
@@ -68,6 +74,7 @@ def test_layers_that_are_frozen_online_are_frozen_here() -> None:
 
 
 def test_wrong_input_is_named() -> None:
+    """A momentum above 1 diverges, and a changed network cannot be followed."""
     with pytest.raises(InputError, match=r"momentum.*1.5"):
         MomentumEncoder(net(), 1.5)
     with pytest.raises(InputError, match="changed in number"):

@@ -22,6 +22,7 @@ from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
 
 
 def batch_and_bank() -> tuple[dict[str, torch.Tensor], MemoryBank]:
+    """A batch and a bank that share some samples, so that leaving out self shows."""
     batch = {"image": torch.randn(8, 1, 8, 8), "label": torch.arange(8) % 3, "index": torch.arange(8)}
     bank = MemoryBank(20, 6)
     rows = nn.functional.normalize(torch.randn(20, 6), dim=1)
@@ -31,6 +32,7 @@ def batch_and_bank() -> tuple[dict[str, torch.Tensor], MemoryBank]:
 
 @pytest.mark.parametrize(("batch_weight", "memory_weight"), [(1.0, 1.0), (0.0, 2.0), (0.5, 0.0)])
 def test_the_total_is_the_weighted_sum(batch_weight: float, memory_weight: float) -> None:
+    """A weight of 0 has to switch its part off, and the returned keys must carry no graph."""
     batch, bank = batch_and_bank()
     memory_loss = MultiSimilarityLoss()
     module = tiny_module(batch_weight=batch_weight, memory_weight=memory_weight, memory_loss=memory_loss)
@@ -52,6 +54,7 @@ def test_the_total_is_the_weighted_sum(batch_weight: float, memory_weight: float
 
 
 def test_with_memory_alone_the_first_step_trains_nothing_but_runs() -> None:
+    """The bank is empty at first; a loss without a graph would crash the first backward."""
     module = tiny_module(batch_weight=0.0)
     batch, _ = batch_and_bank()
     loss = module.training_step(batch, 0)["loss"]
@@ -62,6 +65,7 @@ def test_with_memory_alone_the_first_step_trains_nothing_but_runs() -> None:
 
 @pytest.mark.parametrize("loss", [pml.ContrastiveLoss(), pml.MultiSimilarityLoss(), pml.TripletMarginLoss()])
 def test_losses_of_pytorch_metric_learning_drop_in(loss: nn.Module) -> None:
+    """Users bring losses of that library along; with memory they must mean what they mean there."""
     batch, bank = batch_and_bank()
     module = tiny_module(loss=loss, memory_weight=0.5)
     module.memory_bank = bank
@@ -75,6 +79,7 @@ def test_losses_of_pytorch_metric_learning_drop_in(loss: nn.Module) -> None:
 
 
 def test_optimizer_defaults_and_choices() -> None:
+    """The documented defaults, and a scheduler that is told what to watch."""
     default = tiny_module(optimizer=None).configure_optimizers()
     assert isinstance(default, torch.optim.AdamW)
     assert (default.defaults["lr"], default.defaults["weight_decay"]) == (1e-4, 5e-4)
@@ -91,6 +96,7 @@ def test_optimizer_defaults_and_choices() -> None:
 
 
 def test_the_scheduler_steps_as_told() -> None:
+    """Stepped per epoch instead of per step, a cosine would hardly lower the rate."""
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=6)
     module = tiny_module(lr_scheduler=cosine, lr_interval="step")
     trainer = Trainer(max_steps=6, limit_val_batches=0, **QUIET)
@@ -99,6 +105,7 @@ def test_the_scheduler_steps_as_told() -> None:
 
 
 def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
+    """Weight decay would otherwise still move frozen weights in some optimizers."""
     module = tiny_module()
     module.embedder.net[1].requires_grad_(False)
     chosen = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
@@ -106,6 +113,7 @@ def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
 
 
 def test_parameters_made_in_configure_model_are_trained() -> None:
+    """Sharded strategies create layers late; forgotten by the optimizer, they would stay random."""
     class Late(MetricLearningModule):
         def configure_model(self) -> None:
             if not hasattr(self, "extra"):
@@ -122,6 +130,7 @@ def test_parameters_made_in_configure_model_are_trained() -> None:
 
 
 def test_evaluation_logs_and_the_numbers_are_those_of_the_metric() -> None:
+    """Per-batch averages of recall are a common mistake; the log must hold the whole set's value."""
     module, data = tiny_module(ks=(1, 3)), TinyData()
     trainer = Trainer(**QUIET)
     values = trainer.validate(module, data, verbose=False)[0]
@@ -137,6 +146,7 @@ def test_evaluation_logs_and_the_numbers_are_those_of_the_metric() -> None:
 
 
 def test_predict_returns_every_image_once() -> None:
+    """Who exports embeddings joins them by index; a lost or repeated row breaks that."""
     predictions = Trainer(**QUIET).predict(tiny_module(), TinyData())
     indices = torch.cat([batch["indices"] for batch in predictions])
     assert indices.tolist() == list(range(60))
@@ -144,6 +154,7 @@ def test_predict_returns_every_image_once() -> None:
 
 
 def test_a_checkpoint_loads_with_the_parts_given_again(tmp_path: Path) -> None:
+    """Objects are not pickled into checkpoints, so loading must take them again and restore the rest."""
     module = tiny_module(batch_weight=0.25)
     trainer = Trainer(max_steps=2, limit_val_batches=0, **QUIET)
     trainer.fit(module, TinyData())
@@ -168,6 +179,7 @@ def test_a_checkpoint_loads_with_the_parts_given_again(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_named(options: dict[str, Any], words: str) -> None:
+    """Weights that train nothing and unknown intervals are refused when the module is made."""
     make: Callable[[], object] = lambda: tiny_module(**options)  # noqa: E731
     with pytest.raises(InputError, match=words):
         make()

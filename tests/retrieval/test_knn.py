@@ -53,6 +53,7 @@ def slow_knn(
 def test_equals_a_sort_of_all_pairs(
     seed: int, n_queries: int, n_gallery: int, dim: int, k: int, items: int, metric: Any
 ) -> None:
+    """Every metric is computed from these positions; a wrong neighbour makes all of them wrong."""
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(n_queries, dim, generator=generator)
     gallery = torch.randn(n_gallery, dim, generator=generator)
@@ -75,6 +76,7 @@ def test_equals_a_sort_of_all_pairs(
 @pytest.mark.parametrize("n_queries", [3, 100])  # faiss has another code path below 20 queries
 @pytest.mark.parametrize("block_entries", [1, 700, 2**24])
 def test_torch_search_equals_faiss(metric: str, n_queries: int, block_entries: int) -> None:
+    """The GPU searches with torch and the CPU with faiss; results must not depend on the machine."""
     queries, gallery = torch.randn(n_queries, 16), torch.randn(150, 16)
     values, positions = _search_faiss(queries, gallery, 7, metric)
     torch_values, torch_positions = _search_torch(queries, gallery, 7, metric, block_entries)
@@ -83,12 +85,14 @@ def test_torch_search_equals_faiss(metric: str, n_queries: int, block_entries: i
 
 
 def test_l2_values_are_squared_and_ascend() -> None:
+    """As in faiss; a user who takes them for plain distances sets wrong thresholds."""
     values, positions = knn(torch.zeros(1, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]]), 3, metric="l2")
     assert values.tolist() == [[1.0, 4.0, 25.0]]
     assert positions.tolist() == [[1, 2, 0]]
 
 
 def test_self_is_left_out_by_index_where_it_is_not_the_nearest() -> None:
+    """Dropping the first hit instead would remove a true neighbour and keep the query itself."""
     gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.4]])
     # The query is item 2, embedded far from its gallery row; its true twin at position 0 must stay.
     values, positions = knn(
@@ -99,6 +103,7 @@ def test_self_is_left_out_by_index_where_it_is_not_the_nearest() -> None:
 
 
 def test_every_copy_of_the_query_is_left_out() -> None:
+    """A padded duplicate would be a sure hit and raise recall."""
     gallery = torch.arange(6.0)[:, None] + 1
     _, positions = knn(
         gallery[:2],
@@ -111,6 +116,7 @@ def test_every_copy_of_the_query_is_left_out() -> None:
 
 
 def test_negative_indices_are_nobody() -> None:
+    """Unknown items all have -1 and must not pass for copies of one another."""
     rows = torch.randn(5, 3)
     nobody = torch.full((5,), -1)
     _, positions = knn(rows, rows, 1, metric="l2", query_indices=nobody, gallery_indices=nobody)
@@ -118,6 +124,7 @@ def test_negative_indices_are_nobody() -> None:
 
 
 def test_k_is_clamped_to_the_query_with_the_fewest_candidates() -> None:
+    """A small gallery should warn, not fail or return rows that do not exist."""
     rows = torch.randn(5, 3)
     with pytest.warns(UserWarning, match=r"k=9 is more than the 5 candidates of a query; it is now 5"):
         _, positions = knn(rows, rows, 9)
@@ -133,6 +140,7 @@ def test_k_is_clamped_to_the_query_with_the_fewest_candidates() -> None:
 
 @pytest.mark.parametrize("metric", ["inner_product", "l2"])
 def test_nearest_fills_up_with_minus_one(metric: Any) -> None:
+    """A place without a candidate must never look like gallery row 0."""
     gallery = torch.tensor([[1.0], [2.0], [3.0]])
     queries = torch.tensor([[2.0], [9.0]])
     values, positions = nearest(queries, gallery, 3, metric, torch.tensor([1, 7]), torch.tensor([0, 1, 2]))
@@ -142,6 +150,7 @@ def test_nearest_fills_up_with_minus_one(metric: Any) -> None:
 
 
 def test_input_is_left_as_it_was_and_may_be_half_or_strided() -> None:
+    """Normalising in place would change the user's embeddings."""
     queries = torch.randn(8, 6, requires_grad=True)
     gallery = torch.randn(6, 10, dtype=torch.bfloat16).T
     before = queries.detach().clone(), gallery.clone()
@@ -153,6 +162,7 @@ def test_input_is_left_as_it_was_and_may_be_half_or_strided() -> None:
 
 
 def test_cosine_holds_at_any_scale() -> None:
+    """Tiny or huge rows overflow when squared; a row of zeros has no direction."""
     rows = torch.randn(5, 4)
     for scale in (1e-30, 1.0, 1e30):
         torch.testing.assert_close(unit_rows(rows * scale), rows / rows.norm(dim=1, keepdim=True))
@@ -160,6 +170,7 @@ def test_cosine_holds_at_any_scale() -> None:
 
 
 def test_torch_search_is_float32_under_autocast() -> None:
+    """Called in a validation step, the search is inside autocast; bfloat16 would swap close neighbours."""
     queries, gallery = torch.randn(4, 32), torch.randn(20, 32)
     expected = _search_torch(queries, gallery, 3, "inner_product")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -170,6 +181,7 @@ def test_torch_search_is_float32_under_autocast() -> None:
 
 
 def test_torch_search_switches_tf32_off_and_back() -> None:
+    """TF32 swaps close neighbours, yet the user's training must get its setting back, even after an error."""
     matmul = torch.backends.cuda.matmul
     switch, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = torch.get_float32_matmul_precision()
@@ -186,6 +198,7 @@ def test_torch_search_switches_tf32_off_and_back() -> None:
 
 
 def broken_rows() -> Tensor:
+    """A NaN and an infinite value in different rows, to be counted as two."""
     rows = torch.randn(9, 3)
     rows[4, 1], rows[7, 0] = float("nan"), float("-inf")
     return rows
@@ -226,6 +239,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_argument_value_and_way_out(case: str) -> None:
+    """Left to itself, faiss answers wrong input with a crash or with garbage."""
     changes, message = ERRORS[case]
     arguments: dict[str, Any] = {"queries": GOOD, "gallery": GOOD, "k": 1, **changes}
     with pytest.raises(InputError, match=message):
@@ -233,6 +247,7 @@ def test_errors_name_argument_value_and_way_out(case: str) -> None:
 
 
 def test_rows_whose_sum_overflows_are_not_called_broken() -> None:
+    """Large but finite rows are valid; a quick check by their sum would refuse them."""
     rows = torch.full((2, 4), 3e38)
     values, _ = knn(rows, rows, 1, metric="cosine")
     assert values.flatten().tolist() == pytest.approx([1.0, 1.0])

@@ -18,10 +18,12 @@ from lightning_dml.retrieval import map_at_r, precision_at_k, r_precision, recal
 
 
 def slow_precision(hits: list[bool], k: int) -> float:
+    """Precision at k by counting."""
     return sum(1 for hit in hits[:k] if hit) / k
 
 
 def slow_map_at_r(hits: list[bool], relevant: int) -> float:
+    """MAP@R as Musgrave et al. (2020) define it."""
     total = 0.0
     for rank in range(1, relevant + 1):
         if hits[rank - 1]:
@@ -31,6 +33,7 @@ def slow_map_at_r(hits: list[bool], relevant: int) -> float:
 
 @given(data=st.data(), n_queries=st.integers(0, 6), columns=st.integers(1, 12))
 def test_equals_a_loop_over_ranks(data: st.DataObject, n_queries: int, columns: int) -> None:
+    """The definitions decide whether numbers can be compared with papers."""
     hits = [data.draw(st.lists(st.booleans(), min_size=columns, max_size=columns)) for _ in range(n_queries)]
     relevant = [data.draw(st.integers(max(1, sum(row)), columns)) for row in hits]
     k = data.draw(st.integers(1, columns))
@@ -55,6 +58,7 @@ def test_equals_a_loop_over_ranks(data: st.DataObject, n_queries: int, columns: 
 
 
 def test_map_at_r_is_not_average_precision() -> None:
+    """The two are often confused, and average precision is higher."""
     # The hit at rank 3 lies beyond R = 2: average precision would give (1 + 2/3) / 2.
     hits = torch.tensor([[True, False, True]])
     assert map_at_r(hits, torch.tensor([2])).item() == 0.5
@@ -62,6 +66,7 @@ def test_map_at_r_is_not_average_precision() -> None:
 
 @pytest.mark.parametrize("function", [r_precision, map_at_r])
 def test_a_query_without_positives_has_no_value(function: Callable[..., torch.Tensor]) -> None:
+    """Counted as 0, queries that nothing could answer would lower the mean."""
     values = function(torch.tensor([[False, False], [True, False]]), torch.tensor([0, 1], dtype=torch.int32))
     assert values.isnan().tolist() == [True, False]
     assert values[1] == 1.0
@@ -73,12 +78,14 @@ HITS = torch.tensor([[True, False, True], [False, True, False]])
 @pytest.mark.parametrize("function", [recall_at_k, precision_at_k])
 @pytest.mark.parametrize("k", [0, 4, 1.0, True])
 def test_k_out_of_range(function: Callable[..., Any], k: Any) -> None:
+    """Slicing past the end would silently give the metric of a smaller k."""
     with pytest.raises(InputError, match=f"k must be an integer from 1 to the 3 columns of hits, got {k}"):
         function(HITS, k)
 
 
 @pytest.mark.parametrize("hits", [HITS.long(), HITS[0]])
 def test_hits_are_a_bool_matrix(hits: torch.Tensor) -> None:
+    """Labels or similarities passed by mistake would be taken for hits."""
     calls: list[Callable[[], torch.Tensor]] = [
         lambda: recall_at_k(hits, 1),
         lambda: precision_at_k(hits, 1),
@@ -102,12 +109,14 @@ def test_hits_are_a_bool_matrix(hits: torch.Tensor) -> None:
     ],
 )
 def test_relevant_must_fit_the_hits(function: Callable[..., Any], relevant: torch.Tensor, message: str) -> None:
+    """Counts that contradict the hits would give values above 1."""
     with pytest.raises(InputError, match=message):
         function(HITS, relevant)
 
 
 @pytest.mark.parametrize("module", ["functional", "knn", "metrics"])
 def test_the_docstring_examples_are_true(module: str) -> None:
+    """Examples are what people copy."""
     # By name, because `lightning_dml.retrieval.knn` as an attribute is the function.
     outcome = doctest.testmod(importlib.import_module(f"lightning_dml.retrieval.{module}"), extraglobs={"torch": torch})
     assert outcome.failed == 0 and outcome.attempted > 0

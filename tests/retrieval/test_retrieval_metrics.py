@@ -60,6 +60,7 @@ def brute_force(
 
 
 def computed(metrics: RetrievalMetrics) -> dict[str, float]:
+    """The values, without the warnings that small random cases cause."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unmatched queries and large K are common in small random cases
         return metrics.compute()
@@ -77,6 +78,7 @@ def computed(metrics: RetrievalMetrics) -> dict[str, float]:
 def test_equals_brute_force(
     seed: int, n: int, classes: int, duplicates: int, roles: str, metric: Any, batch: int
 ) -> None:
+    """Any batching, roles, duplicates and metric must give the numbers of the definition."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=n)
     indices = rng.permutation(3 * n)[:n]
@@ -96,6 +98,7 @@ def test_equals_brute_force(
 
 
 def clustered(n: int, classes: int, dim: int = 8, noise: float = 0.6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Classes that overlap, so that the metrics are neither 0 nor 1."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, dim, generator=generator)
     labels = torch.arange(n) % classes
@@ -105,6 +108,7 @@ def clustered(n: int, classes: int, dim: int = 8, noise: float = 0.6, seed: int 
 
 @pytest.mark.parametrize("self_retrieval", [True, False])
 def test_equals_pytorch_metric_learning(self_retrieval: bool) -> None:
+    """Users who switch from that library must find their numbers again."""
     embeddings, labels = clustered(300, 23)
     is_query = torch.arange(300) < 120
     metrics = RetrievalMetrics(ks=(1,))
@@ -127,6 +131,7 @@ def test_equals_pytorch_metric_learning(self_retrieval: bool) -> None:
 
 
 def test_the_keys_and_their_types() -> None:
+    """Loggers and checkpoints refer to these names; tensors would break JSON."""
     embeddings, labels = clustered(40, 4)
     metrics = RetrievalMetrics()
     metrics.update(embeddings, labels)
@@ -138,6 +143,7 @@ def test_the_keys_and_their_types() -> None:
 
 
 def test_large_labels_do_not_collide() -> None:
+    """Labels are often hashes or ids, and float32 merges those above 2**24."""
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
     labels = torch.tensor([2**24, 2**24 + 1, 2**24, 2**24 + 1])
     metrics = RetrievalMetrics(ks=(1,))
@@ -147,6 +153,7 @@ def test_large_labels_do_not_collide() -> None:
 
 
 def test_k_above_the_gallery_counts_all_of_it() -> None:
+    """A small validation set should give values and one warning, not an error."""
     embeddings, _ = clustered(6, 3)
     metrics = RetrievalMetrics(ks=(2, 5, 6, 100))
     metrics.update(embeddings, torch.tensor([0, 0, 0, 0, 1, 1]))
@@ -162,6 +169,7 @@ def test_k_above_the_gallery_counts_all_of_it() -> None:
 
 
 def test_a_query_outside_a_small_gallery_finds_all_of_it() -> None:
+    """Queries inside and outside the gallery have different numbers of candidates."""
     # Row 0 has only two candidates, row 3 has three, and needs all of them for its R.
     metrics = RetrievalMetrics(ks=(1,))
     metrics.update(
@@ -174,6 +182,7 @@ def test_a_query_outside_a_small_gallery_finds_all_of_it() -> None:
 
 
 def test_one_warning_tells_of_queries_without_a_match() -> None:
+    """Left out in silence, they would make the number look like that of the whole set."""
     metrics = RetrievalMetrics(ks=(1,))
     metrics.update(torch.eye(5), torch.tensor([0, 0, 0, 1, 2]))
     with pytest.warns(UserWarning, match="2 of 5 queries have no match in the gallery; they are left out") as caught:
@@ -193,6 +202,7 @@ def test_one_warning_tells_of_queries_without_a_match() -> None:
     ],
 )
 def test_without_any_match_values_are_nan(roles: dict[str, Tensor], message: str) -> None:
+    """0 would read as a bad model where the data are at fault."""
     metrics = RetrievalMetrics(ks=(1, 8))
     metrics.update(torch.eye(3), torch.arange(3), **roles)
     with pytest.warns(UserWarning, match=message) as caught:
@@ -202,6 +212,7 @@ def test_without_any_match_values_are_nan(roles: dict[str, Tensor], message: str
 
 
 def test_cosine_is_the_default_and_does_not_need_unit_rows() -> None:
+    """Not every embedder normalises; the default must not reward long rows."""
     embeddings, labels = clustered(120, 12)
     unit, scaled, raw = RetrievalMetrics(), RetrievalMetrics(), RetrievalMetrics(metric="inner_product")
     lengths = torch.rand(120, 1) * 20 + 0.1
@@ -214,6 +225,7 @@ def test_cosine_is_the_default_and_does_not_need_unit_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_kept_as_float32(dtype: torch.dtype) -> None:
+    """Half precision would fill the gallery with ties, and double its memory."""
     embeddings, labels = clustered(60, 6)
     metrics, expected = RetrievalMetrics(), RetrievalMetrics()
     metrics.update(embeddings.to(dtype), labels.to(torch.int16))
@@ -223,6 +235,7 @@ def test_other_precisions_are_kept_as_float32(dtype: torch.dtype) -> None:
 
 
 def test_large_r_is_searched_in_blocks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of many images would otherwise need more memory than there is."""
     embeddings, labels = clustered(50, 2)
     metrics = RetrievalMetrics(ks=(1,))
     metrics.update(embeddings, labels)
@@ -240,6 +253,7 @@ def test_large_r_is_searched_in_blocks_with_the_same_result(monkeypatch: pytest.
 
 
 def test_a_batch_may_be_empty_and_a_buffer_used_again() -> None:
+    """A metric that keeps views instead of copies would see only the last batch."""
     embeddings, labels = clustered(40, 5)
     expected, metrics = RetrievalMetrics(), RetrievalMetrics()
     expected.update(embeddings, labels, torch.arange(40))
@@ -253,6 +267,7 @@ def test_a_batch_may_be_empty_and_a_buffer_used_again() -> None:
 
 
 def test_reset_copies_pickles_and_renewed_updates() -> None:
+    """A cached value that outlives new rows would report the last epoch again."""
     embeddings, labels = clustered(80, 8)
     metrics = RetrievalMetrics()
     metrics.update(embeddings[:40], labels[:40])
@@ -270,6 +285,7 @@ def test_reset_copies_pickles_and_renewed_updates() -> None:
 
 
 def test_moves_and_casts_leave_the_rows_alone() -> None:
+    """Casting a model to bfloat16 must not reach labels that it would round."""
     embeddings, labels = clustered(40, 5)
     metrics = RetrievalMetrics()
     metrics.update(embeddings, labels + 2**24)
@@ -283,11 +299,13 @@ def test_moves_and_casts_leave_the_rows_alone() -> None:
 
 
 def test_there_is_no_value_per_batch() -> None:
+    """The forward of torchmetrics would log recall within a batch, which means nothing."""
     with pytest.raises(NotImplementedError, match=r"call update\(\)"):
         RetrievalMetrics()(torch.eye(3), torch.zeros(3, dtype=torch.int64))
 
 
 def test_nccl_carries_cuda_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows wait on the CPU; sent through NCCL from there, they would stop the job."""
     moved = []
 
     class Recorder:
@@ -304,6 +322,7 @@ def test_nccl_carries_cuda_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_rows_from_a_gpu_are_searched_there_with_the_same_result() -> None:
+    """The GPU is there for speed; it must be used and change no value."""
     embeddings, labels = clustered(400, 40)
     on_cpu, on_gpu = RetrievalMetrics(), RetrievalMetrics()
     on_cpu.update(embeddings, labels, torch.arange(400))
@@ -315,6 +334,7 @@ def test_rows_from_a_gpu_are_searched_there_with_the_same_result() -> None:
 
 
 def test_a_metric_filled_on_a_gpu_computes_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickled metric may be opened on a laptop."""
     embeddings, labels = clustered(40, 5)
     metrics = RetrievalMetrics()
     metrics.update(embeddings, labels)

@@ -18,6 +18,7 @@ KS = (1, 2, 4)
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same rows on every rank, of which each takes its share."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(9, (N,), generator=generator)
     centres = torch.randn(9, 6, generator=generator)
@@ -43,10 +44,12 @@ def evaluate(batches: list[list[Tensor]]) -> tuple[dict[str, float] | str, list[
 
 
 def batches_of(rows: Tensor, columns: int, size: int = 5) -> list[list[Tensor]]:
+    """The rows as a dataloader would bring them, with as many columns as the case uses."""
     return [[column[part] for column in data()[:columns]] for part in torch.split(rows, size)] if len(rows) else []
 
 
 def share(rank: int, ranks: int) -> Tensor:
+    """Every ranks-th row, as our sampler deals them."""
     return torch.arange(N)[rank::ranks]
 
 
@@ -73,6 +76,7 @@ def few(rank: int) -> list[list[Tensor]]:
 
 
 def unlike(rank: int, what: str) -> list[list[Tensor]]:
+    """Rows on which rank 1 disagrees with the others."""
     embeddings, labels, indices = data()[:3]
     if what == "dimensions" and rank == 1:
         embeddings = embeddings[:, :4]
@@ -80,6 +84,7 @@ def unlike(rank: int, what: str) -> list[list[Tensor]]:
 
 
 def scenarios(rank: int, ranks: int) -> dict[str, Any]:
+    """All cases in one set of processes, since starting them takes longer than the cases."""
     everything = torch.arange(N)
     cases: dict[str, Callable[[], list[list[Tensor]]]] = {
         "self retrieval": lambda: batches_of(share(rank, ranks), 3),
@@ -100,11 +105,13 @@ def scenarios(rank: int, ranks: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
+    """What one process gets: the expectation."""
     return scenarios(0, 1)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What each rank gets."""
     return run_ranks(request.param, scenarios)
 
 
@@ -112,6 +119,7 @@ def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 def test_any_number_of_ranks_gives_the_same_numbers(
     alone: dict[str, Any], together: list[dict[str, Any]], case: str
 ) -> None:
+    """A checkpoint chosen by recall must not depend on the number of GPUs."""
     values = alone[case][0]
     assert isinstance(values, dict) and 0.2 < values["map@r"] < 0.9
     for results in together:
@@ -119,11 +127,13 @@ def test_any_number_of_ranks_gives_the_same_numbers(
 
 
 def test_padding_and_an_idle_rank_change_nothing(alone: dict[str, Any], together: list[dict[str, Any]]) -> None:
+    """Lightning's sampler pads with copies, and a small set leaves ranks without rows."""
     for results in [alone, *together]:
         assert results["padded"][0] == results["all on the last rank"][0] == alone["roles"][0]
 
 
 def test_fewer_queries_than_ranks(together: list[dict[str, Any]]) -> None:
+    """A rank without queries must take part, or the others wait for it forever."""
     for rank, results in enumerate(together):
         values, told = results["few"]
         assert values == dict.fromkeys(["recall@1", "recall@2", "recall@4", "precision@1", "map@r", "r_precision"], 1.0)
@@ -131,6 +141,7 @@ def test_fewer_queries_than_ranks(together: list[dict[str, Any]]) -> None:
 
 
 def test_compute_is_not_cached_on_ranks_without_new_rows(alone: dict[str, Any], together: list[dict[str, Any]]) -> None:
+    """Some ranks answering from a cache while others gather would hang."""
     first, second = alone["late update"]
     assert first != second
     for results in together:
@@ -147,6 +158,7 @@ def test_compute_is_not_cached_on_ranks_without_new_rows(alone: dict[str, Any], 
     ],
 )
 def test_all_ranks_raise_the_same_error(together: list[dict[str, Any]], case: str, message: str) -> None:
+    """An error on one rank alone leaves the others waiting until a timeout."""
     errors = {results[case][0] for results in together}
     assert len(errors) == 1
     assert errors.pop().startswith(message)

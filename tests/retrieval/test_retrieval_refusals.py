@@ -22,11 +22,13 @@ from lightning_dml.retrieval import RetrievalMetrics
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    """A wrong K or metric is found when the metric is made, not after the first epoch."""
     with pytest.raises(InputError, match=message):
         RetrievalMetrics(**settings)
 
 
 def with_nans() -> Tensor:
+    """Two broken rows among good ones, to be counted and located."""
     rows = torch.ones(6, 2)
     rows[2, 0], rows[5, 1] = float("nan"), float("inf")
     return rows
@@ -54,6 +56,7 @@ UPDATE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", UPDATE_ERRORS)
 def test_updates_are_checked_and_a_refused_one_leaves_no_trace(case: str) -> None:
+    """Half an update would shift labels against embeddings for the rest of the epoch."""
     changes, message = UPDATE_ERRORS[case]
     metrics = RetrievalMetrics(ks=(1,))
     arguments: dict[str, Any] = {"embeddings": torch.ones(6, 2), "labels": LABELS, **changes}
@@ -63,6 +66,7 @@ def test_updates_are_checked_and_a_refused_one_leaves_no_trace(case: str) -> Non
 
 
 def test_batches_must_agree() -> None:
+    """Batches with and without indices cannot be told apart later, so the second one is refused."""
     metrics = RetrievalMetrics()
     metrics.update(torch.ones(6, 2), LABELS)
     with pytest.raises(InputError, match="indices were given to some updates only"):
@@ -76,6 +80,7 @@ def test_batches_must_agree() -> None:
 
 
 def test_compute_on_nothing() -> None:
+    """An empty validation loader is a mistake to be told of, not a recall of 0."""
     metrics = RetrievalMetrics()
     with pytest.warns(UserWarning, match="before the ``update``"), pytest.raises(InputError, match="has seen none"):
         metrics.compute()
@@ -86,6 +91,7 @@ def test_compute_on_nothing() -> None:
 
 @pytest.mark.parametrize("what", ["label", "query", "gallery"])
 def test_one_index_for_two_items_is_refused(what: str) -> None:
+    """Merged by index, different items would vanish from the evaluation."""
     # As two dataloaders do that each count from 0: dropped as duplicates, half of the items would be gone.
     labels, is_query, is_gallery = torch.tensor([0, 0, 1]), torch.ones(3).bool(), torch.ones(3).bool()
     metrics = RetrievalMetrics()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.distance import check_number
+from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number
 from lightning_dml.losses.weighting.rows import LEAST_EXPONENT, Positives
 from lightning_dml.losses.weighting.softmax import softplus
 
 
-class BinomialWeighting(Weighting):
+class BinomialWeighting(ChunkedWeighting):
     """Sigmoid weights, averaged over the kept pairs of each side; see `BinomialDevianceLoss`."""
 
     def __init__(self, alpha: float = 2.0, beta: float = 40.0, base: float = 0.5) -> None:
@@ -23,7 +22,7 @@ class BinomialWeighting(Weighting):
         self.beta = beta
         self.base = base
 
-    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and weights (n, M) in closed form."""
         pairs = Positives.of(similarity, positive)
         # As bytes: counting bools takes several times as long.

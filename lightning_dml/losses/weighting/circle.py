@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.distance import check_number
+from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number
 from lightning_dml.losses.weighting.rows import Positives
 from lightning_dml.losses.weighting.softmax import row_softmax, side_softmax, softplus
 
 
-class CircleWeighting(Weighting):
+class CircleWeighting(ChunkedWeighting):
     """Softmax weights of each side, times how far a pair is from its optimum; see `CircleLoss`."""
 
     def __init__(self, margin: float = 0.4, gamma: float = 80.0, detach: bool = True) -> None:
@@ -23,7 +22,7 @@ class CircleWeighting(Weighting):
         self.gamma = gamma
         self.detach = detach
 
-    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and weights (n, M) in closed form."""
         pairs = Positives.of(similarity, positive)
         lacking = (1 + self.margin - pairs.values).relu_()
@@ -37,7 +36,8 @@ class CircleWeighting(Weighting):
         if not self.detach:
             # 0 where the factor is 0, else twice the factor less the margin.
             pull_slope, push_slope = (
-                F.threshold_(factor, 0, self.margin).sub_(self.margin).mul_(2) for factor in (lacking, exceeding)
+                F.threshold(factor, 0, self.margin, inplace=True).sub_(self.margin).mul_(2)
+                for factor in (lacking, exceeding)
             )
         weights = push.shared(total).mul_(push_slope)
         weights[pairs.row, pairs.column] = -pull.shared(total)[pairs.row, pairs.slot] * pull_slope

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.distance import MIN_DISTANCE, check_number, distances
+from lightning_dml.losses.weighting.distance import MIN_DISTANCE, ChunkedWeighting, check_number, distances
 from lightning_dml.losses.weighting.rows import Positives
 from lightning_dml.losses.weighting.softmax import row_softmax, side_softmax
 
 Measure = Literal["distance", "similarity"]
 
 
-class LiftedWeighting(Weighting):
+class LiftedWeighting(ChunkedWeighting):
     """Softmax weights of each side while the row's hinge is open; see `LiftedStructureLoss`."""
 
     def __init__(
@@ -32,7 +32,7 @@ class LiftedWeighting(Weighting):
         self.alpha = alpha
         self.beta = beta
 
-    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and weights (n, M) in closed form."""
         closeness, slope = _closeness_(similarity, self.measure)
         pairs = Positives.of(closeness, positive)
