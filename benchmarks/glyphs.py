@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning import Callback, Trainer, seed_everything
 
 from lightning_dml import Embedder, MetricLearningModule
 from lightning_dml.callbacks import MemoryBankCallback
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace, setting: str, seed: int) -> dict[str, Any]:
         lr_scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=args.steps),
         lr_interval="step",
     )
-    memory = {
+    memory: dict[str, list[Callback]] = {
         "online": [MemoryBankCallback(size=args.size, start_step=args.start_step, momentum=None)],
         "momentum": [MemoryBankCallback(size=args.size, start_step=args.start_step, momentum=args.momentum)],
         "ms-momentum": [MemoryBankCallback(size=args.size, start_step=args.start_step, momentum=args.momentum)],

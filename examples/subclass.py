@@ -1,5 +1,7 @@
 """A LightningModule of your own with this library's memory bank: `python examples/subclass.py`."""
 
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ class MyModule(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def main(**trainer_settings: object) -> pl.Trainer:
+def main(**trainer_settings: Any) -> pl.Trainer:
     """Trains for two epochs; the keyword arguments go to the Trainer."""
     memory = MemoryBankCallback(size=2048, start_step=50, encoder="encoder")
     trainer = pl.Trainer(max_epochs=2, callbacks=[memory], use_distributed_sampler=False, **trainer_settings)

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn as untyped_spawn
+
+spawn: Callable[..., Any] = untyped_spawn
 
 
 def _worker(rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -44,7 +46,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]
     `function` must be defined at module level; it and its results are pickled.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_worker, (ranks, folder, function, args), nprocs=ranks, join=False)
+        context = spawn(_worker, (ranks, folder, function, args), nprocs=ranks, join=False)
         failed = None
         try:
             while not context.join():

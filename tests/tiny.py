@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from lightning_dml import MetricLearningModule
+from lightning_dml import MemoryBank, MetricLearningModule
 from lightning_dml.datamodules import RetrievalDataModule
 from lightning_dml.datamodules.images import ArrayDataset
 from lightning_dml.losses import ContrastiveLoss
@@ -57,6 +57,12 @@ def tiny_module(**options: Any) -> MetricLearningModule:
     """A module whose learning rate makes a difference within a few steps."""
     options = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9), **options}
     return MetricLearningModule(TinyEmbedder(), options.pop("loss", ContrastiveLoss(0.3)), **options)
+
+
+def bank_of(module: MetricLearningModule) -> MemoryBank:
+    """The bank that a training must have left in the module."""
+    assert module.memory_bank is not None
+    return module.memory_bank
 
 
 QUIET: dict[str, Any] = {

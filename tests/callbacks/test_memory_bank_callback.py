@@ -16,7 +16,7 @@ from lightning_dml import MemoryBank, MetricLearningModule
 from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss
-from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
+from tests.tiny import QUIET, TinyData, TinyEmbedder, bank_of, tiny_module
 
 
 class Watched(MetricLearningModule):
@@ -53,7 +53,7 @@ def test_online_keys_are_the_step_outputs_enqueued_after_it() -> None:
             for key, value in expected.state_dict().items():
                 assert torch.equal(torch.as_tensor(bank[key]), torch.as_tensor(value)), key
         expected.enqueue(embedder(batch["image"]), batch["label"], batch["index"], step)
-    assert torch.equal(module.memory_bank.embeddings, expected.embeddings)
+    assert torch.equal(bank_of(module).embeddings, expected.embeddings)
 
 
 def test_momentum_keys_follow_the_formula_and_hold_the_current_batch() -> None:
@@ -80,6 +80,7 @@ def test_the_bank_waits_for_its_start_step(momentum: float | None) -> None:
     assert rows == ([0, 0, 0, 0, 8, 16] if momentum is None else [0, 0, 0, 8, 16, 24])
     if momentum is not None:  # the encoder starts as the embedder of that step, not of the first
         batch, bank, embedder = module.seen[3]
+        assert bank is not None
         torch.testing.assert_close(bank["embeddings"], embedder(batch["image"]).detach())
 
 
@@ -92,7 +93,7 @@ def test_a_start_beyond_the_end_leaves_the_bank_out() -> None:
 @pytest.mark.parametrize(("size", "entries"), [(0.5, 30), (1.0, 60), (1, 1), (3, 3)])
 def test_size_is_entries_or_a_share_of_the_training_set(size: float, entries: int) -> None:
     """1 is one entry and 1.0 the whole training set: mixed up, the bank is silently of the wrong size."""
-    assert fit(MemoryBankCallback(size=size), steps=2).memory_bank.size == entries
+    assert bank_of(fit(MemoryBankCallback(size=size), steps=2)).size == entries
 
 
 def test_the_encoder_moves_once_per_optimizer_step() -> None:
@@ -101,7 +102,8 @@ def test_the_encoder_moves_once_per_optimizer_step() -> None:
     assert len(module.seen) == 6
     keys, previous = copy.deepcopy(module.seen[0][2]), module.seen[0][2]
     for batch, bank, embedder in module.seen:
-        if not torch.equal(previous.net[1].weight, embedder.net[1].weight):
+        assert bank is not None
+        if not torch.equal(previous.get_parameter("net.1.weight"), embedder.get_parameter("net.1.weight")):
             for key, online in zip(keys.parameters(), embedder.parameters(), strict=True):
                 key.data = 0.5 * key.data + 0.5 * online.data
         torch.testing.assert_close(bank["embeddings"][-8:], keys(batch["image"]).detach())
@@ -117,12 +119,12 @@ def test_the_model_state_holds_neither_bank_nor_encoder(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     (state,) = [value for key, value in checkpoint["callbacks"].items() if "MemoryBankCallback" in key]
-    assert torch.equal(state["bank"]["labels"], module.memory_bank.labels)
+    assert torch.equal(state["bank"]["labels"], bank_of(module).labels)
 
 
 def test_the_dtype_is_kept() -> None:
     """Who halves the memory of a large bank must get what was asked for."""
-    assert fit(MemoryBankCallback(size=20, dtype="bfloat16"), steps=2).memory_bank.dtype == torch.bfloat16
+    assert bank_of(fit(MemoryBankCallback(size=20, dtype="bfloat16"), steps=2)).dtype == torch.bfloat16
 
 
 def test_a_second_trainer_starts_with_an_empty_bank() -> None:
@@ -130,18 +132,19 @@ def test_a_second_trainer_starts_with_an_empty_bank() -> None:
     callback = MemoryBankCallback(size=60)
     fit(callback, steps=4)
     module = fit(callback, steps=1)
-    assert len(module.memory_bank) == 8
+    assert len(bank_of(module)) == 8
 
 
 def test_autocast_keys_stay_float32_in_the_bank() -> None:
     """Mixed precision must not round the stored keys off the unit sphere."""
     module = fit(MemoryBankCallback(size=20), steps=2, precision="bf16-mixed")
-    assert module.memory_bank.dtype == torch.float32
-    torch.testing.assert_close(module.memory_bank.embeddings.norm(dim=1), torch.ones(16))
+    assert bank_of(module).dtype == torch.float32
+    torch.testing.assert_close(bank_of(module).embeddings.norm(dim=1), torch.ones(16))
 
 
 def test_nan_embeddings_are_refused_and_reported() -> None:
     """One bad batch would spoil every later loss; the user learns of it and the bank stays clean."""
+
     class Broken(Watched):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
             outputs = super().training_step(batch, batch_idx)
@@ -153,8 +156,8 @@ def test_nan_embeddings_are_refused_and_reported() -> None:
     trainer = Trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0, callbacks=[callback], **QUIET)
     with pytest.warns(UserWarning, match="3 embeddings were NaN"):
         trainer.fit(module, TinyData())
-    assert torch.isfinite(module.memory_bank.embeddings).all()
-    assert int((module.memory_bank.labels == -1).sum()) == 3
+    assert torch.isfinite(bank_of(module).embeddings).all()
+    assert int((bank_of(module).labels == -1).sum()) == 3
 
 
 class WithoutDict(Watched):
@@ -170,7 +173,8 @@ class TupleData(TinyData):
 
     def train_dataloader(self) -> Any:
         """Has no index and no names."""
-        return torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)] * 8, batch_size=4)
+        pairs: Any = [(torch.zeros(1, 8, 8), 0)] * 8
+        return torch.utils.data.DataLoader(pairs, batch_size=4)
 
 
 def run(callback: MemoryBankCallback, module: Any = None, data: Any = None) -> None:

@@ -55,6 +55,7 @@ def test_resumed_runs_equal_the_uninterrupted_one(tmp_path: Path, momentum: floa
         for part in ("embeddings", "labels", "indices", "steps"):
             assert torch.equal(getattr(its_memory.bank, part), getattr(memory.bank, part)), (step, part)
         if momentum is not None:
+            assert memory.momentum_encoder is not None and its_memory.momentum_encoder is not None
             for name, tensor in memory.momentum_encoder.state_dict().items():
                 assert torch.equal(its_memory.momentum_encoder.state_dict()[name], tensor), (step, name)
 
@@ -74,6 +75,7 @@ def test_a_resume_may_change_the_size(tmp_path: Path) -> None:
     """Who resumes with a smaller bank to save memory keeps the newest keys, the useful ones."""
     _, memory, _ = fit(tmp_path / "whole", None, every=17)
     _, smaller, _ = fit(tmp_path / "smaller", None, tmp_path / "whole/step=17.ckpt", size=10)
+    assert memory.bank is not None and smaller.bank is not None
     assert smaller.bank.size == 10
     newest = memory.bank.steps.sort(descending=True).values[:10]
     assert torch.equal(smaller.bank.steps.sort(descending=True).values, newest)

@@ -53,9 +53,12 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
 
     shown: list[bool | None] = []
     original = retrieval_report._show
-    monkeypatch.setattr(
-        retrieval_report, "_show", lambda axes, picture, hit: (shown.append(hit), original(axes, picture, hit))
-    )
+
+    def show(axes: Any, picture: Any, hit: bool | None) -> None:
+        shown.append(hit)
+        original(axes, picture, hit)
+
+    monkeypatch.setattr(retrieval_report, "_show", show)
 
     class Perfect(nn.Module):
         """Knows the class from a picture: nearest neighbours are the four others, then misses."""
@@ -63,6 +66,7 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             centres = TinyData()
             centres.setup("validate")
+            assert centres.val_set is not None
             gallery = torch.stack([centres.val_set[i]["image"] for i in range(60)]).flatten(1)
             nearest = torch.cdist(images.flatten(1), gallery).argmin(dim=1)
             return nn.functional.one_hot(nearest // 5, 12).float() + 1e-3 * torch.rand(len(images), 12)
@@ -79,7 +83,7 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
     assert shown == [None, True, True, True, True, False, False] * 3
 
 
-def _with_val(trainer: Trainer) -> Any:
+def _with_val(trainer: Any) -> Any:
     class Loaders:
         """The trainer as it is in a fit, with validation loaders."""
 
@@ -99,6 +103,7 @@ def test_no_queries_draws_nothing(tmp_path: Path) -> None:
 
 def test_modes_are_put_back(tmp_path: Path) -> None:
     """The report evaluates the model; a frozen layer that it left in train mode would start to learn."""
+
     class Frozen(RetrievalReport):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             pl_module.embedder.net[2].eval()

@@ -102,6 +102,7 @@ def test_a_seeded_index_decides_the_random_transform_and_nothing_else() -> None:
 
 def test_a_seeded_index_does_not_seed_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeding CUDA per sample would be slow and, in a forked worker, an error."""
+
     def refuse(seed: int) -> None:
         raise AssertionError("the GPUs were seeded")
 

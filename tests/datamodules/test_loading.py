@@ -142,16 +142,16 @@ def test_hooks_of_the_epoch_after_a_resume_run(
     whole: tuple[Path, list[tuple[int, list[int], float]]], tmp_path: Path
 ) -> None:
     """A skipped epoch start would leave schedulers and callbacks of the user one epoch behind."""
-    class Epochs(Callback):
-        started: list[int] = []  # noqa: RUF012
+    started: list[int] = []
 
+    class Epochs(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.started.append(trainer.current_epoch)
+            started.append(trainer.current_epoch)
 
     trainer(tmp_path, callbacks=[Epochs()], enable_checkpointing=False).fit(
         Watcher(), datamodule=TinyDataModule(), ckpt_path=whole[0] / f"{BATCHES}.ckpt"
     )
-    assert Epochs.started == [1, 2]
+    assert started == [1, 2]
 
 
 @pytest.mark.parametrize("step", [3, BATCHES])

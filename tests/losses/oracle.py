@@ -12,7 +12,8 @@ def pairs_of(
     i: int, labels: Tensor, ref_labels: Tensor, indices: Tensor | None, ref_indices: Tensor | None, in_batch: bool
 ) -> tuple[list[int], list[int]]:
     """Columns of the positives and of the negatives of anchor i."""
-    positives, negatives = [], []
+    positives: list[int] = []
+    negatives: list[int] = []
     for j in range(len(ref_labels)):
         if in_batch and i == j:
             continue
@@ -52,6 +53,7 @@ def oracle(
 
 def contrastive(margin: float, pos_margin: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """The contrastive loss of one anchor, pair by pair."""
+
     def row(sp: Tensor, sn: Tensor) -> Tensor:
         total = sp.sum() * 0 + sn.sum() * 0
         for s in sp:
@@ -65,6 +67,7 @@ def contrastive(margin: float, pos_margin: float | None = None) -> Callable[[Ten
 
 def multi_similarity(alpha: float, beta: float, base: float) -> Callable[[Tensor, Tensor], Tensor]:
     """The multi-similarity loss of one anchor, as its paper writes it and without tricks for overflow."""
+
     def row(sp: Tensor, sn: Tensor) -> Tensor:
         pull = torch.log(1 + torch.exp(-alpha * (sp - base)).sum()) / alpha
         push = torch.log(1 + torch.exp(beta * (sn - base)).sum()) / beta
@@ -77,6 +80,7 @@ def direct(
     positive: Callable[[Tensor], Tensor], negative: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A loss whose gradient is the two weight functions, since the weights are held constant."""
+
     def row(sp: Tensor, sn: Tensor) -> Tensor:
         return (negative(sn.detach()) * sn).sum() - (positive(sp.detach()) * sp).sum()
 
@@ -85,6 +89,7 @@ def direct(
 
 def mine_relative(epsilon: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The multi-similarity mining of one anchor: pairs harder than the hardest of the other kind less epsilon."""
+
     def mine(sp: Tensor, sn: Tensor) -> tuple[Tensor, Tensor]:
         if len(sp) == 0 or len(sn) == 0:
             return sp[:0], sn[:0]

@@ -250,10 +250,12 @@ def test_equals_pytorch_metric_learning(name: str) -> None:
     factor = times * len(batch["embeddings"])
 
     def mine(embeddings: Tensor, ref_emb: Tensor, **labels: Tensor) -> Tensor:
-        return factor * ours(F.normalize(embeddings), ref_emb=F.normalize(ref_emb), **labels)
+        value: Tensor = factor * ours(F.normalize(embeddings), ref_emb=F.normalize(ref_emb), **labels)
+        return value
 
     def peer(embeddings: Tensor, ref_emb: Tensor, labels: Tensor, ref_labels: Tensor) -> Tensor:
-        return theirs(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+        value: Tensor = theirs(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+        return value
 
     for value, expected in zip(gradients(mine, batch), gradients(peer, batch), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -264,7 +266,8 @@ def test_equals_pytorch_metric_learning_fast_ap() -> None:
     batch = in_batch()
 
     def mine(embeddings: Tensor, labels: Tensor) -> Tensor:
-        return FastAPLoss(12)(F.normalize(embeddings), labels)
+        value: Tensor = FastAPLoss(12)(F.normalize(embeddings), labels)
+        return value
 
     for value, expected in zip(gradients(mine, batch), gradients(pml.FastAPLoss(12), batch), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
@@ -283,7 +286,8 @@ def test_agrees_with_pytorch_metric_learning_ranked_list_without_temperatures() 
     batch = in_batch(3)
 
     def mine(embeddings: Tensor, labels: Tensor) -> Tensor:
-        return RankedListLoss(0.9, 1.4, neg_temperature=0.0)(F.normalize(embeddings), labels)
+        value: Tensor = RankedListLoss(0.9, 1.4, neg_temperature=0.0)(F.normalize(embeddings), labels)
+        return value
 
     theirs = pml.RankedListLoss(0.9, Tn=0, alpha=1.4)
     for value, expected in zip(gradients(mine, batch), gradients(theirs, batch), strict=True):

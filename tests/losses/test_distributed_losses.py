@@ -64,19 +64,26 @@ def total(model: nn.Module, loss: nn.Module, rows: slice) -> Tensor:
     return value
 
 
-def gradient(model: nn.Module, name: str, reduction: str, rows: slice) -> tuple[float, list[Any]]:
+def gradient(
+    model: nn.Module, name: str, reduction: losses.base.Reduction, rows: slice) -> tuple[float, list[Any]]:
     """Value and gradient of every weight, as NumPy so that they can be sent between processes."""
     loss = LOSSES[name]
     loss.reduction = reduction
     model.zero_grad()
     loss.zero_grad()
     value = total(model, loss, rows)
-    value.backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
+    torch.autograd.backward(value)
+    gradients = [grad_of(parameter) for parameter in model.parameters()]
     for parameter in loss.parameters():  # DDP takes the mean of these as well, once they are part of the model
-        mean = distributed.all_reduce_sum(parameter.grad) / distributed.world_size()
+        mean = distributed.all_reduce_sum(grad_of(parameter)) / distributed.world_size()
         gradients.append(mean)
     return float(value.detach()), [gradient.numpy().copy() for gradient in gradients]
+
+
+def grad_of(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that the loss must reach."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 CASES = [(name, reduction) for name in LOSSES for reduction in get_args(losses.base.Reduction)]
@@ -108,8 +115,8 @@ def lifted(model: nn.Module, rows: slice) -> tuple[float, list[Any]]:
     model.zero_grad()
     loss = losses.LiftedStructureLoss(variant="original")
     value = loss(F.normalize(model(x[rows]), dim=1), labels[rows], indices=indices[rows])
-    value.backward()
-    return float(value.detach()), [parameter.grad.numpy().copy() for parameter in model.parameters()]
+    torch.autograd.backward(value)
+    return float(value.detach()), [grad_of(parameter).numpy().copy() for parameter in model.parameters()]
 
 
 def lifted_on_rank(rank: int, ranks: int) -> tuple[float, list[Any]]:
@@ -129,7 +136,7 @@ def test_rows_that_are_coupled_are_coupled_over_ranks() -> None:
 
 def alone(rank: int, ranks: int) -> float:
     """Only rank 0 computes a loss."""
-    x, labels, indices, *_ = data()
+    x, labels, *_ = data()
     rows = slice(0, 7) if rank == 0 else slice(7, 16)
     if rank == 1:
         return float("nan")  # calls nothing: a loss that keeps to itself must not wait for this rank

@@ -68,7 +68,7 @@ def test_parameters_of_a_weighting_are_trained() -> None:
     weighting = loss.weighting
     assert isinstance(weighting, Bounded)
     torch.testing.assert_close(weighting.margin.grad, margin.grad)
-    assert torch.equal(weighting.unused.grad, torch.zeros(3, dtype=torch.float64))
+    assert weighting.unused.grad is not None and torch.equal(weighting.unused.grad, torch.zeros(3, dtype=torch.float64))
 
 
 class Coupled(Weighting):

@@ -101,7 +101,8 @@ def test_value_and_gradient_equal_the_textbook(
 
     def slow(**kwargs: Any) -> Tensor:
         rows = oracle.oracle(row_loss, **kwargs)
-        return torch.stack(rows).sum() / len(rows) + 0 * kwargs.get("ref_emb", torch.zeros(())).sum()
+        value: Tensor = torch.stack(rows).sum() / len(rows) + 0 * kwargs.get("ref_emb", torch.zeros(())).sum()
+        return value
 
     for ours, expected in zip(gradients(loss, batch), gradients(slow, batch), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)

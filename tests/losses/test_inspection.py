@@ -48,8 +48,8 @@ def data() -> dict[str, Any]:
 def gradient(loss: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Of the anchors, by autograd."""
     leaf = batch["embeddings"].clone().requires_grad_()
-    (result,) = torch.autograd.grad(loss(**{**batch, "embeddings": leaf}), leaf)
-    return result
+    value: Tensor = loss(**{**batch, "embeddings": leaf})
+    return torch.autograd.grad(value, leaf)[0]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -98,7 +98,7 @@ def test_the_measured_weights_are_the_closed_form() -> None:
 
 def test_proxy_losses_have_no_weights_of_pairs_of_samples() -> None:
     """A matrix of zeros, or a crash deep in another library, would be no answer."""
-    with pytest.raises(InputError, match="ProxyNCALoss.*proxies"):
+    with pytest.raises(InputError, match=r"ProxyNCALoss.*proxies"):
         pair_weights(pml.ProxyNCALoss(4, 5), data()["embeddings"], data()["labels"])
 
 

@@ -102,7 +102,9 @@ def test_value_and_gradient_equal_the_textbook(name: str, batch: dict[str, Any],
 
     def textbook(**kwargs: Any) -> Tensor:
         rows = oracle.oracle(row_loss, **kwargs, mine=mine)
-        return torch.stack(rows).sum() / len(rows) + 0 * sum(kwargs.get(k, torch.zeros(())).sum() for k in ("ref_emb",))
+        nothing = 0 * kwargs.get("ref_emb", torch.zeros(())).sum()
+        value: Tensor = torch.stack(rows).sum() / len(rows) + nothing
+        return value
 
     for ours, expected in zip(gradients(loss, batch), gradients(textbook, batch), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
@@ -152,6 +154,19 @@ def test_a_positive_with_more_than_its_share_is_pushed() -> None:
         torch.tensor([[0.9, 0.1, 0.0]]), torch.tensor([[True, True, False]]), torch.tensor([[False, False, True]])
     )
     assert weights[0, 0] > 0 > weights[0, 1]
+
+
+@pytest.mark.parametrize("edge", [1.0, -1.0])
+def test_tuplet_margin_has_the_slope_of_its_value_at_the_ends(edge: float) -> None:
+    """The factor sin(th - be) / sin(th) is infinite there; equal vectors must not be thrown apart by it."""
+    positive = torch.tensor([[True, False]])
+    weighting = TupletMarginWeighting(2.0, 20.0)
+    row = torch.tensor([[edge, 0.7]], dtype=torch.float64)
+    step = torch.tensor([[1e-8, 0.0]], dtype=torch.float64)
+    _, weights = weighting(row.clone(), positive, ~positive)
+    above, below = (weighting(each, positive, ~positive)[0] for each in (row + step, row - step))
+    torch.testing.assert_close(weights[0, 0], ((above - below) / 2e-8)[0], rtol=1e-6, atol=0)
+    assert -2 <= float(weights[0, 0]) < 0
 
 
 WEIGHTINGS = [

@@ -55,7 +55,7 @@ class BankMachine(RuleBasedStateMachine):
         self.bank = MemoryBank(SIZE, 2)
         self.bank.load_state_dict(torch.load(file, weights_only=True))
 
-    @precondition(lambda self: len(self.bank))
+    @precondition(lambda self: len(self.bank) > 0)
     @rule(size=st.integers(1, 2 * SIZE))
     def another_size_keeps_the_newest(self, size: int) -> None:
         """Resuming with another size must keep the newest keys and go on overwriting the oldest."""

@@ -10,7 +10,7 @@ from lightning_dml.errors import InputError
 from lightning_dml.memory import MomentumEncoder
 
 
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     """A network with a batch norm, the layer that makes momentum encoders hard."""
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
@@ -55,10 +55,10 @@ def test_batch_norm_statistics_evolve_by_the_own_forward_only() -> None:
     encoder = MomentumEncoder(online, 0.5)
     online(torch.randn(8, 3))
     encoder.update(online)
-    assert torch.equal(encoder.encoder[1].running_mean, torch.zeros(4))
+    assert torch.equal(encoder.encoder.get_buffer("1.running_mean"), torch.zeros(4))
     encoder.match_mode(online)
     encoder(torch.randn(8, 3))
-    assert not torch.equal(encoder.encoder[1].running_mean, torch.zeros(4))
+    assert not torch.equal(encoder.encoder.get_buffer("1.running_mean"), torch.zeros(4))
 
 
 def test_layers_that_are_frozen_online_are_frozen_here() -> None:
@@ -69,8 +69,8 @@ def test_layers_that_are_frozen_online_are_frozen_here() -> None:
     encoder.train()
     encoder.match_mode(online)
     encoder(torch.randn(8, 3))
-    assert encoder.encoder[0].training and not encoder.encoder[1].training
-    assert torch.equal(encoder.encoder[1].running_mean, torch.zeros(4))
+    assert encoder.encoder.get_submodule("0").training and not encoder.encoder.get_submodule("1").training
+    assert torch.equal(encoder.encoder.get_buffer("1.running_mean"), torch.zeros(4))
 
 
 def test_wrong_input_is_named() -> None:

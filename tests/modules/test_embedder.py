@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from lightning_dml.errors import InputError
 def test_any_family_gives_unit_rows(name: str) -> None:
     """Families of timm name their heads differently; each must work without special settings."""
     embedder = Embedder(name, dim=24, in_chans=1).eval()
-    side = embedder.backbone.pretrained_cfg["input_size"][1]
+    backbone: Any = embedder.backbone
+    side = backbone.pretrained_cfg["input_size"][1]
     embeddings = embedder(torch.randn(2, 1, side, side))
     assert embeddings.shape == (2, 24)
     assert embedder.dim == 24
@@ -45,7 +47,8 @@ def test_pooling_changes_what_comes_out() -> None:
 def test_model_args_reach_timm() -> None:
     """Image and patch size can only be set through timm's own arguments."""
     embedder = Embedder("test_vit", model_args={"img_size": 32, "patch_size": 4})
-    assert embedder.backbone.patch_embed.num_patches == 64
+    backbone: Any = embedder.backbone
+    assert backbone.patch_embed.num_patches == 64
 
 
 def test_building_keeps_the_random_stream_and_the_mode() -> None:
@@ -63,10 +66,10 @@ def test_frozen_batch_norm_neither_moves_nor_trains() -> None:
     """Lightning calls train() at each epoch, which would unfreeze it unnoticed."""
     embedder = Embedder("test_resnet", dim=8, freeze_batch_norm=True).train()
     norms = [layer for layer in embedder.modules() if isinstance(layer, nn.BatchNorm2d)]
-    before = [layer.running_mean.clone() for layer in norms]
+    before = [layer.get_buffer("running_mean").clone() for layer in norms]
     embedder(torch.randn(4, 3, 64, 64)).sum().backward()
     assert norms and not any(layer.training for layer in norms)
-    assert all(torch.equal(layer.running_mean, mean) for layer, mean in zip(norms, before, strict=True))
+    assert all(torch.equal(layer.get_buffer("running_mean"), mean) for layer, mean in zip(norms, before, strict=True))
     assert all(parameter.grad is None for layer in norms for parameter in layer.parameters())
     assert embedder.projection.training and embedder.projection.weight.grad is not None
 

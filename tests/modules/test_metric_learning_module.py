@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,9 @@ def test_with_memory_alone_the_first_step_trains_nothing_but_runs() -> None:
     module = tiny_module(batch_weight=0.0)
     batch, _ = batch_and_bank()
     loss = module.training_step(batch, 0)["loss"]
-    loss.backward()
+    torch.autograd.backward(loss)
     assert loss.item() == 0
-    assert all(not parameter.grad.any() for parameter in module.parameters())
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("loss", [pml.ContrastiveLoss(), pml.MultiSimilarityLoss(), pml.TripletMarginLoss()])
@@ -107,13 +106,14 @@ def test_the_scheduler_steps_as_told() -> None:
 def test_frozen_parameters_stay_out_of_the_optimizer() -> None:
     """Weight decay would otherwise still move frozen weights in some optimizers."""
     module = tiny_module()
-    module.embedder.net[1].requires_grad_(False)
+    module.embedder.get_submodule("net.1").requires_grad_(False)
     chosen = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
     assert chosen == {id(p) for p in module.parameters() if p.requires_grad}
 
 
 def test_parameters_made_in_configure_model_are_trained() -> None:
     """Sharded strategies create layers late; forgotten by the optimizer, they would stay random."""
+
     class Late(MetricLearningModule):
         def configure_model(self) -> None:
             if not hasattr(self, "extra"):
@@ -147,7 +147,7 @@ def test_evaluation_logs_and_the_numbers_are_those_of_the_metric() -> None:
 
 def test_predict_returns_every_image_once() -> None:
     """Who exports embeddings joins them by index; a lost or repeated row breaks that."""
-    predictions = Trainer(**QUIET).predict(tiny_module(), TinyData())
+    predictions: Any = Trainer(**QUIET).predict(tiny_module(), TinyData())
     indices = torch.cat([batch["indices"] for batch in predictions])
     assert indices.tolist() == list(range(60))
     assert torch.cat([batch["embeddings"] for batch in predictions]).shape == (60, 6)
@@ -180,9 +180,8 @@ def test_a_checkpoint_loads_with_the_parts_given_again(tmp_path: Path) -> None:
 )
 def test_wrong_input_is_named(options: dict[str, Any], words: str) -> None:
     """Weights that train nothing and unknown intervals are refused when the module is made."""
-    make: Callable[[], object] = lambda: tiny_module(**options)  # noqa: E731
     with pytest.raises(InputError, match=words):
-        make()
+        tiny_module(**options)
 
 
 def test_parameters_of_losses_have_their_own_rate_and_are_trained(tmp_path: Path) -> None:
