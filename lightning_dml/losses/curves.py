@@ -65,7 +65,7 @@ class Step(Curve):
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities."""
-        return unit_step_(_beyond(similarity, self.threshold, self.above)) * self.value
+        return _scaled_(unit_step_(_beyond(similarity, self.threshold, self.above)), self.value)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Linear(Curve):
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities."""
-        return _beyond(similarity, self.threshold, self.above) * self.slope
+        return _scaled_(_beyond(similarity, self.threshold, self.above), self.slope)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Power(Curve):
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities."""
-        return _beyond(similarity, self.threshold, self.above).pow(self.exponent) * self.value
+        return _scaled_(_beyond(similarity, self.threshold, self.above).pow_(self.exponent), self.value)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Exponential(Curve):
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities."""
-        return torch.exp(self.rate * (similarity - self.threshold)) * self.value
+        return _scaled_((similarity - self.threshold).mul_(self.rate).exp_(), self.value)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Sigmoid(Curve):
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities."""
-        return torch.sigmoid(self.rate * (similarity - self.threshold)) * self.value
+        return _scaled_((similarity - self.threshold).mul_(self.rate).sigmoid_(), self.value)
 
 
 @dataclass(frozen=True)
@@ -188,3 +188,7 @@ WeightCurve = Curve | Callable[[Tensor], Any]
 
 def _beyond(similarity: Tensor, threshold: float, above: bool) -> Tensor:
     return (similarity - threshold if above else threshold - similarity).relu_()
+
+
+def _scaled_(weights: Tensor, value: float) -> Tensor:
+    return weights if value == 1 else weights.mul_(value)

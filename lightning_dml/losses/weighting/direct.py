@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.losses.curves import WeightCurve
+from lightning_dml.losses.curves import Curve, WeightCurve
 from lightning_dml.losses.weighting.base import Weighting
 from lightning_dml.losses.weighting.rows import Positives
 
@@ -30,7 +30,10 @@ class DirectWeighting(Weighting):
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and weights (n, M)."""
         # Filled and not multiplied: an exponential curve may be infinite where there is no pair.
-        weights = self.negative(similarity).detach().masked_fill(~negative, 0)
+        weights = self.negative(similarity).detach()
+        # A curve of ours returns memory of its own; somebody's function may return what it keeps, or its input.
+        mine = isinstance(self.negative, Curve) and weights is not similarity
+        weights = weights.masked_fill_(~negative, 0) if mine else weights.masked_fill(~negative, 0)
         pairs = Positives.of(similarity, positive)
         weights[pairs.row, pairs.column] = -self.positive(pairs.values).detach().to(weights.dtype)
         return torch.linalg.vecdot(weights, similarity), weights
