@@ -64,8 +64,7 @@ def total(model: nn.Module, loss: nn.Module, rows: slice) -> Tensor:
     return value
 
 
-def gradient(
-    model: nn.Module, name: str, reduction: losses.base.Reduction, rows: slice) -> tuple[float, list[Any]]:
+def gradient(model: nn.Module, name: str, reduction: losses.base.Reduction, rows: slice) -> tuple[float, list[Any]]:
     """Value and gradient of every weight, as NumPy so that they can be sent between processes."""
     loss = LOSSES[name]
     loss.reduction = reduction
