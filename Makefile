@@ -1,4 +1,4 @@
-# `make` lists the targets. Tools run as `python -m`, so that a folder that was moved keeps working.
+# `make` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.stamp
@@ -37,7 +37,7 @@ $(DOCS_STAMP): $(STAMP)
 	@touch $@
 
 quickstart: $(STAMP) ## train the quickstart; ARGS="--trainer.max_epochs 1" passes options on
-	$(VENV)/bin/lightning-dml fit --config configs/quickstart.yaml $(ARGS)
+	$(PY) -m lightning_dml fit --config configs/quickstart.yaml $(ARGS)
 
 test: lint types ## lint, types, and every test
 	OMP_NUM_THREADS=2 $(PY) -m pytest
@@ -49,13 +49,15 @@ lint: $(STAMP) ## ruff: rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-# callbacks/ and datamodules/ are parts of lightning_dml that stand beside it, so mypy is shown one package of links.
-types: $(STAMP) ## mypy --strict over the whole package
-	@rm -rf build/types/lightning_dml
+# callbacks/ and datamodules/ are parts of lightning_dml that stand beside it, so mypy is shown one package of links, and
+# the rest beside it as here: the paths in its errors are those of this folder but for those two.
+types: $(STAMP) ## mypy --strict over the package, tests, examples and benchmarks
+	@rm -rf build/types
 	@mkdir -p build/types/lightning_dml
 	@cd build/types/lightning_dml && ln -s ../../../lightning_dml/* ../../../callbacks ../../../datamodules .
-	cd build/types && ../../$(PY) -m mypy --strict --config-file ../../pyproject.toml \
-		--cache-dir ../../.mypy_cache -p lightning_dml
+	@cd build/types && ln -s ../../tests ../../examples ../../benchmarks .
+	cd build/types && ../../$(PY) -m mypy --strict --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+		--explicit-package-bases lightning_dml tests examples benchmarks
 
 bench: $(STAMP) ## run every benchmark
 	@set -e; for file in benchmarks/[!_]*.py; do \

@@ -75,10 +75,12 @@ class MemoryBankCallback(Callback):
         self.momentum_encoder: MomentumEncoder | None = None
         self._entries = 0
         self._last_step = 0
+        self._fitting = False
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes sure that the module has a `memory_bank` to read."""
+        self._fitting, self._restored = stage == "fit", None
         if not hasattr(pl_module, "memory_bank"):
             _hand_over(pl_module, None)
 
@@ -166,7 +168,7 @@ class MemoryBankCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until the fit starts; validation and test have no use for it."""
-        self._restored = state_dict
+        self._restored = state_dict if self._fitting else None
 
     def _restore(self, state: dict[str, Any], pl_module: LightningModule, embedder: nn.Module | None) -> None:
         self.bank = self.momentum_encoder = None

@@ -24,6 +24,7 @@ from lightning_dml.errors import InputError
 from lightning_dml.retrieval import RetrievalMetrics, knn
 
 # Blue and orange stay apart for colour-blind eyes; a miss is dashed as well.
+FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 HIT, MISS = "#0072b2", "#d55e00"
 
 
@@ -54,6 +55,8 @@ class RetrievalReport(Callback):
         path: str | None = None,
     ) -> None:
         super().__init__()
+        if path is not None and Path(path).suffix.lower() not in FORMATS:
+            raise InputError(f"path must end in one of {', '.join(FORMATS)}, got {path!r}")
         if queries < 0:
             raise InputError(f"queries must not be negative, got {queries}; 0 draws no figure")
         if neighbours < 1:
@@ -64,11 +67,20 @@ class RetrievalReport(Callback):
         self.seed = seed
         self.path = path
         self.rows: list[tuple[str, dict[str, float], float]] = []
+        self._fitting = False
         self._started = 0.0
         self._seconds_before = 0.0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begins anew; a checkpoint's row comes after this."""
+        self._fitting = stage == "fit"
+        if self._fitting:
+            self.rows, self._started, self._seconds_before = [], 0.0, 0.0
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates the untrained weights."""
+        if self.path is not None and Path(self.path).is_dir():
+            raise InputError(f"path must be a file such as {self.path}/retrieval.png, got the folder {self.path!r}")
         if not self.rows:
             name = "untrained" if trainer.global_step == 0 else f"step {trainer.global_step}"
             values, _ = self._evaluate(trainer, pl_module)
@@ -78,6 +90,7 @@ class RetrievalReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates the trained weights, prints the table and draws the figure."""
         seconds = self._seconds()
+        self._seconds_before, self._started = seconds, 0.0
         values, collected = self._evaluate(trainer, pl_module)
         self.rows = [*self.rows[:1], (f"trained, step {trainer.global_step}", values, seconds)]
         figure = self._figure(trainer, *collected) if self.queries else None
@@ -90,7 +103,9 @@ class RetrievalReport(Callback):
         return {"rows": [list(row) for row in self.rows[:1]], "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the row of the first start."""
+        """Takes over the row of the first start; validation and test have no use for it."""
+        if not self._fitting:
+            return
         self.rows = [(row[0], row[1], row[2]) for row in state_dict["rows"]]
         self._seconds_before = state_dict["seconds"]
 
@@ -114,6 +129,7 @@ class RetrievalReport(Callback):
             for position, batch in enumerate(loader):
                 if position >= trainer.num_val_batches[0]:
                     break
+                batch = trainer.precision_plugin.convert_input(batch)
                 batch = trainer.strategy.batch_to_device(batch, pl_module.device)
                 with trainer.precision_plugin.forward_context():
                     embeddings = pl_module(batch["image"]).float()
@@ -147,7 +163,9 @@ class RetrievalReport(Callback):
         gallery = torch.nonzero(is_gallery[unique])[:, 0]
         chosen = np.random.default_rng(self.seed).permutation(len(queries))[: self.queries]
         queries = queries[torch.from_numpy(np.sort(chosen))]
-        columns = min(self.neighbours, len(gallery) - 1)
+        columns = min(self.neighbours, len(gallery) - int(bool(torch.isin(queries, gallery).any())))
+        if len(queries) == 0 or columns < 1:
+            return None
         _, nearest = knn(
             embeddings[queries],
             embeddings[gallery],

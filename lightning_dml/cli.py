@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities import rank_zero_warn
@@ -54,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=list(args) if args is not None else None,
         )
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, FileNotFoundError, MisconfigurationException) as error:
         message = _message(error)
         if message is None:
             raise
@@ -69,6 +70,8 @@ def _message(error: BaseException) -> str | None:
             "TensorBoardLogger needs the package tensorboard: pip install 'lightning-dml[report]', "
             "or take the logger out of the config"
         )
+    if isinstance(error, FileNotFoundError | MisconfigurationException):
+        return " ".join(str(error).split())
     # jsonargparse wraps what a constructor raises in a report on every type that the argument might have had.
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, InputError):

@@ -174,3 +174,22 @@ def test_one_clear_error_before_training(folder: Path, capsys: pytest.CaptureFix
     assert re.search(words, error[-1]), error
     assert error[-1].startswith("lightning-dml: error: ")
     assert not any("Traceback" in line or "Epoch" in line for line in error)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--model.embedder.pooling=foo",), "pooling='foo'"),
+        (("--model.embedder.model_args.nope=1",), "model_args={'nope': 1}"),
+        (("--ckpt_path=nope.ckpt",), "nope.ckpt"),
+    ],
+)
+def test_what_the_libraries_below_refuse_is_one_line_too(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+) -> None:
+    """A traceback through three libraries hides the one value that is wrong."""
+    pictures(folder / "images", CLASSES)
+    with pytest.raises(SystemExit):
+        fit_folder(folder, *options)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lightning-dml: error: ") and words in last

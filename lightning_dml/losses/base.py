@@ -102,13 +102,13 @@ class PairWeightingLoss(nn.Module):
             0-dim loss in float32 (float64 for float64 embeddings); 0 with a zero gradient where no pair exists.
 
         Raises:
-            InputError: if shapes, lengths or dtypes do not fit together, or rows are not finite or not of unit length.
+            InputError: if shapes, lengths or dtypes do not fit together, or rows are not finite or of unit length.
         """
         together = self.gather and distributed.is_distributed()
         references, task = self.prepare(embeddings, labels, ref_emb, ref_labels, indices, ref_indices, together)
         sums = pair_sums(embeddings, references, task)
         if self._validates(embeddings) and not bool(torch.isfinite(sums.loss)):
-            check_unit_rows("embeddings", embeddings)
+            check_unit_rows("embeddings", embeddings[labels != UNLABELLED])
             check_unit_rows("ref_emb", references[task.labels.references != UNLABELLED])
         return self._reduce(sums, len(embeddings), together)
 
@@ -126,6 +126,11 @@ class PairWeightingLoss(nn.Module):
 
         With `together`, the in-batch references are the rows of all ranks, and every rank must call.
         """
+        if ref_emb is not None and not isinstance(ref_emb, Tensor):
+            raise InputError(
+                f"ref_emb must be a tensor, got {type(ref_emb).__name__}; an indices_tuple of pytorch-metric-learning has no "
+                "place here: give the loss a miner, and references by keyword"
+            )
         _check_rows("embeddings", embeddings, "labels", labels, "indices", indices)
         if ref_emb is None:
             if ref_labels is not None or ref_indices is not None:
@@ -142,7 +147,7 @@ class PairWeightingLoss(nn.Module):
                 )
             references, pairs = ref_emb, PairLabels(labels, ref_labels, indices, ref_indices)
         if self._validates(embeddings):
-            check_unit_rows("embeddings", embeddings)
+            check_unit_rows("embeddings", embeddings[labels != UNLABELLED])
             if ref_emb is not None:
                 every = slice(None, None, max(1, len(references) // SAMPLE))
                 check_unit_rows("ref_emb", references[every][pairs.references[every] != UNLABELLED])

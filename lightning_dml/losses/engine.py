@@ -133,19 +133,17 @@ class _PairSums(torch.autograd.Function):
                 if grad_right is not None:
                     grad_right[columns].addmm_(weights.T, left[rows])
         active, pairs = torch.count_nonzero(counts), counts.sum()
-        ctx.gradients = (
-            None if grad_left is None else grad_left.to(anchors.dtype),
-            None if grad_right is None else grad_right.to(references.dtype),
-            None,
-            *grad_parameters,
-        )
+        # Kept as computed: in half precision a sum may overflow before the reduction has scaled it.
+        ctx.gradients = grad_left, grad_right, None, *grad_parameters
+        ctx.dtypes = anchors.dtype, references.dtype, None, *(each.dtype for each in parameters)
         ctx.mark_non_differentiable(active, pairs)
         return loss, active, pairs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(None if each is None else each * grad_loss.to(each.dtype) for each in ctx.gradients)
+        pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
+        return tuple(None if each is None else (each * grad_loss).to(dtype) for each, dtype in pairs)
 
 
 def _computed(anchors: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 UNLABELLED = -1
 """Label of a row that takes part in no pair: an empty or refused slot of a memory bank."""
 
-_NOTHING = -2  # never equal to an unlabelled or unnumbered reference
+_NOTHING = -2  # never equal to the index of an unnumbered reference, which is -1
 _TABLE = 2**24  # largest label or index that a look-up table is made for
 
 
@@ -41,12 +41,12 @@ class PairLabels:
         # On an accelerator asking would be a synchronisation that costs more than the mask.
         if self.anchors.is_cuda or not (bool(labelled[0].all()) and bool(labelled[1].all())):
             object.__setattr__(self, "_unlabelled", (~labelled[0], ~labelled[1]))
-        anchors = self.anchors.masked_fill(self.anchors == UNLABELLED, _NOTHING)
-        object.__setattr__(self, "_same_label", _Matches.of(anchors, self.references))
+        object.__setattr__(self, "_same_label", _Matches.of(_signed(self.anchors), _signed(self.references)))
         if self.anchor_indices is not None and self.ref_indices is not None:
-            indices = self.anchor_indices.masked_fill(self.anchor_indices < 0, _NOTHING)
-            references = self.ref_indices.clamp_min(-1)
-            object.__setattr__(self, "_same_sample", _Matches.of(indices, references))
+            indices = _signed(self.anchor_indices)
+            indices = indices.masked_fill(indices < 0, _NOTHING)
+            references = _signed(self.ref_indices).clamp_min(-1)
+            object.__setattr__(self, "_same_sample", _Matches.of(indices, references, ignored=_NOTHING))
 
     def masks(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Positive and negative masks, (n, m) bool, of the block of anchors `rows` and references `columns`.
@@ -67,7 +67,9 @@ class PairLabels:
             self._same_sample.clear(rows, columns, positive, negative)
         if self._unlabelled is not None:
             anchors, references = self._unlabelled
-            negative &= ~(anchors[rows, None] | references[columns])
+            labelled = ~(anchors[rows, None] | references[columns])
+            positive &= labelled
+            negative &= labelled
         return positive, negative
 
 
@@ -85,11 +87,12 @@ class _Matches:
     columns: Tensor | None  # ascending; None means all
 
     @classmethod
-    def of(cls, anchors: Tensor, references: Tensor) -> _Matches:
+    def of(cls, anchors: Tensor, references: Tensor, ignored: int = UNLABELLED) -> _Matches:
+        """Prepares the matches; those of anchors with the value `ignored`, below 0, need not be found."""
         if anchors.device.type != "cpu" or not len(anchors) or not len(references):
             return cls(anchors, references, None)
         largest = int(anchors.max())
-        if largest > _TABLE:
+        if largest > _TABLE or bool(((anchors < 0) & (anchors != ignored)).any()):
             return cls(anchors, references, None)
         # Every value that no anchor has looks up the last entry, which is False.
         table = torch.zeros(max(0, largest) + 2, dtype=torch.bool)
@@ -98,8 +101,6 @@ class _Matches:
         places = references.long().clamp(max=largest + 1) if largest >= 0 else torch.zeros_like(references).long()
         places = torch.where(places < 0, len(table) - 1, places) if bool((references < 0).any()) else places
         columns = table[places].nonzero()[:, 0]
-        if largest < 0 or bool((anchors < _NOTHING).any()):  # negative labels of the caller's own
-            return cls(anchors, references, None)
         return cls(anchors, references, columns)
 
     def mask(self, rows: slice, columns: slice) -> Tensor:
@@ -127,3 +128,8 @@ class _Matches:
         bounds = torch.tensor([columns.start, columns.stop])
         first, last = torch.searchsorted(self.columns, bounds).tolist()
         return self.columns[first:last]
+
+
+def _signed(numbers: Tensor) -> Tensor:
+    # torch compares few unsigned types, and not with signed ones.
+    return numbers if numbers.dtype in (torch.int32, torch.int64) else numbers.long()

@@ -115,7 +115,7 @@ class MemoryBank:
 
         Args:
             embeddings: (n, dim) float; stored detached, in the bank's dtype, on the bank's device.
-            labels: (n,) integer labels, not negative.
+            labels: (n,) integer labels; -1 for a row that is to take part in nothing.
             indices: (n,) integer sample indices; -1 or None where unknown.
             step: the training step that made the rows.
 
@@ -124,7 +124,7 @@ class MemoryBank:
         """
         self._check(embeddings, labels, indices)
         if indices is None:
-            indices = torch.full_like(labels, EMPTY)
+            indices = torch.full_like(labels, EMPTY, dtype=torch.int64)
         skipped = max(0, len(labels) - self.size)
         self._pointer = (self._pointer + skipped) % self.size
         rows = embeddings[skipped:].to(self._embeddings)

@@ -24,7 +24,8 @@ class MomentumEncoder(nn.Module):
         momentum: m in [0, 1]; 0 copies at each update, 1 never changes.
 
     Raises:
-        InputError: if `momentum` lies outside [0, 1].
+        InputError: if `momentum` lies outside [0, 1], or a parameter is in half precision, where steps of a hundredth
+            round to nothing.
 
     Examples:
         >>> online = nn.Linear(2, 2)
@@ -38,6 +39,12 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         if not 0 <= momentum <= 1:
             raise InputError(f"momentum must lie in [0, 1], such as 0.99, got {momentum}")
+        for name, parameter in module.named_parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                raise InputError(
+                    f"a momentum encoder needs float32 parameters, but {name} is {parameter.dtype}, in which its small "
+                    "steps round to nothing; train with precision 'bf16-mixed', or take online keys with momentum=None"
+                )
         self.momentum = momentum
         self.encoder = copy.deepcopy(module).requires_grad_(False)
 

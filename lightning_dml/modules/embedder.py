@@ -53,8 +53,14 @@ class Embedder(nn.Module):
         settings = dict(model_args or {}, num_classes=0, in_chans=in_chans)
         if pooling is not None:
             settings["global_pool"] = pooling
-        self.backbone: nn.Module = timm.create_model(model_name, pretrained=pretrained, **settings)
-        features = _feature_count(self.backbone, in_chans)
+        try:
+            self.backbone: nn.Module = timm.create_model(model_name, pretrained=pretrained, **settings)
+            features = _feature_count(self.backbone, in_chans)
+        except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+            raise InputError(
+                f"timm could not build model_name {model_name!r} with pooling={pooling!r}, pretrained={pretrained} and "
+                f"model_args={model_args}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            ) from error
         self.projection = nn.Identity() if dim is None else nn.Linear(features, dim)
         self.dim = features if dim is None else dim
         self.freeze_batch_norm = freeze_batch_norm

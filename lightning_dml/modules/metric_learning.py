@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.losses import PairWeightingLoss
+from lightning_dml.losses.labels import UNLABELLED
 from lightning_dml.memory import MemoryBank
 from lightning_dml.retrieval import RetrievalMetrics
 
@@ -119,6 +120,9 @@ class MetricLearningModule(LightningModule):
             total = total + self.memory_weight * against_bank
         if not total.requires_grad:  # batch_weight 0 while the bank is still empty
             total = total + 0 * embeddings.sum()
+        for part in (self.loss, self.memory_loss):
+            # DDP waits for a gradient of every parameter, also of a loss that is not in use yet.
+            total = total + sum(0 * each.sum() for each in ([] if part is None else part.parameters()))
         self._log_train("train/loss", total, len(labels), prog_bar=True)
         return {"loss": total, "embeddings": embeddings.detach(), "labels": labels, "indices": indices}
 
@@ -156,6 +160,11 @@ class MetricLearningModule(LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
+            if not hasattr(scheduler, "monitor") and scheduler.mode == "min":
+                raise InputError(
+                    "lr_scheduler watches val/recall@1, which rises, but its mode is 'min': set mode to 'max', or name "
+                    "another value with pytorch_lightning.cli.ReduceLROnPlateau(monitor=...)"
+                )
             settings["monitor"] = getattr(scheduler, "monitor", "val/recall@1")
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
@@ -197,8 +206,13 @@ def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Ten
             references["ref_indices"] = bank.indices
         value: Tensor = loss(embeddings, labels, indices=indices, **references)
         return value
-    if bank is not None and bank.refused:  # slots of refused rows: our losses know their label, others do not
-        filled = bank.labels >= 0
+    if distributed.is_distributed() and any(isinstance(m, PairWeightingLoss) and m.gather for m in loss.modules()):
+        raise InputError(
+            f"{type(loss).__name__} contains a loss of lightning_dml, which gathers the batches itself, inside one "
+            "that is given the gathered batch: make the inner loss with gather=False"
+        )
+    if bank is not None and bool((bank.labels == UNLABELLED).any()):  # our losses know these slots, others do not
+        filled = bank.labels != UNLABELLED
         references = {name: rows[filled] for name, rows in references.items()}
     # A loss that knows nothing of ranks: every rank computes it on the whole batch. The backward pass of the gather
     # sums the ranks' equal gradients and DDP takes the mean, which leaves the gradient of one process.

@@ -200,3 +200,24 @@ def test_wrong_input_is_named(call: Callable[[], object], words: str) -> None:
     """A wrong setting or module stops with its name and value, not with a traceback from deep inside."""
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_a_validated_checkpoint_does_not_come_back_in_the_next_fit(tmp_path: Path) -> None:
+    """Its bank is that of other weights; loading it unasked would undo the newer one."""
+    callback, module, data = MemoryBankCallback(size=100), tiny_module(), TinyData()
+    trainer = Trainer(max_steps=2, limit_val_batches=1, callbacks=[callback], **QUIET)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(module, data)
+    assert len(callback.bank or []) == 32
+    trainer.validate(module, data, ckpt_path=tmp_path / "early.ckpt", verbose=False, weights_only=True)
+    trainer.fit_loop.epoch_loop.max_steps = 6
+    trainer.fit(module, data)
+    assert len(callback.bank or []) == 48
+
+
+def test_half_precision_parameters_are_refused() -> None:
+    """In bfloat16 a step of a hundredth rounds to nothing: the encoder would never move."""
+    with pytest.raises(InputError, match=r"float32 parameters.*bfloat16"):
+        fit(MemoryBankCallback(size=20), precision="bf16-true")

@@ -131,3 +131,28 @@ def test_wrong_input_is_named() -> None:
         RetrievalReport(neighbours=0)
     with pytest.raises(InputError, match="validation"):
         fit(RetrievalReport(), limit_val_batches=0)
+
+
+def test_a_wrong_path_is_named_before_training(tmp_path: Path) -> None:
+    """At the last step it would cost the run its figure."""
+    with pytest.raises(InputError, match=r"path must end in one of .png.*report.txt"):
+        RetrievalReport(path="report.txt")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match="path must be a file"):
+        fit(RetrievalReport(path=str(tmp_path / "folder.png")))
+
+
+def test_a_second_fit_begins_a_new_table(tmp_path: Path) -> None:
+    """The first model's untrained row is not the second's."""
+    report = RetrievalReport(queries=0)
+    fit(report)
+    first = report.rows[0]
+    report.rows[0] = (first[0], dict.fromkeys(first[1], -1.0), 0.0)
+    fit(report)
+    assert report.rows[0][1] == first[1]
+
+
+def test_true_bfloat16_is_evaluated(tmp_path: Path) -> None:
+    """The report runs its own loop, which has to convert its inputs as Lightning's does."""
+    fit(RetrievalReport(path=str(tmp_path / "figure.png")), precision="bf16-true")
+    assert (tmp_path / "figure.png").exists()

@@ -143,3 +143,18 @@ def test_empty_slots_of_a_bank_are_no_error() -> None:
     expected = ContrastiveLoss(0.1)(unit_rows := unit(6), labels, references[:5], labels[:5])
     references[5] = 0
     assert torch.equal(ContrastiveLoss(0.1)(unit_rows, labels, references, torch.tensor([0, 1, 0, 1, 0, -1])), expected)
+
+
+def test_half_precision_gradients_are_scaled_before_they_are_rounded() -> None:
+    """The sum over 100,000 pairs is beyond float16; its mean is not."""
+    anchor = torch.tensor([[1.0, 0.0]], dtype=torch.float16, requires_grad=True)
+    references = torch.tensor([[0.8, 0.6]]).expand(100_000, 2)
+    loss = ContrastiveLoss(0.5, reduction="pairs")
+    loss(anchor, torch.tensor([0]), references, torch.ones(100_000, dtype=torch.int64)).backward()
+    torch.testing.assert_close(anchor.grad, torch.tensor([[0.8, 0.6]], dtype=torch.float16))
+
+
+def test_another_librarys_tuple_of_indices_is_named() -> None:
+    """Its third argument is a tuple of pairs; a message on missing labels would mislead."""
+    with pytest.raises(InputError, match=r"ref_emb must be a tensor, got tuple.*miner"):
+        ContrastiveLoss()(unit(4), torch.arange(4), (torch.arange(4),))

@@ -57,11 +57,12 @@ def textbook(positive: str, negative: str, normalization: str, measure: str) -> 
         if measure == "similarity":
             pulls = side(positive, normalization, [0.8 - float(s.detach()) for s in sp])
             pushes = side(negative, normalization, [float(s.detach()) - 0.1 for s in sn])
-            return (
+            by_similarity: Tensor = (
                 total
                 + sum(w * s for w, s in zip(pushes, sn, strict=True))
                 - sum(w * s for w, s in zip(pulls, sp, strict=True))
             )
+            return by_similarity
         pulls = side(positive, normalization, [float(d(s.detach())) - 0.8 for s in sp])
         pushes = side(negative, normalization, [0.1 - float(d(s.detach())) for s in sn])
         return (

@@ -47,7 +47,7 @@ def data() -> dict[str, Any]:
 
 def gradient(loss: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Of the anchors, by autograd."""
-    leaf = batch["embeddings"].clone().requires_grad_()
+    leaf: Tensor = batch["embeddings"].clone().requires_grad_()
     value: Tensor = loss(**{**batch, "embeddings": leaf})
     return torch.autograd.grad(value, leaf)[0]
 

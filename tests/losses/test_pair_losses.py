@@ -20,6 +20,7 @@ from lightning_dml.losses import (
     PairWeightingLoss,
     curves,
 )
+from lightning_dml.losses.base import Reduction
 from lightning_dml.losses.weighting import Weighting
 from tests.losses import oracle
 
@@ -110,7 +111,8 @@ def test_reductions_divide_by_their_counts(batch: dict[str, Any]) -> None:
     total = torch.stack(oracle.oracle(count, **batch)).sum()
     pairs = sum(p + n for p, n in weights)
     active = sum(p + n > 0 for p, n in weights)
-    for reduction, divisor in (("anchors", len(weights)), ("active_anchors", active), ("pairs", pairs)):
+    divisors: dict[Reduction, int] = {"anchors": len(weights), "active_anchors": active, "pairs": pairs}
+    for reduction, divisor in divisors.items():
         ours = ContrastiveLoss(0.3, reduction=reduction)(**batch)
         torch.testing.assert_close(ours, total / max(divisor, 1), rtol=1e-9, atol=1e-9)
 
@@ -176,10 +178,11 @@ def test_works_in_a_compiled_caller() -> None:
 
     @torch.compile(backend="eager")
     def step(x: Tensor, labels: Tensor) -> Tensor:
-        return loss(F.normalize(x, dim=1), labels) * 2
+        value: Tensor = loss(F.normalize(x, dim=1), labels) * 2
+        return value
 
     x, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 2
-    step(x, labels).backward()
+    torch.autograd.backward(step(x, labels))
     compiled = x.grad
     x.grad = None
     (loss(F.normalize(x, dim=1), labels) * 2).backward()
@@ -192,7 +195,7 @@ def test_a_batch_without_pairs_has_zero_loss_and_a_gradient() -> None:
     loss = ContrastiveLoss()(embeddings, torch.tensor([0]))
     loss.backward()
     assert float(loss) == 0
-    assert torch.equal(embeddings.grad, torch.zeros(1, 4))
+    assert embeddings.grad is not None and torch.equal(embeddings.grad, torch.zeros(1, 4))
 
 
 def test_no_block_outlives_its_rows() -> None:
@@ -215,12 +218,12 @@ def test_no_block_outlives_its_rows() -> None:
     ("call", "words"),
     [
         (lambda: ContrastiveLoss(margin=1.5), "margin.*1.5"),
-        (lambda: ContrastiveLoss(reduction="mean"), "reduction.*anchors.*'mean'"),
+        (lambda: ContrastiveLoss(reduction="mean"), "reduction.*anchors.*'mean'"),  # type: ignore[arg-type]
         (lambda: ContrastiveLoss(block_bytes=0), "block_bytes.*0"),
         (lambda: MultiSimilarityLoss(alpha=-1), "alpha.*-1"),
         (lambda: MultiSimilarityLoss(base=float("nan")), "base.*nan"),
         (lambda: MultiSimilarityMiner(float("inf")), "epsilon.*inf"),
-        (lambda: DirectWeightingLoss(positive=1.0, negative=curves.Step()), "positive.*1.0"),
+        (lambda: DirectWeightingLoss(positive=1.0, negative=curves.Step()), "positive.*1.0"),  # type: ignore[arg-type]
         (lambda: ContrastiveLoss()(torch.zeros(3), torch.zeros(3).long()), r"embeddings.*\(3,\)"),
         (lambda: ContrastiveLoss()(torch.zeros(3, 2), torch.zeros(2).long()), r"labels.*\(3,\).*\(2,\)"),
         (lambda: ContrastiveLoss()(torch.zeros(3, 2), torch.zeros(3)), "labels must be integers.*float32"),

@@ -219,3 +219,18 @@ def test_refused_rows_stay_out_of_other_losses() -> None:
     bigger.enqueue(torch.full((1, 6), torch.nan), torch.tensor([0]), torch.tensor([99]))
     module.memory_bank = bigger
     torch.testing.assert_close(module.training_step(batch, 0)["loss"], expected)
+
+
+def test_a_plateau_that_waits_for_recall_to_fall_is_refused() -> None:
+    """The mode of torch is min: each gain in recall would count as none and lower the rate."""
+    with pytest.raises(InputError, match=r"mode is 'min'.*'max'"):
+        tiny_module(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau).configure_optimizers()
+    rising = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, mode="max")
+    assert tiny_module(lr_scheduler=rising).configure_optimizers()["lr_scheduler"]["monitor"] == "val/recall@1"
+
+
+def test_a_loss_that_waits_for_the_bank_has_a_gradient_all_the_same() -> None:
+    """DDP stops at a parameter without one, and the bank is empty at the first step."""
+    module = tiny_module(memory_loss=MarginLoss(learn_beta=True))
+    torch.autograd.backward(module.training_step(batch_and_bank()[0], 0)["loss"])
+    assert all(parameter.grad is not None for parameter in module.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses.curves import Curve, WeightCurve
@@ -23,6 +23,11 @@ class DirectWeighting(Weighting):
                 raise InputError(
                     f"{name} must be a weight curve, a callable from similarities to weights such as "
                     f"lightning_dml.losses.curves.Step(0.5), got {curve!r}"
+                )
+            if isinstance(curve, nn.Module) and any(each.requires_grad for each in curve.parameters()):
+                raise InputError(
+                    f"{name} has parameters that require a gradient, but weights are held constant: "
+                    "freeze them with requires_grad_(False)"
                 )
         self.positive = positive
         self.negative = negative

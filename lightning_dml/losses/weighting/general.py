@@ -64,7 +64,7 @@ class Shape:
         elif self.name == "power":
             weights = violation.relu().pow_(self.exponent)
         elif self.name == "exponential":
-            weights = torch.exp(self.rate * violation)
+            weights = torch.exp((self.rate * violation).clamp_(max=-LEAST_EXPONENT))
         else:
             weights = torch.sigmoid(self.rate * violation)
         return weights.masked_fill_(~kept, 0)
