@@ -128,8 +128,8 @@ class PairWeightingLoss(nn.Module):
         """
         if ref_emb is not None and not isinstance(ref_emb, Tensor):
             raise InputError(
-                f"ref_emb must be a tensor, got {type(ref_emb).__name__}; an indices_tuple of pytorch-metric-learning has no "
-                "place here: give the loss a miner, and references by keyword"
+                f"ref_emb must be a tensor, got {type(ref_emb).__name__}; an indices_tuple of pytorch-metric-learning "
+                "has no place here: give the loss a miner, and references by keyword"
             )
         _check_rows("embeddings", embeddings, "labels", labels, "indices", indices)
         if ref_emb is None:
