@@ -10,9 +10,11 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities import rank_zero_warn
 
-# Imported so that configs may name the classes without their modules.
-from lightning_dml import callbacks, datamodules, losses, modules  # noqa: F401
+from lightning_dml import callbacks, datamodules, losses, modules
 from lightning_dml.errors import InputError
+
+BY_NAME = (callbacks, datamodules, losses, modules)
+"""Imported here, so that a config may name their classes without the module."""
 
 
 class DMLCLI(LightningCLI):
