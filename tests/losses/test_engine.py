@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, PairWeightingLoss
 from lightning_dml.losses.weighting import Weighting
+from tests.losses.test_distributed_losses import LOSSES
 from tests.losses.test_pair_losses import gradients
 
 
@@ -27,17 +28,18 @@ def data(anchors: int = 21, references: int = 50) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("loss", [ContrastiveLoss(0.2), MultiSimilarityLoss()])
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_any_block_gives_the_same(loss: PairWeightingLoss, in_batch: bool) -> None:
+def test_any_block_gives_the_same(name: str, in_batch: bool) -> None:
     """A block size is a matter of memory; it must never be one of results."""
-    batch = data()
+    batch, loss = data(), LOSSES[name]
     if in_batch:
         batch = {name: value for name, value in batch.items() if not name.startswith("ref_")}
     results = []
     for block in (1, 8, 100, 1000, 2**24):
         loss.block_bytes = block
         results.append(gradients(loss, batch))
+    loss.block_bytes = 2**24
     for other in results[1:]:
         for ours, first in zip(other, results[0], strict=True):
             torch.testing.assert_close(ours, first, rtol=0, atol=1e-12)
