@@ -147,7 +147,8 @@ def fit_folder(folder: Path, *options: str) -> None:
 def test_a_folder_of_images_trains(folder: Path) -> None:
     """Own images are what most people come for."""
     pictures(folder / "images", dict.fromkeys("abcdefgh", 4))
-    fit_folder(folder)
+    fit_folder(folder, "--trainer.enable_checkpointing=true")
+    assert list(folder.rglob("*.ckpt"))
 
 
 NOTHING: tuple[str, ...] = ()

@@ -94,13 +94,12 @@ class _Matches:
         largest = int(anchors.max())
         if largest > _TABLE or bool(((anchors < 0) & (anchors != ignored)).any()):
             return cls(anchors, references, None)
-        # Every value that no anchor has looks up the last entry, which is False.
-        table = torch.zeros(max(0, largest) + 2, dtype=torch.bool)
+        # The last entry stays False; values beyond the others look it up.
+        table = torch.zeros(max(0, largest + 1) + 1, dtype=torch.bool)
         table[anchors[anchors >= 0].long()] = True
-        table[-1] = False
-        places = references.long().clamp(max=largest + 1) if largest >= 0 else torch.zeros_like(references).long()
-        places = torch.where(places < 0, len(table) - 1, places) if bool((references < 0).any()) else places
-        columns = table[places].nonzero()[:, 0]
+        last = len(table) - 1
+        places = references.long()
+        columns = table[places.masked_fill((places < 0) | (places > last), last)].nonzero()[:, 0]
         return cls(anchors, references, columns)
 
     def mask(self, rows: slice, columns: slice) -> Tensor:

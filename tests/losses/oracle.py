@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def pairs_of(
@@ -100,3 +103,55 @@ def mine_relative(epsilon: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Te
         return kept_p, kept_n
 
     return mine
+
+
+@st.composite
+def batches(draw: st.DrawFn, duplicates: bool = True) -> dict[str, Tensor | None]:
+    """Anchors and, maybe, references; classes of one sample, copies of a sample, unlabelled rows, duplicates."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    n, m, dim = draw(st.integers(1, 7)), draw(st.integers(1, 9)), draw(st.integers(2, 5))
+    classes = draw(st.integers(1, 4))
+
+    def rows(count: int) -> tuple[Tensor, Tensor]:
+        embeddings = F.normalize(torch.randn(count, dim, dtype=torch.float64, generator=generator), dim=1)
+        return embeddings, torch.randint(-1, classes, (count,), generator=generator)
+
+    embeddings, labels = rows(n)
+    if duplicates and n > 1 and draw(st.booleans()):
+        embeddings[1] = embeddings[0]
+    batch: dict[str, Tensor | None] = {"embeddings": embeddings, "labels": labels}
+    if draw(st.booleans()):
+        batch["indices"] = torch.randint(-1, 6, (n,), generator=generator)
+    if draw(st.booleans()):
+        batch["ref_emb"], batch["ref_labels"] = rows(m)
+        if "indices" in batch:
+            batch["ref_indices"] = torch.randint(-1, 6, (m,), generator=generator)
+    return batch
+
+
+def gradients(function: Callable[..., Tensor], batch: dict[str, Any]) -> list[Tensor]:
+    """Value, gradient of the anchors and, where there are any, of the references."""
+    batch = {
+        key: value.clone() if key.endswith("emb") or key == "embeddings" else value for key, value in batch.items()
+    }
+    leaves = [batch[key].requires_grad_() for key in ("embeddings", "ref_emb") if key in batch]
+    value = function(**batch)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def assert_textbook(
+    loss: Callable[..., Tensor],
+    row_loss: Callable[[Tensor, Tensor], Tensor],
+    batch: dict[str, Any],
+    mine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Value and gradients of `loss` are those of the mean of `row_loss` over the anchors."""
+
+    def textbook(**kwargs: Any) -> Tensor:
+        rows = oracle(row_loss, **kwargs, mine=mine)
+        nothing = 0 * kwargs.get("ref_emb", torch.zeros(())).sum()
+        value: Tensor = torch.stack(rows).sum() / len(rows) + nothing
+        return value
+
+    for ours, expected in zip(gradients(loss, batch), gradients(textbook, batch), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)

@@ -28,7 +28,7 @@ from lightning_dml.losses.weighting.triplet import (
     _count_below_by_grid,
     count_below,
 )
-from tests.losses.test_pair_losses import gradients
+from tests.losses.oracle import gradients
 
 
 def clusters(rows: int, classes: int, dim: int, spread: float) -> tuple[Tensor, Tensor]:

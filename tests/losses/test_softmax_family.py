@@ -26,7 +26,7 @@ from lightning_dml.losses.weighting.softmax import (
     TupletMarginWeighting,
 )
 from tests.losses import oracle
-from tests.losses.test_pair_losses import batches, gradients
+from tests.losses.oracle import batches, gradients
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -99,15 +99,7 @@ def test_value_and_gradient_equal_the_textbook(name: str, batch: dict[str, Any],
     """A closed form is worth nothing unless it is the derivative, for rows that lack a side as well."""
     loss, row_loss, mine = CASES[name]
     loss.block_bytes = block
-
-    def textbook(**kwargs: Any) -> Tensor:
-        rows = oracle.oracle(row_loss, **kwargs, mine=mine)
-        nothing = 0 * kwargs.get("ref_emb", torch.zeros(())).sum()
-        value: Tensor = torch.stack(rows).sum() / len(rows) + nothing
-        return value
-
-    for ours, expected in zip(gradients(loss, batch), gradients(textbook, batch), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    oracle.assert_textbook(loss, row_loss, batch, mine)
 
 
 CHECKED: dict[str, tuple[Any, RowLoss, int]] = {

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number
-from lightning_dml.losses.weighting.rows import Positives
-from lightning_dml.losses.weighting.softmax import row_softmax, side_softmax, softplus
+from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
+from lightning_dml.losses.weighting.softmax import softplus
 
 
 class CircleWeighting(ChunkedWeighting):

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_dml.errors import InputError
 from lightning_dml.losses.weighting.base import Weighting
 from lightning_dml.losses.weighting.distance import distance_and_slope
-from lightning_dml.losses.weighting.rows import LEAST_EXPONENT
+from lightning_dml.losses.weighting.rows import LEAST_EXPONENT, row_softmax
 
 ShapeName = Literal["constant", "linear", "power", "exponential", "sigmoid", "softmax", "softmax_with_one"]
 Normalization = Literal["none", "mean", "sum", "nonzero"]
@@ -50,13 +50,7 @@ class Shape:
     def __call__(self, violation: Tensor, kept: Tensor) -> Tensor:
         """Weights (n, M) for violations (n, M), 0 where `kept` (n, M) is False."""
         if self.name in ("softmax", "softmax_with_one"):
-            with_one = self.name == "softmax_with_one"
-            logits = (self.rate * violation).masked_fill_(~kept, -torch.inf)
-            largest = logits.amax(dim=1, keepdim=True) if logits.shape[1] else logits.new_zeros(len(logits), 1)
-            largest = largest.clamp_min(0) if with_one else largest.masked_fill(largest == -torch.inf, 0)
-            powers = logits.sub_(largest).clamp_min_(LEAST_EXPONENT).exp_().masked_fill_(~kept, 0)
-            total = powers.sum(dim=1, keepdim=True) + (torch.exp(-largest) if with_one else 0)
-            return powers / total.masked_fill(total == 0, 1)
+            return row_softmax(self.rate * violation, kept, with_one=self.name == "softmax_with_one").shares()
         if self.name == "constant":
             weights = torch.ones_like(violation)
         elif self.name == "linear":

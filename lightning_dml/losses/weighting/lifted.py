@@ -6,13 +6,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.distance import MIN_DISTANCE, ChunkedWeighting, check_number, distances
-from lightning_dml.losses.weighting.rows import Positives
-from lightning_dml.losses.weighting.softmax import row_softmax, side_softmax
+from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number, distance_and_slope_, distances
+from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
 
 Measure = Literal["distance", "similarity"]
 
@@ -105,9 +103,8 @@ def _closeness_(similarity: Tensor, measure: Measure) -> tuple[Tensor, Tensor | 
     """S or -d in the memory of S, and its derivative by S; None for 1."""
     if measure == "similarity":
         return similarity, None
-    squared = similarity.mul_(-2).add_(2)
-    slope = F.threshold(squared, MIN_DISTANCE**2, torch.inf).rsqrt_()  # 0 for near pairs
-    return squared.clamp_min_(MIN_DISTANCE**2).sqrt_().neg_(), slope
+    distance, slope = distance_and_slope_(similarity)
+    return distance.neg_(), slope
 
 
 def _check(measure: str, margin: float) -> None:

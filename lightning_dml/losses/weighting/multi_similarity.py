@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.rows import Positives, softmax_with_one
+from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
 
 
 class MultiSimilarityWeighting(Weighting):
@@ -29,11 +28,11 @@ class MultiSimilarityWeighting(Weighting):
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Row losses (n,) and weights (n, M) in closed form."""
         pairs = Positives.of(similarity, positive)
-        push, weights = softmax_with_one(similarity.sub_(self.base).mul_(self.beta), negative)
-        table = pairs.table((self.base - pairs.values) * self.alpha, -torch.inf)
-        pull, pulled = softmax_with_one(table, table != -torch.inf)
-        weights[pairs.row, pairs.column] = -pulled[pairs.row, pairs.slot]
-        return pull / self.alpha + push / self.beta, weights
+        push = row_softmax(similarity.sub_(self.base).mul_(self.beta), negative, with_one=True)
+        pull = side_softmax(pairs, (self.base - pairs.values) * self.alpha, with_one=True)
+        weights = push.shares()
+        weights[pairs.row, pairs.column] = -pull.shares()[pairs.row, pairs.slot]
+        return pull.log_sum / self.alpha + push.log_sum / self.beta, weights
 
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number, distance_and_slope
-from lightning_dml.losses.weighting.rows import Positives
+from lightning_dml.losses.weighting.rows import Positives, row_softmax
 
 
 class RankedListWeighting(ChunkedWeighting):
@@ -38,12 +38,13 @@ class RankedListWeighting(ChunkedWeighting):
         distance, slope = distance_and_slope(similarity)
         pairs = Positives.of(distance, positive)
         shortfall = pairs.table(pairs.values, -torch.inf).sub_(self.alpha - self.margin)
-        pull = _softmax_where(shortfall > 0, shortfall, self.pos_temperature).mul_(1 - self.balance)
+        pull = row_softmax(shortfall * self.pos_temperature, shortfall > 0).shares().mul_(1 - self.balance)
         pull_losses = pull.mul(shortfall.clamp_(min=0)).sum(dim=1)
         pull = pull[pairs.row, pairs.slot].mul_(slope[pairs.row, pairs.column])
 
         excess = distance.neg_().add_(self.alpha)
-        push = _softmax_where((excess > 0).logical_and_(negative), excess, self.neg_temperature).mul_(self.balance)
+        violating = (excess > 0).logical_and_(negative)
+        push = row_softmax(excess * self.neg_temperature, violating).shares().mul_(self.balance)
         losses = excess.mul_(push).sum(dim=1).add_(pull_losses)
         weights = push.mul_(slope)
         weights[pairs.row, pairs.column] = -pull
@@ -108,13 +109,6 @@ class FastAPWeighting(ChunkedWeighting):
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""
         return f"bins={self.bins}"
-
-
-def _softmax_where(kept: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """Softmax over the kept entries of each row of `temperature * logits`; 0 elsewhere, also where none is kept."""
-    left_out = ~kept
-    scaled = (logits * temperature).masked_fill_(left_out, -torch.inf)
-    return torch.softmax(scaled, dim=1).masked_fill_(left_out, 0)  # a row without kept entries is no number yet
 
 
 def _average_precision(pos_bins: Tensor, neg_bins: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,16 +65,45 @@ def positions(mask: Tensor) -> tuple[Tensor, Tensor]:
     return row, places - row * mask.shape[1]
 
 
-def softmax_with_one(logits: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 + sum exp) of each row over the kept entries, (n,), and its derivative, (n, M); overwrites `logits`.
+class RowSoftmax(NamedTuple):
+    """Softmax of each row, before the division.
 
-    Args:
-        logits: (n, M) float.
-        kept: (n, M) bool.
+    Attributes:
+        log_sum: (n,) log-sum-exp, or log(1 + sum exp); without the one, -inf for a row of nothing but -inf.
+        powers: (n, M) exponentials, the largest of a row, the one included, 1.
+        sums: (n,) their sums, at least 1; 1 for a row of nothing but -inf.
+    """
+
+    log_sum: Tensor
+    powers: Tensor
+    sums: Tensor
+
+    def shared(self, total: Tensor) -> Tensor:
+        """(n, M) shares of the row totals (n,) by the softmax; overwrites `powers`."""
+        return self.powers.mul_((total / self.sums)[:, None])
+
+    def shares(self) -> Tensor:
+        """(n, M) shares of 1; overwrites `powers`."""
+        return self.powers.div_(self.sums[:, None])
+
+
+def row_softmax(logits: Tensor, kept: Tensor, with_one: bool = False) -> RowSoftmax:
+    """Softmax of each row of `logits` (n, M), which it overwrites, over the entries of the mask `kept` (n, M).
+
+    With `with_one`, each row has one more entry, of logit 0, whose share belongs to nobody.
     """
     left_out = ~kept
     logits.masked_fill_(left_out, -torch.inf)
-    largest = logits.amax(dim=1, keepdim=True).clamp_min(0) if logits.shape[1] else logits.new_zeros(len(logits), 1)
-    powers = logits.sub_(largest).clamp_min_(LEAST_EXPONENT).exp_().masked_fill_(left_out, 0)
-    total = powers.sum(dim=1, keepdim=True) + torch.exp(-largest)
-    return (largest + total.log())[:, 0], powers.div_(total)
+    largest = logits.amax(dim=1) if logits.shape[1] else logits.new_zeros(len(logits))
+    largest = largest.clamp_min_(0) if with_one else largest.masked_fill_(largest == -torch.inf, 0)
+    powers = logits.sub_(largest[:, None]).clamp_min_(LEAST_EXPONENT).exp_().masked_fill_(left_out, 0)
+    sums = powers.sum(dim=1)
+    if with_one:
+        sums += torch.exp(-largest)
+    return RowSoftmax(sums.log().add_(largest), powers, sums.clamp_(min=1))
+
+
+def side_softmax(pairs: Positives, logits: Tensor, with_one: bool = False) -> RowSoftmax:
+    """Softmax of the `logits` (E,) of the positives within each row, by slot."""
+    table = pairs.table(logits, -torch.inf)
+    return row_softmax(table, table != -torch.inf, with_one)

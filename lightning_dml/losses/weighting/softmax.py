@@ -7,7 +7,7 @@ times one number per row. So nothing of positives x negatives is ever made, and 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_dml.errors import InputError
 from lightning_dml.losses.weighting.base import Weighting
 from lightning_dml.losses.weighting.distance import MIN_DISTANCE, check_number
-from lightning_dml.losses.weighting.rows import LEAST_EXPONENT, Positives
+from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
 
 PositivesReduction = Literal["mean", "sum"]
 
@@ -133,41 +133,6 @@ class NCAWeighting(Weighting):
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""
         return f"scale={self.scale}"
-
-
-class RowSoftmax(NamedTuple):
-    """Softmax of each row, before the division.
-
-    Attributes:
-        log_sum: (n,) log-sum-exp; -inf for a row of nothing but -inf.
-        powers: (n, M) exponentials, the largest of a row 1.
-        sums: (n,) their sums, at least 1; 1 for a row of nothing but -inf.
-    """
-
-    log_sum: Tensor
-    powers: Tensor
-    sums: Tensor
-
-    def shared(self, total: Tensor) -> Tensor:
-        """(n, M) shares of the row totals (n,) by the softmax; overwrites `powers`."""
-        return self.powers.mul_((total / self.sums)[:, None])
-
-
-def row_softmax(logits: Tensor, kept: Tensor) -> RowSoftmax:
-    """Softmax of each row of `logits` (n, M), which it overwrites, over the entries of the mask `kept` (n, M)."""
-    left_out = ~kept
-    logits.masked_fill_(left_out, -torch.inf)
-    largest = logits.amax(dim=1) if logits.shape[1] else logits.new_zeros(len(logits))
-    largest.masked_fill_(largest == -torch.inf, 0)
-    powers = logits.sub_(largest[:, None]).clamp_min_(LEAST_EXPONENT).exp_().masked_fill_(left_out, 0)
-    sums = powers.sum(dim=1)
-    return RowSoftmax(sums.log().add_(largest), powers, sums.clamp_(min=1))
-
-
-def side_softmax(pairs: Positives, logits: Tensor) -> RowSoftmax:
-    """Softmax of the `logits` (E,) of the positives within each row, by slot."""
-    table = pairs.table(logits, -torch.inf)
-    return row_softmax(table, table != -torch.inf)
 
 
 def softplus(values: Tensor) -> Tensor:
