@@ -1,10 +1,11 @@
-"""Collectives over rows: gathers in rank order, with uneven row counts, with and without gradient.
+"""Collectives over rows: gathers in rank order, with uneven row counts, with and without gradient; exchanges.
 
 Every function is the identity when no process group is up, so callers need no branches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,11 +39,18 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def row_counts(count: int, device: torch.device) -> list[int]:
     """How many rows each rank holds, in rank order."""
+    return [each for (each,) in gather_numbers([count], device)]
+
+
+def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """The whole numbers of each rank, in rank order; every rank must have equally many."""
     if not is_distributed():
-        return [count]
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([count], dtype=torch.int64, device=device))
-    return [int(each) for each in torch.cat(counts).tolist()]
+        return [[int(each) for each in numbers]]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    everyone: list[list[int]] = torch.stack(parts).tolist()
+    return everyone
 
 
 def gather_rows(tensor: Tensor, counts: list[int] | None = None) -> Tensor:
@@ -61,12 +69,83 @@ def gather_rows(tensor: Tensor, counts: list[int] | None = None) -> Tensor:
         return tensor
     if counts is None:
         counts = row_counts(len(tensor), tensor.device)
-    most = max(counts)
-    padded = tensor.new_zeros((most, *tensor.shape[1:]))
-    padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
+    parts = gather_padded(tensor, max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_padded(tensor: Tensor, most: int) -> Tensor:
+    """Rows of each rank, filled up with zeros to equal length, without gradient.
+
+    Args:
+        tensor: (n, ...) with at most `most` rows; see `gather_rows`.
+        most: the length that every rank's rows are filled up to, the same on every rank.
+
+    Returns:
+        (ranks, most, ...) on the device of `tensor`, the same on every rank.
+    """
+    padded = tensor.new_zeros((most, *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor.detach()
+    parts = tensor.new_empty((world_size(), *padded.shape))
+    if not is_distributed():
+        parts[0] = padded
+    elif parts.numel():
+        dist.all_gather(list(parts.unbind()), padded)
+    return parts
+
+
+def gather_round_robin(share: Tensor, counts: list[int]) -> Tensor:
+    """Rows of a set that is spread over the ranks round robin, in the order of the set, without gradient.
+
+    Args:
+        share: (m, ...) rows of this rank: those whose number in the set is its rank modulo the ranks, in order.
+        counts: how many rows each rank has, in rank order.
+
+    Returns:
+        (sum of m, ...) on the device of `share`, the same on every rank.
+    """
+    parts = gather_padded(share, max(counts))
+    # A rank that has a row less lacks the last place, behind which the cut then falls.
+    return parts.transpose(0, 1).flatten(0, 1)[: sum(counts)]
+
+
+def exchange(blocks: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sends a block to each rank and returns the blocks that the ranks have sent to this one, without gradient.
+
+    `all_to_all_single` with equal splits: both gloo and NCCL have it in every torch from 2.6 on, while gloo's
+    reduce-scatter is newer and a loop of whole sums.
+
+    Args:
+        blocks: (ranks, ...) contiguous; the r-th goes to rank r. The shape and dtype must be the same on every rank.
+        out: contiguous memory of that shape for the result, apart from `blocks`; None allocates it.
+
+    Returns:
+        (ranks, ...); the r-th is from rank r.
+    """
+    if out is None:
+        out = torch.empty_like(blocks)
+    if not is_distributed():
+        out.copy_(blocks.detach())
+    elif blocks.numel():
+        dist.all_to_all_single(out, blocks.detach())
+    return out
+
+
+def reduce_rows(tensor: Tensor, counts: list[int]) -> Tensor:
+    """Sum over the ranks of the rows that are this rank's: the way back of `gather_rows`, without gradient.
+
+    Args:
+        tensor: (sum of counts, ...) in rank order, what this rank adds to every rank's rows.
+        counts: how many rows are each rank's, in rank order.
+
+    Returns:
+        (counts[rank], ...) on the device of `tensor`.
+    """
+    padded = tensor.new_zeros((len(counts), max(counts), *tensor.shape[1:]))
+    start = 0
+    for block, count in zip(padded, counts, strict=True):
+        block[:count] = tensor[start : start + count].detach()
+        start += count
+    return exchange(padded).sum(dim=0)[: counts[rank()]]
 
 
 class _GatherRowsWithGrad(torch.autograd.Function):

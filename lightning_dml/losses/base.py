@@ -12,6 +12,7 @@ from lightning_dml.errors import InputError
 from lightning_dml.losses.engine import PairSums, PairTask, pair_sums, row_statistics
 from lightning_dml.losses.labels import UNLABELLED, PairLabels
 from lightning_dml.losses.mining import Miner
+from lightning_dml.losses.sharded import sharded_pair_sums
 from lightning_dml.losses.weighting import Weighting
 
 SAMPLE = 256  # references whose length is checked in every call
@@ -86,6 +87,7 @@ class PairWeightingLoss(nn.Module):
         *,
         indices: Tensor | None = None,
         ref_indices: Tensor | None = None,
+        ref_sharded: bool = False,
     ) -> Tensor:
         """Loss of the anchors against the references.
 
@@ -97,16 +99,24 @@ class PairWeightingLoss(nn.Module):
             indices: (N,) integer sample indices. A reference with the anchor's index is the same sample and no pair.
                 In-batch, the anchor's own row is left out with or without them.
             ref_indices: (M,) integer sample indices of the references; -1 where unknown.
+            ref_sharded: whether the references are this rank's share of a set that is spread over the ranks round
+                robin: row s of the set is row s // ranks of rank s % ranks. Value, gradient and draws are those of the
+                whole set on every rank. Every rank must then call the loss; what the ranks send each other tells
+                `losses.sharded.bytes_sent`. Without a process group it makes no difference.
 
         Returns:
             0-dim loss in float32 (float64 for float64 embeddings); 0 with a zero gradient where no pair exists.
 
         Raises:
-            InputError: if shapes, lengths or dtypes do not fit together, or rows are not finite or of unit length.
+            InputError: if shapes, lengths or dtypes do not fit together, or rows are not finite or of unit length; if
+                sharded references are to get a gradient, or the loss keeps to its rank. Rows are checked by the rank
+                that has them: where only some ranks raise, the others wait for them until the collective times out.
         """
         together = self.gather and distributed.is_distributed()
+        if ref_sharded:
+            self._check_sharded(ref_emb)
         references, task = self.prepare(embeddings, labels, ref_emb, ref_labels, indices, ref_indices, together)
-        sums = pair_sums(embeddings, references, task)
+        sums = (sharded_pair_sums if ref_sharded and together else pair_sums)(embeddings, references, task)
         if self._validates(embeddings) and not bool(torch.isfinite(sums.loss)):
             check_unit_rows("embeddings", embeddings[labels != UNLABELLED])
             check_unit_rows("ref_emb", references[task.labels.references != UNLABELLED])
@@ -162,6 +172,17 @@ class PairWeightingLoss(nn.Module):
             everyone = distributed.gather_rows(statistics) if together else statistics
             task = task._replace(statistics=(statistics, everyone))
         return references, task
+
+    def _check_sharded(self, ref_emb: Tensor | None) -> None:
+        if ref_emb is None:
+            raise InputError("ref_sharded=True needs ref_emb, this rank's share of the references, got None")
+        if isinstance(ref_emb, Tensor) and ref_emb.requires_grad:
+            raise InputError("ref_emb requires a gradient, which sharded references get none of: detach it")
+        if not self.gather and distributed.is_distributed():
+            raise InputError(
+                "ref_sharded=True needs the other ranks' shares, and gather=False keeps the loss within its rank: "
+                "set gather to True, or hold all references on every rank"
+            )
 
     def _validates(self, embeddings: Tensor) -> bool:
         return embeddings.device.type == "cpu" if self.validate is None else self.validate

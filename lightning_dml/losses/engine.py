@@ -9,7 +9,7 @@ a whole row: it is then a tile that stays in the processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -57,16 +57,93 @@ class PairTask(NamedTuple):
     counting: bool = False
     statistics: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def separable(self) -> bool:
+        """Whether the loss of a pair depends on its own similarity alone, so that any part of a row will do."""
+        return self.weighting.separable and (self.miner is None or self.miner.separable)
+
     def mined(self, similarity: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Masks of the kept positives and negatives of a block."""
         positive, negative = self.labels.masks(rows, columns)
         return (positive, negative) if self.miner is None else self.miner(similarity, positive, negative)
 
 
-def pair_sums(anchors: Tensor, references: Tensor, task: PairTask) -> PairSums:
-    """Runs the engine on anchors (N, D) and references (M, D), which may be the same tensor."""
+class Swept(NamedTuple):
+    """What a sweep over the similarity matrix fills, block by block.
+
+    Attributes:
+        losses: (N,) row losses.
+        counts: (N,) int64 pairs of each anchor with a weight other than zero; 0 where nobody counts.
+        grad_anchors: (N, D) gradient of the summed losses, or None where it is not wanted.
+        grad_references: (M, D) the same for the references.
+        grad_parameters: the same for the learnable parameters of the weighting.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    grad_anchors: Tensor | None
+    grad_references: Tensor | None
+    grad_parameters: list[Tensor]
+
+    @classmethod
+    def start(cls, anchors: Tensor, parameters: Sequence[Tensor]) -> Swept:
+        """Zeros, without a gradient of anchors and references."""
+        counts = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+        grads = [torch.zeros_like(each) for each in parameters]
+        return cls(anchors.new_zeros(len(anchors)), counts, None, None, grads)
+
+    def weigh(
+        self, task: PairTask, similarity: Tensor, rows: slice, columns: slice, parameters: Sequence[Tensor]
+    ) -> Tensor:
+        """Weights (n, m) of a block of similarities, which it may overwrite; adds losses, counts and parameters."""
+        positive, negative = task.mined(similarity, rows, columns)
+        if parameters:
+            losses, weights, grads = task.weighting.with_parameters(similarity, positive, negative, parameters)
+            for total, grad in zip(self.grad_parameters, grads, strict=True):
+                total += grad
+        elif task.statistics is not None:
+            own, all_rows = task.statistics
+            losses, weights = task.weighting(similarity, positive, negative, (own[rows], all_rows))
+        else:
+            losses, weights = task.weighting(similarity, positive, negative)
+        self.losses[rows] += losses
+        if task.counting:
+            self.counts[rows] += torch.count_nonzero(weights, dim=1)
+        return weights
+
+
+Sweep = Callable[[Tensor, Tensor, PairTask, Sequence[Tensor], bool, bool], Swept]
+"""Called with anchors, references, task, learnable parameters, and whether to give the gradients of the first two."""
+
+
+def pair_sums(anchors: Tensor, references: Tensor, task: PairTask, sweep: Sweep | None = None) -> PairSums:
+    """Runs a sweep (None: `sweep_blocks`) on anchors (N, D) and references (M, D), which may be the same tensor."""
     parameters = [each for each in task.weighting.parameters() if each.requires_grad]
-    return PairSums(*_PairSums.apply(anchors, references, task, *parameters))
+    return PairSums(*_PairSums.apply(anchors, references, task, sweep or sweep_blocks, *parameters))
+
+
+def sweep_blocks(
+    left: Tensor,
+    right: Tensor,
+    task: PairTask,
+    parameters: Sequence[Tensor],
+    wants_anchors: bool,
+    wants_references: bool,
+) -> Swept:
+    """All anchors (N, D) against all references (M, D) of this process, of the dtype of the mathematics."""
+    swept = Swept.start(left, parameters)._replace(
+        grad_anchors=torch.zeros_like(left) if wants_anchors else None,
+        grad_references=torch.zeros_like(right) if wants_references else None,
+    )
+    buffer: list[Tensor] = []
+    for rows, columns in _blocks(len(left), right, task):
+        similarity = _product(left[rows], right[columns], buffer)
+        weights = swept.weigh(task, similarity, rows, columns, parameters)
+        if swept.grad_anchors is not None:
+            swept.grad_anchors[rows].addmm_(weights, right[columns])
+        if swept.grad_references is not None:
+            swept.grad_references[columns].addmm_(weights.T, left[rows])
+    return swept
 
 
 @torch.no_grad()
@@ -101,43 +178,17 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchors: Tensor, references: Tensor, task: PairTask, *parameters: Tensor
+        ctx: Any, anchors: Tensor, references: Tensor, task: PairTask, sweep: Sweep, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_anchors, wants_references = ctx.needs_input_grad[:2]
         left, right = _computed(anchors, references)
-        loss = left.new_zeros(())
-        counts = torch.zeros(len(left), dtype=torch.int64, device=left.device)
-        grad_left = torch.zeros_like(left) if wants_anchors else None
-        grad_right = torch.zeros_like(right) if wants_references else None
-        grad_parameters = [torch.zeros_like(each) for each in parameters]
-        buffer: list[Tensor] = []
-
         with torch.autocast(left.device.type, enabled=False):
-            for rows, columns in _blocks(len(left), right, task):
-                similarity = _product(left[rows], right[columns], buffer)
-                positive, negative = task.mined(similarity, rows, columns)
-                if parameters:
-                    losses, weights, grads = task.weighting.with_parameters(similarity, positive, negative, parameters)
-                    for total, grad in zip(grad_parameters, grads, strict=True):
-                        total += grad
-                elif task.statistics is not None:
-                    own, all_rows = task.statistics
-                    losses, weights = task.weighting(similarity, positive, negative, (own[rows], all_rows))
-                else:
-                    losses, weights = task.weighting(similarity, positive, negative)
-                loss += losses.sum()
-                if task.counting:
-                    counts[rows] += torch.count_nonzero(weights, dim=1)
-                if grad_left is not None:
-                    grad_left[rows].addmm_(weights, right[columns])
-                if grad_right is not None:
-                    grad_right[columns].addmm_(weights.T, left[rows])
-        active, pairs = torch.count_nonzero(counts), counts.sum()
+            swept = sweep(left, right, task, parameters, *ctx.needs_input_grad[:2])
+        active, pairs = torch.count_nonzero(swept.counts), swept.counts.sum()
         # Kept as computed: in half precision a sum may overflow before the reduction has scaled it.
-        ctx.gradients = grad_left, grad_right, None, *grad_parameters
-        ctx.dtypes = anchors.dtype, references.dtype, None, *(each.dtype for each in parameters)
+        ctx.gradients = swept.grad_anchors, swept.grad_references, None, None, *swept.grad_parameters
+        ctx.dtypes = anchors.dtype, references.dtype, None, None, *(each.dtype for each in parameters)
         ctx.mark_non_differentiable(active, pairs)
-        return loss, active, pairs
+        return swept.losses.sum(), active, pairs
 
     @staticmethod
     @once_differentiable
@@ -162,7 +213,7 @@ def _product(rows: Tensor, columns: Tensor, buffer: list[Tensor]) -> Tensor:
 def _blocks(count: int, right: Tensor, task: PairTask, whole_rows: bool = False) -> Iterator[tuple[slice, slice]]:
     """Row and column ranges that cover the similarity matrix, row after row."""
     entries = max(1, task.block_bytes // right.element_size())
-    tiled = not whole_rows and task.weighting.separable and (task.miner is None or task.miner.separable)
+    tiled = not whole_rows and task.separable
     if tiled and right.device.type == "cpu":
         entries = min(entries, _CACHE_BYTES // right.element_size())
     height = max(1, min(count, 256, entries)) if tiled else max(1, entries // max(1, len(right)))

@@ -1,0 +1,351 @@
+"""References that are spread over two and three real ranks against the same call with all of them on every rank."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, get_args
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_dml import distributed, losses
+from lightning_dml.errors import InputError
+from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, PairWeightingLoss
+from lightning_dml.losses.sharded import bytes_sent
+from tests.helpers import run_ranks
+from tests.losses.test_distributed_losses import LOSSES, grad_of, net
+
+SIZES = {2: (5, 11), 3: (7, 0, 9)}
+REFERENCES, DIM = 31, 8  # shares of 16 and 15 rows, or of 11, 10 and 10
+
+MINED: dict[str, PairWeightingLoss] = {
+    "all pairs": ContrastiveLoss(0.2, miner=losses.mining.AllPairs()),
+    "threshold": MultiSimilarityLoss(2.0, 10.0, 0.2, miner=losses.ThresholdMiner(0.9, 0.1)),
+    "batch hard": losses.TripletLoss(0.2, miner=losses.BatchHardMiner()),
+    "top k": ContrastiveLoss(0.2, miner=losses.TopKMiner(2, 3)),
+    "triplets": ContrastiveLoss(0.2, miner=losses.TripletViolationMiner()),
+    "semi-hard": losses.TripletLoss(0.2, miner=losses.SemiHardMiner(seed=4)),
+    "distance weighted": losses.MarginLoss(learn_beta=True, miner=losses.DistanceWeightedMiner(DIM)).double(),
+}
+BY_SHARES, BY_ROWS = "contrastive", "multi-similarity"  # one of each path
+
+Found = tuple[float, list[Any]]
+
+
+def data(ranks: int, rank: int, references: int = REFERENCES) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's anchors, and all references: some of an anchor's sample, some without a label or an index."""
+    generator = torch.Generator().manual_seed(1)
+    start = sum(SIZES[ranks][:rank])
+    rows = slice(start, start + SIZES[ranks][rank])
+    embeddings = F.normalize(torch.randn(16, DIM, generator=generator, dtype=torch.float64), dim=1)
+    bank = F.normalize(torch.randn(references, DIM, generator=generator, dtype=torch.float64), dim=1)
+    labels, ref_labels = torch.arange(16) % 5, torch.arange(references) % 6
+    labels[[2, 12]], ref_labels[3::7] = -1, -1
+    ref_indices = torch.arange(references) - 1
+    anchors = {"embeddings": embeddings[rows], "labels": labels[rows], "indices": torch.arange(16)[rows]}
+    return anchors, {"ref_emb": bank, "ref_labels": ref_labels, "ref_indices": ref_indices}
+
+
+def share(whole: dict[str, Tensor]) -> dict[str, Any]:
+    """This rank's rows, and the word that they are a share."""
+    own = slice(distributed.rank(), None, distributed.world_size())
+    return {**{name: rows[own] for name, rows in whole.items()}, "ref_sharded": True}
+
+
+def called(
+    loss: PairWeightingLoss, anchors: dict[str, Tensor], references: dict[str, Any], calls: int = 1, wants: bool = True
+) -> Found:
+    """Value of the last of some calls, gradient of the anchors and, as DDP takes their mean, of the parameters."""
+    loss = copy.deepcopy(loss)  # the draws of both calls must start at the same place
+    embeddings = anchors["embeddings"].clone().requires_grad_(wants)
+    for _ in range(calls):
+        value = loss(**{**anchors, "embeddings": embeddings}, **references)
+    if not value.requires_grad:
+        return float(value), []
+    value.backward()
+    gradients = [grad_of(embeddings)]
+    for parameter in loss.parameters():
+        gradients.append(distributed.all_reduce_sum(grad_of(parameter)) / distributed.world_size())
+    return float(value.detach()), [gradient.numpy() for gradient in gradients]
+
+
+def both(loss: PairWeightingLoss, rank: int, ranks: int, references: int = REFERENCES, calls: int = 1) -> list[Found]:
+    """With all references on every rank, and with shares."""
+    anchors, whole = data(ranks, rank, references)
+    return [called(loss, anchors, each, calls) for each in (whole, share(whole))]
+
+
+def every_loss(rank: int, ranks: int) -> dict[str, list[Found]]:
+    """Named losses in every reduction, and miners."""
+    found = {}
+    for name, loss in (LOSSES | MINED).items():
+        for reduction in get_args(losses.base.Reduction):
+            loss.reduction = reduction
+            found[f"{name}, {reduction}"] = both(loss, rank, ranks, calls=2 if name in MINED else 1)
+        loss.reduction = "anchors"
+    return found
+
+
+def blocks(rank: int, ranks: int) -> dict[str, list[Found]]:
+    """The whole set on every rank, and shares in blocks of one anchor, of two or three, and of all."""
+    anchors, whole = data(ranks, rank)
+    found = {}
+    for name in (BY_SHARES, BY_ROWS, "semi-hard", "margin, learned"):
+        loss = copy.deepcopy((LOSSES | MINED)[name])
+        found[name] = [called(loss, anchors, whole)]
+        for block_bytes in (1, 600, 2**24):
+            loss.block_bytes = block_bytes
+            found[name].append(called(loss, anchors, share(whole)))
+    return found
+
+
+def few_references(rank: int, ranks: int) -> dict[str, list[Found]]:
+    """Less references than ranks, so that shares are empty, and none at all."""
+    return {
+        f"{name}, {count}": both((LOSSES | MINED)[name], rank, ranks, count)
+        for name in (BY_SHARES, BY_ROWS, "semi-hard", "margin, learned")
+        for count in (0, 1, 2)
+    }
+
+
+def in_float32(rank: int, ranks: int) -> dict[str, list[Found]]:
+    """Float32 as it is trained in, under autocast, and with a bank of bfloat16."""
+    anchors, whole = data(ranks, rank)
+    anchors["embeddings"], whole["ref_emb"] = anchors["embeddings"].float(), whole["ref_emb"].float()
+    found = {}
+    for name in (BY_SHARES, BY_ROWS, "nt-xent"):
+        loss = LOSSES[name]
+        found[name] = [called(loss, anchors, each) for each in (whole, share(whole))]
+        with torch.autocast("cpu", torch.bfloat16):
+            found[name].append(called(loss, anchors, share(whole)))
+        half = {**whole, "ref_emb": whole["ref_emb"].bfloat16()}
+        found[f"{name}, half a bank"] = [called(loss, anchors, each) for each in (half, share(half))]
+    return found
+
+
+def unwanted(rank: int, ranks: int) -> dict[str, list[Found]]:
+    """Rank 0 wants no gradient and the others do, then nobody does, and then the samples are not numbered."""
+    anchors, whole = data(ranks, rank)
+    bare = {name: rows for name, rows in whole.items() if name != "ref_indices"}
+    return {
+        f"{name}, {case}": [called(LOSSES[name], anchors, each, wants=wants) for each in (refs, share(refs))]
+        for name in (BY_SHARES, BY_ROWS)
+        for case, refs, wants in (("others", whole, rank > 0), ("nobody", whole, False), ("bare", bare, True))
+    }
+
+
+def through_ddp(rank: int, ranks: int) -> dict[str, list[Found]]:
+    """A network's weights after DDP has averaged."""
+    anchors, whole = data(ranks, rank)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start = sum(SIZES[ranks][:rank])
+    found: dict[str, list[Found]] = {}
+    for name in (BY_SHARES, BY_ROWS):
+        for references in (whole, share(whole)):
+            model = DistributedDataParallel(net())
+            embeddings = F.normalize(model(x[start : start + SIZES[ranks][rank]]), dim=1)
+            value = LOSSES[name](**{**anchors, "embeddings": embeddings}, **references)
+            value.backward()
+            gradients = [grad_of(each).numpy() for each in model.parameters()]
+            found.setdefault(name, []).append((float(value.detach()), gradients))
+    return found
+
+
+@contextmanager
+def sending() -> Iterator[list[int]]:
+    """Bytes that this rank sends to others in gathers and exchanges, call by call."""
+    sent: list[int] = []
+    gather, all_to_all = dist.all_gather, dist.all_to_all_single
+
+    def counted_gather(parts: list[Tensor], own: Tensor) -> None:
+        sent.append((len(parts) - 1) * own.nbytes)
+        gather(parts, own)
+
+    def counted_exchange(out: Tensor, blocks: Tensor) -> None:
+        sent.append(blocks.nbytes // len(blocks) * (len(blocks) - 1))
+        all_to_all(out, blocks)
+
+    with mock.patch.object(dist, "all_gather", counted_gather):
+        with mock.patch.object(dist, "all_to_all_single", counted_exchange):
+            yield sent
+
+
+def traffic(rank: int, ranks: int) -> dict[str, tuple[int, int, int]]:
+    """Of each case: what was sent, what the formula says, and the most in one go."""
+    anchors, whole = data(ranks, rank)
+    found = {}
+    for name in (BY_SHARES, BY_ROWS):
+        for counting, wants, indexed in ((False, True, True), (True, True, False), (False, False, True)):
+            loss = copy.deepcopy(LOSSES[name])
+            loss.reduction = "pairs" if counting else "anchors"
+            loss.block_bytes = 2 * REFERENCES * 8  # two anchors of a rank at a time
+            references = share({key: rows for key, rows in whole.items() if indexed or key != "ref_indices"})
+            with sending() as sent:
+                called(loss, anchors, references, wants=wants)
+            expected = bytes_sent(
+                anchors=max(SIZES[ranks]),
+                references=REFERENCES,
+                dim=DIM,
+                ranks=ranks,
+                separable=name == BY_SHARES,
+                counting=counting,
+                indexed=indexed,
+                gradient=wants,
+                itemsize=8,
+            )
+            found[f"{name}, counting {counting}, gradient {wants}"] = sum(sent), expected, max(sent)
+    return found
+
+
+def refused(rank: int, ranks: int) -> dict[str, str]:
+    """What the ranks are told about calls that cannot be."""
+    anchors, whole = data(ranks, rank)
+    own, loss = share(whole), ContrastiveLoss(0.2)
+    backwards = {name: rows[ranks - 1 - rank :: ranks] for name, rows in whole.items()}
+    unnumbered = {**own, "ref_indices": own["ref_indices"] if rank else None}
+    calls: dict[str, Callable[[], Tensor]] = {
+        "order": lambda: loss(**anchors, **backwards, ref_sharded=True),
+        "indices": lambda: loss(**anchors, **unnumbered),
+        "gather": lambda: ContrastiveLoss(0.2, gather=False)(**anchors, **own),
+        "gradient": lambda: loss(**anchors, **{**own, "ref_emb": own["ref_emb"].clone().requires_grad_()}),
+        "missing": lambda: loss(**anchors, ref_sharded=True),
+        "coupled": lambda: losses.LiftedStructureLoss(variant="original")(**anchors, **own),
+    }
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+            said[name] = "accepted"
+        except InputError as error:
+            said[name] = str(error)
+    return said
+
+
+PARTS = (every_loss, blocks, few_references, in_float32, unwanted, through_ddp, traffic, refused)
+
+
+def on_rank(rank: int, ranks: int) -> dict[str, Any]:
+    """Everything in one set of processes: starting them takes longer than the cases."""
+    return {part.__name__: part(rank, ranks) for part in PARTS}
+
+
+@functools.cache
+def outcomes(ranks: int) -> list[dict[str, Any]]:
+    """What each rank found."""
+    return run_ranks(ranks, on_rank)
+
+
+def same(ranks: int, part: Callable[..., Any], tolerance: float, may_vanish: bool = False) -> None:
+    """Compares the first call of each case with the others, on every rank."""
+    cases = [outcome[part.__name__] for outcome in outcomes(ranks)]
+    for case in cases[0]:
+        moved = 0.0
+        for rank, found in enumerate(cases):
+            (value, gradients), *others = found[case]
+            moved += sum(abs(gradient).sum() for gradient in gradients)
+            for other, other_gradients in others:
+                assert other == pytest.approx(value, rel=0, abs=tolerance), (case, rank)
+                assert len(other_gradients) == len(gradients), (case, rank)
+                for ours, right in zip(other_gradients, gradients, strict=True):
+                    assert ours.shape == right.shape
+                    assert abs(ours - right).max(initial=0) <= tolerance, (case, rank)
+        assert may_vanish or moved > 0, f"{case} has no gradient and compares nothing"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_spread_references_train_as_whole_ones_do(ranks: int) -> None:
+    """A memory is spread for its size alone; for any loss, miner and reduction the training must be the same."""
+    same(ranks, every_loss, 1e-9)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_blocks_make_no_difference(ranks: int) -> None:
+    """How many anchors are worked on at a time is a matter of memory, and ranks with few must join in every block."""
+    same(ranks, blocks, 1e-9)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_without_references_join_in(ranks: int) -> None:
+    """A queue that has just begun to fill has fewer rows than there are ranks; nobody may wait or divide by them."""
+    same(ranks, few_references, 1e-9, may_vanish=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_single_precision_agrees(ranks: int) -> None:
+    """Training runs in float32 and under autocast: neither may compute the similarities in less."""
+    same(ranks, in_float32, 1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_agree_on_who_wants_gradients(ranks: int) -> None:
+    """A rank with frozen embeddings that skipped an exchange would hang the others."""
+    same(ranks, unwanted, 1e-9, may_vanish=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_average_of_ddp_is_the_gradient(ranks: int) -> None:
+    """DDP's own collectives run in the backward pass, where the loss must have none to mix in."""
+    same(ranks, through_ddp, 1e-9)
+    first, *rest = (outcome["through_ddp"] for outcome in outcomes(ranks))
+    for other in rest:
+        for name, calls in first.items():
+            for (_, gradients), (_, others) in zip(calls, other[name], strict=True):
+                assert all((ours == right).all() for ours, right in zip(gradients, others, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_as_much_is_sent_as_the_formula_says(ranks: int) -> None:
+    """Whether a memory is worth spreading is a matter of traffic, and a block must bound what is held for it."""
+    for outcome in outcomes(ranks):
+        for case, (sent, expected, most) in outcome["traffic"].items():
+            assert sent == expected, case
+            longest = -(-REFERENCES // ranks)
+            if case.startswith(BY_ROWS):
+                assert most <= (ranks - 1) * max(2 * longest, max(SIZES[ranks]) * DIM) * 8, case
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("order", "round robin"),
+        ("indices", "on every rank"),
+        ("gather", "gather=False"),
+        ("gradient", "detach it"),
+        ("missing", "needs ref_emb"),
+        ("coupled", "in-batch only"),
+    ],
+)
+def test_calls_that_cannot_be_are_refused_on_every_rank(ranks: int, case: str, message: str) -> None:
+    """One rank that raises while others wait is a job that stands still until the time-out."""
+    for outcome in outcomes(ranks):
+        assert message in outcome["refused"][case]
+
+
+def test_one_process_holds_the_only_share() -> None:
+    """The same script must run on one GPU."""
+    anchors, whole = data(2, 1)
+    for name in (BY_SHARES, BY_ROWS):
+        (value, (gradient,)), (other, (other_gradient,)) = (
+            called(LOSSES[name], anchors, each) for each in (whole, {**whole, "ref_sharded": True})
+        )
+        assert other == value
+        assert (other_gradient == gradient).all()
+    assert bytes_sent(64, 1000, 128, ranks=1, separable=False) == 0
+
+
+def test_one_process_refuses_what_many_would() -> None:
+    """A mistake should show on the desk, not first on the cluster."""
+    anchors, whole = data(2, 1)
+    with pytest.raises(InputError, match="detach it"):
+        ContrastiveLoss()(**anchors, **{**whole, "ref_emb": whole["ref_emb"].requires_grad_()}, ref_sharded=True)
+    with pytest.raises(InputError, match="needs ref_emb"):
+        ContrastiveLoss()(**anchors, ref_sharded=True)
