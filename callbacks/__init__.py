@@ -1,6 +1,7 @@
-"""Callbacks: the memory bank of a training, and reports."""
+"""Lightning callbacks: the memory bank in training, its drift, and reports."""
 
+from lightning_dml.callbacks.drift_monitor import DriftMonitor
 from lightning_dml.callbacks.memory_bank import MemoryBankCallback
 from lightning_dml.callbacks.retrieval_report import RetrievalReport
 
-__all__ = ["MemoryBankCallback", "RetrievalReport"]
+__all__ = ["DriftMonitor", "MemoryBankCallback", "RetrievalReport"]

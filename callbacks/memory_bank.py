@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,27 +11,43 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_dml import distributed
+from lightning_dml.callbacks.bank_feed import BankFeed, BankSchedule
+from lightning_dml.callbacks.encoder_watch import EncoderWatch
+from lightning_dml.callbacks.sample_encoding import encode_samples
 from lightning_dml.errors import InputError
-from lightning_dml.memory import MemoryBank, MomentumEncoder
+from lightning_dml.memory import MemoryBank, MomentAdaptation, MomentumEncoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH = {"image", "label", "index"}
 
 
 class MemoryBankCallback(Callback):
-    """Keeps a cross-batch `MemoryBank` in `pl_module.memory_bank`.
+    """Keeps a cross-batch `MemoryBank` in an attribute of the LightningModule, `memory_bank` by default.
 
-    Works with `MetricLearningModule` and with any LightningModule that reads `self.memory_bank` and whose
-    `training_step` returns a dict with `loss` and detached `embeddings` (N, D), `labels` (N,) and `indices` (N,).
+    Works with `MetricLearningModule` and with any LightningModule that reads `self.memory_bank`, under automatic and
+    manual optimization. Batches are dicts with `image`, `label` (N,) and `index` (N,).
 
-    With `momentum`, the keys come from a momentum encoder, a slowly following copy of the module's attribute `encoder`,
-    applied to `batch["image"]` before the training step, so that the bank holds the current batch when the loss is
-    computed. Without (`momentum=None`), the keys are the embeddings that the training step returned, enqueued after
-    it. The bank starts to fill at `start_step`, where the momentum encoder is copied from the embedder anew.
+    The keys, what enters the bank, come from one of two encoders. With `momentum`, from a momentum encoder: a slowly
+    following copy of the module's attribute `encoder`, applied to `batch["image"]` before the training step. Without
+    (`momentum=None`), they are the embeddings that the attribute `encoder` itself returns in the training step.
+    With `enqueue="before"`, XBM's order, the bank holds the batch's keys when its loss is computed; with `"after"` they
+    enter at the end of the step, and online keys are then what `training_step` returns: a dict with `loss`, and
+    detached `embeddings` (N, D), `labels` (N,) and `indices` (N,).
 
-    Rows of all ranks are gathered in rank order before they are enqueued, so the bank is the same on every rank, saving
-    it needs no collective, and a run may resume on another number of ranks. Bank and encoder are part of
-    the checkpoint; a run resumed from it continues as if it had not stopped.
+    Either way the keys may enter a queue or a slot of their sample's own (`policy`), where a moving average over a
+    sample's keys may be kept (`average`), and the stored embeddings may be kept at the mean and variance of the
+    batch's keys (`adaptation`). A batch, or the dict that `training_step` returns, may hold `enqueue` (N,) bool: rows
+    where it is False stay out of the bank.
+
+    The bank starts to fill at `start_step`, where the momentum encoder is copied from the embedder anew. Rows of all
+    ranks are gathered in rank order, so the bank is the same on every rank, saving it needs no collective, and a run
+    may resume on another number of ranks. Bank, encoder and adaptation are part of the checkpoint; a run resumed from
+    it continues as if it had not stopped. With another `size` or `policy` than the checkpoint's, the newest rows that
+    fit are taken over.
+
+    With `sharded`, each rank keeps only its share of the embeddings, losses of this library gather the anchors instead,
+    and saving is a collective: call `trainer.save_checkpoint` on all ranks at the same step, as ModelCheckpoint does.
+    When an exception ends the training, a checkpoint is written without the bank, since the other ranks may be gone.
 
     Args:
         size: entries of the bank, or, as a float in (0, 1], the share of the training set that it holds (the memory
@@ -39,14 +56,29 @@ class MemoryBankCallback(Callback):
         momentum: coefficient of the momentum encoder in [0, 1]; None for online keys.
         encoder: name of the attribute of the LightningModule that maps images to embeddings.
         dtype: floating dtype of the stored embeddings.
+        weight: factor of the loss against the bank, which the module reads as `memory_bank.weight`.
+        warmup_steps: over how many optimizer steps from `start_step` the weight rises to `weight`, linearly from 0.
+        enqueue: whether a batch's keys enter `before` or `after` its loss.
+        initial_fill: fill the bank at `start_step` with the keys of random training samples (as the XBM paper
+            describes), rather than with the batches that come.
+        policy: `queue`, first in, first out; or `samples`, one slot for each sample of the training set by its index,
+            for which `size` is to be 1.0.
+        average: coefficient of a sample's moving average in its slot, with `policy="samples"`; 0 replaces.
+        adaptation: `moments` or `kalman`, see `MomentAdaptation`; None leaves stored embeddings as they are.
+        momentum_end: the momentum rises to this value at the last step by a half cosine, as in BYOL (arXiv
+            2006.07733); None keeps it.
+        sharded: keep on each rank only its share of the bank.
+        attribute: name of the LightningModule's attribute for the bank; several callbacks take different ones.
+        output: name of the online keys in the dict that `training_step` returns, for `enqueue="after"`.
+        bank_file: start with the bank in this file, as `MemoryBank.save` and `lightning-dml bank` write it.
 
     Attributes:
-        bank: the `MemoryBank`; None before its first rows come in.
         momentum_encoder: the `MomentumEncoder`; None for online keys and before `start_step`.
 
     Raises:
-        InputError: for a size, step, momentum or dtype out of range; when training starts, for a module without
-            the attribute `encoder`; on the first batch, for a batch or a step output without what is read from it.
+        InputError: for a setting out of range or settings that exclude each other; when training starts, for a module
+            without the attribute `encoder` or a bank file that cannot be read; on the first batch, for a batch or a
+            step output without what is read from it.
     """
 
     def __init__(
@@ -56,99 +88,165 @@ class MemoryBankCallback(Callback):
         momentum: float | None = 0.99,
         encoder: str = "embedder",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        weight: float = 1.0,
+        warmup_steps: int = 0,
+        enqueue: Literal["before", "after"] = "before",
+        initial_fill: bool = False,
+        policy: Literal["queue", "samples"] = "queue",
+        average: float = 0.0,
+        adaptation: Literal["moments", "kalman"] | None = None,
+        momentum_end: float | None = None,
+        sharded: bool = False,
+        attribute: str = "memory_bank",
+        output: str = "embeddings",
+        bank_file: str | None = None,
     ) -> None:
         super().__init__()
         if size <= 0 or (isinstance(size, float) and size > 1):
             raise InputError(f"memory size must be positive or a ratio in (0, 1], got {size}")
-        if start_step < 0:
-            raise InputError(f"start_step must not be negative, got {start_step}")
+        for name, steps in (("start_step", start_step), ("warmup_steps", warmup_steps)):
+            if steps < 0:
+                raise InputError(f"{name} must not be negative, got {steps}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise InputError(f"momentum must lie in [0, 1], such as 0.99, or be None for online keys, got {momentum}")
-        if dtype not in DTYPES:
-            raise InputError(f"memory dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if momentum_end is not None and (momentum is None or not momentum <= momentum_end <= 1):
+            raise InputError(
+                f"momentum_end must lie between momentum and 1, got {momentum_end} with momentum={momentum}"
+            )
+        if weight < 0 or not math.isfinite(weight):
+            raise InputError(f"weight must not be negative, got {weight}; 0 leaves the bank out of the loss")
+        _check_choice("memory dtype", dtype, tuple(DTYPES))
+        _check_choice("enqueue", enqueue, ("before", "after"))
+        _check_choice("policy", policy, ("queue", "samples"))
+        _check_choice("adaptation", adaptation, (None, "moments", "kalman"))
+        if not 0 <= average < 1 or (average and policy != "samples"):
+            raise InputError(
+                f"average must lie in [0, 1) and needs policy='samples', got {average} with policy={policy!r}"
+            )
+        if policy == "samples" and isinstance(size, float) and size < 1:
+            raise InputError(f"policy='samples' has a slot for every training sample: set size to 1.0, got {size}")
         self.size = size
-        self.start_step = start_step
         self.momentum = momentum
         self.encoder = encoder
-        self.dtype = DTYPES[dtype]
-        self.bank: MemoryBank | None = None
+        self.enqueue = enqueue
+        self.initial_fill = initial_fill
+        self.attribute = attribute
+        self.output = output
+        self.bank_file = bank_file
+        self.schedule = BankSchedule(start_step, weight, warmup_steps, momentum, momentum_end)
+        adapting = None if adaptation is None else MomentAdaptation(kalman=adaptation == "kalman")
+        self.feed = BankFeed(DTYPES[dtype], policy, average, adapting, sharded)
         self.momentum_encoder: MomentumEncoder | None = None
-        self._entries = 0
         self._last_step = 0
+        self._final_step = math.inf
         self._fitting = False
+        self._failed = False
         self._restored: dict[str, Any] | None = None
+        self._watch: EncoderWatch | None = None
+        self._held: tuple[Tensor, Tensor, Tensor] | None = None  # keys that enter after the loss
+
+    @property
+    def bank(self) -> MemoryBank | None:
+        """The bank, None before its first rows come in."""
+        return self.feed.bank
+
+    @property
+    def state_key(self) -> str:
+        """Tells the states of several banks apart in a checkpoint."""
+        return self._generate_state_key(attribute=self.attribute)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes sure that the module has a `memory_bank` to read."""
-        self._fitting, self._restored = stage == "fit", None
-        if not hasattr(pl_module, "memory_bank"):
-            _hand_over(pl_module, None)
+        """Makes sure that the module has the attribute to read."""
+        self._fitting, self._restored, self._failed = stage == "fit", None, False
+        if not hasattr(pl_module, self.attribute):
+            setattr(pl_module, self.attribute, None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts with an empty bank, or with the checkpoint's."""
-        embedder = self._embedder(pl_module) if self.momentum is not None else None
+        """Starts with an empty bank, the file's, or the checkpoint's."""
+        if self.momentum is not None or self.enqueue == "before" or self.initial_fill:
+            self._embedder(pl_module)
         restored, self._restored = self._restored, None
         if restored is not None:
-            self._restore(restored, pl_module, embedder)
+            self._restore(restored, pl_module)
         elif trainer.global_step == 0:  # a second fit of the same trainer goes on with the bank
-            self.bank = self.momentum_encoder = None
-        _hand_over(pl_module, self.bank)
+            self.feed.clear()
+            self.momentum_encoder = None
+            if self.bank_file is not None:
+                state = {"bank": MemoryBank.load(self.bank_file).state_dict()}
+                self.feed.load_state_dict(state, pl_module.device)
+        self._hand_over(pl_module)
+        self._stop_watching()
+        if self.momentum is None and self.enqueue == "before":
+            self._watch = EncoderWatch(self._embedder(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns the step that it starts from, and the size of the training set where the bank is a share of it."""
         self._last_step = trainer.global_step  # in on_fit_start a resumed run's steps are not restored yet
-        self._entries = int(self.size)
+        entries = int(self.size)
         if isinstance(self.size, float):
-            loader: Any = trainer.train_dataloader
-            try:
-                samples = len(loader.dataset)
-            except (AttributeError, TypeError) as error:
-                raise InputError(
-                    f"memory size {self.size} is a ratio of the training set, whose length the training dataloader "
-                    "does not tell; give the number of entries instead"
-                ) from error
-            self._entries = max(1, round(self.size * samples))
-        if self.bank is not None and self.bank.size != self._entries:
-            resized = MemoryBank(self._entries, self.bank.dim, self.bank.dtype, self.bank.device)
-            resized.load_state_dict(self.bank.state_dict())
-            self.bank = resized
-            _hand_over(pl_module, resized)
+            entries = max(1, round(self.size * _training_samples(trainer, self.size)))
+        self.feed.resize(entries)
+        self._hand_over(pl_module)
+        if self.schedule.momentum_end is not None:
+            self._final_step = trainer.estimated_stepping_batches
+            if math.isinf(self._final_step):
+                raise InputError("momentum_end needs to know the last step: set max_steps or max_epochs of the Trainer")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Enqueues the momentum encoder's keys of the batch."""
-        if self.momentum is None or trainer.global_step < self.start_step:
+        """Weighs the bank, fills it where asked, and makes the keys that come before the loss."""
+        step = trainer.global_step
+        if self.bank is not None:
+            self.bank.weight = self.schedule.weight_at(step)
+        if step < self.schedule.start_step:
             return
-        embedder = self._embedder(pl_module)
-        if self.momentum_encoder is None:
-            self.momentum_encoder = MomentumEncoder(embedder, self.momentum).to(pl_module.device)
-        if not (isinstance(batch, Mapping) and {"image", "label", "index"} <= set(batch)):
-            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise InputError(
-                "momentum keys are made from a batch that is a dict with 'image', 'label' and 'index', "
-                f"got {found}; return such a dict from the dataset, or set momentum=None for online keys"
-            )
-        self.momentum_encoder.match_mode(embedder)
-        with trainer.precision_plugin.forward_context():
-            keys = self.momentum_encoder(batch["image"])
-        self._enqueue(keys, batch["label"], batch["index"], trainer.global_step, pl_module)
+        if self.momentum is not None and self.momentum_encoder is None:
+            encoder = MomentumEncoder(self._embedder(pl_module), self.momentum)
+            self.momentum_encoder = encoder.to(pl_module.device)
+        if self.initial_fill and self.bank is None:
+            self._fill(trainer, pl_module, batch)
+        if self.momentum_encoder is not None:
+            labels, indices, mask = self._identity(batch)
+            self.momentum_encoder.match_mode(self._embedder(pl_module))
+            with trainer.precision_plugin.forward_context():
+                keys = self.momentum_encoder(batch["image"])
+            if self.enqueue == "before":
+                self._write(keys, labels, indices, mask, step, pl_module)
+            else:
+                self._held = keys, labels, indices
+        elif self._watch is not None:
+            labels, indices, mask = self._identity(batch)
+            self._watch.arm(lambda keys: self._write(keys, labels, indices, mask, step, pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the momentum encoder after an optimizer step; enqueues online keys."""
-        step = trainer.global_step
-        if self.momentum_encoder is not None and step > self._last_step:
+        """Moves the momentum encoder after an optimizer step; enqueues the keys that come after the loss."""
+        step, previous = trainer.global_step, self._last_step
+        if self.momentum_encoder is not None and step > previous:
+            self.momentum_encoder.momentum = self.schedule.momentum_at(step, self._final_step)
             self.momentum_encoder.update(self._embedder(pl_module))
-        previous, self._last_step = self._last_step, step
-        if self.momentum is not None or previous < self.start_step:
-            return
-        missing = {"embeddings", "labels", "indices"} - set(outputs if isinstance(outputs, Mapping) else ())
-        if missing:
+        self._last_step = step
+        if self._watch is not None and self._watch.armed:
+            self._watch.disarm()
             raise InputError(
-                f"training_step must return a dict with 'loss', 'embeddings', 'labels' and 'indices' for the memory "
-                f"bank to read; {', '.join(sorted(missing))} missing"
+                f"training_step did not call {type(pl_module).__name__}.{self.encoder}, whose output the memory bank "
+                "is to hold before the loss; set encoder to the attribute that it calls, or enqueue='after'"
             )
-        self._enqueue(outputs["embeddings"], outputs["labels"], outputs["indices"], previous, pl_module)
+        if self.enqueue == "before" or previous < self.schedule.start_step:
+            return
+        held, self._held = self._held, None
+        found = outputs if isinstance(outputs, Mapping) else {}
+        if self.momentum is None:
+            names = (self.output, "labels", "indices")
+            if missing := set(names) - set(found):
+                raise InputError(
+                    f"training_step must return a dict with 'loss', {self.output!r}, 'labels' and 'indices' for the "
+                    f"memory bank to read; {', '.join(sorted(missing))} missing"
+                )
+            held = found[names[0]], found[names[1]], found[names[2]]
+        assert held is not None
+        mask = found.get("enqueue", _mask_of(batch))
+        self._write(*held, mask, previous, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so if embeddings were not finite."""
@@ -159,48 +257,124 @@ class MemoryBankCallback(Callback):
             )
             self.bank.refused.zero_()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keeps a sharded bank from waiting for ranks that are gone."""
+        self._failed = True
+        self._stop_watching()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the watch off the encoder."""
+        self._stop_watching()
+
     def state_dict(self) -> dict[str, Any]:
-        """Bank and encoder as tensors and numbers; needs no collective, so a signal handler may call it."""
-        return {
-            "bank": None if self.bank is None else self.bank.state_dict(),
-            "encoder": None if self.momentum_encoder is None else self.momentum_encoder.encoder.state_dict(),
-        }
+        """Bank, encoder and adaptation as tensors and numbers.
+
+        Needs no collective, so a signal handler may call it; unless the bank is sharded, where every rank must.
+        """
+        encoder = None if self.momentum_encoder is None else self.momentum_encoder.state_of_encoder()
+        if self._failed and self.bank is not None and self.bank.share[1] > 1:
+            rank_zero_warn("the sharded memory bank is not in this checkpoint: an exception ended the training")
+            return {"bank": None, "adaptation": None, "encoder": encoder}
+        return {**self.feed.state_dict(), "encoder": encoder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until the fit starts; validation and test have no use for it."""
         self._restored = state_dict if self._fitting else None
 
-    def _restore(self, state: dict[str, Any], pl_module: LightningModule, embedder: nn.Module | None) -> None:
-        self.bank = self.momentum_encoder = None
-        if state["bank"] is not None:
-            self.bank = MemoryBank(state["bank"]["size"], state["bank"]["dim"], self.dtype, pl_module.device)
-            self.bank.load_state_dict(state["bank"])
-        if state["encoder"] is not None and embedder is not None:
-            assert self.momentum is not None
-            self.momentum_encoder = MomentumEncoder(embedder, self.momentum).to(pl_module.device)
-            self.momentum_encoder.encoder.load_state_dict(state["encoder"])
+    def reset(self) -> None:
+        """Empties the bank, forgets smoothed moments, and lets the momentum encoder be copied anew."""
+        if self.bank is not None:
+            self.bank.reset()
+        if self.feed.adaptation is not None:
+            self.feed.adaptation.reset()
+        self.momentum_encoder = None
 
-    def _enqueue(
-        self, embeddings: Tensor, labels: Tensor, indices: Tensor, step: int, pl_module: LightningModule
+    def _restore(self, state: dict[str, Any], pl_module: LightningModule) -> None:
+        self.feed.load_state_dict(state, pl_module.device)
+        self.momentum_encoder = None
+        if state["encoder"] is not None and self.momentum is not None:
+            encoder = MomentumEncoder(self._embedder(pl_module), self.momentum)
+            self.momentum_encoder = encoder.to(pl_module.device)
+            self.momentum_encoder.load_state_of_encoder(state["encoder"])
+
+    def _fill(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        labels, _, _ = self._identity(batch)
+        encoder = self._embedder(pl_module) if self.momentum_encoder is None else self.momentum_encoder.encoder
+        samples = _training_samples(trainer, "initial_fill")
+        chosen = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[: self.feed.entries]
+        keys, labels, indices = encode_samples(trainer, pl_module, encoder, chosen, max(1, len(labels)))
+        self.feed.write(keys, labels, indices, trainer.global_step, gathered=True)
+        self._hand_over(pl_module)
+
+    def _write(
+        self,
+        keys: Any,
+        labels: Tensor,
+        indices: Tensor,
+        mask: Tensor | None,
+        step: int,
+        pl_module: LightningModule,
     ) -> None:
-        counts = distributed.row_counts(len(embeddings), embeddings.device)
-        embeddings = distributed.gather_rows(embeddings.to(self.dtype), counts)
-        identity = distributed.gather_rows(torch.stack((labels, indices), dim=1), counts)
+        if not isinstance(keys, Tensor) or keys.ndim != 2 or len(keys) != len(labels):
+            shape = tuple(keys.shape) if isinstance(keys, Tensor) else type(keys).__name__
+            raise InputError(
+                f"{type(pl_module).__name__}.{self.encoder} must return embeddings ({len(labels)}, D) for a batch of "
+                f"{len(labels)}, got {shape}; for other outputs set momentum=None and enqueue='after'"
+            )
         if self.bank is None:
-            self.bank = MemoryBank(self._entries, embeddings.shape[1], self.dtype, embeddings.device)
-            _hand_over(pl_module, self.bank)
-        self.bank.enqueue(embeddings, identity[:, 0], identity[:, 1], step)
+            self.feed.write(keys, labels, indices, step, mask)
+            self._hand_over(pl_module)
+            assert self.bank is not None
+            self.bank.weight = self.schedule.weight_at(step)
+        else:
+            self.feed.write(keys, labels, indices, step, mask)
+
+    def _hand_over(self, pl_module: LightningModule) -> None:
+        setattr(pl_module, self.attribute, self.bank)
+
+    def _identity(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not (isinstance(batch, Mapping) and set(batch) >= BATCH):
+            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise InputError(
+                "keys that enter the memory bank before the loss are made from a batch that is a dict with 'image', "
+                f"'label' and 'index', got {found}; return such a dict from the dataset, or set momentum=None and "
+                "enqueue='after'"
+            )
+        return batch["label"], batch["index"], _mask_of(batch)
 
     def _embedder(self, pl_module: LightningModule) -> nn.Module:
         embedder = getattr(pl_module, self.encoder, None)
         if not isinstance(embedder, nn.Module):
             raise InputError(
-                f"{type(pl_module).__name__} has no submodule {self.encoder!r} for the momentum encoder to copy; set "
-                "encoder to the attribute that maps images to embeddings, or momentum=None for online keys"
+                f"{type(pl_module).__name__} has no submodule {self.encoder!r} that gives the keys; set encoder to the "
+                "attribute that maps images to embeddings, or momentum=None with enqueue='after' to take what "
+                "training_step returns"
             )
         return embedder
 
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = None
 
-def _hand_over(pl_module: Any, bank: MemoryBank | None) -> None:
-    # Any LightningModule has the attribute by contract, not by type.
-    pl_module.memory_bank = bank
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(str(each) for each in choices)}, got {value!r}")
+
+
+def _mask_of(batch: Any) -> Tensor | None:
+    mask: Tensor | None = batch.get("enqueue") if isinstance(batch, Mapping) else None
+    return mask
+
+
+def _training_samples(trainer: Trainer, setting: object) -> int:
+    loader: Any = trainer.train_dataloader
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError) as error:
+        what = f"memory size {setting} is a ratio of" if isinstance(setting, float) else f"{setting} draws from"
+        raise InputError(
+            f"{what} the training set, whose length the training dataloader does not tell; give the number of entries, "
+            "and initial_fill=False"
+        ) from error

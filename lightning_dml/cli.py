@@ -11,6 +11,7 @@ from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dml import callbacks, datamodules, losses, modules
+from lightning_dml.bank_command import DMLTrainer
 from lightning_dml.errors import InputError
 
 BY_NAME = (callbacks, datamodules, losses, modules)
@@ -19,6 +20,15 @@ BY_NAME = (callbacks, datamodules, losses, modules)
 
 class DMLCLI(LightningCLI):
     """LightningCLI whose evaluation says when it scores weights that nobody trained."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands and ours, each with the arguments that come from the rest of the config."""
+        return {**LightningCLI.subcommands(), "bank": {"model", "datamodule"}}
+
+    def before_bank(self) -> None:
+        """Called before `bank`."""
+        self._warn_without_checkpoint("bank")
 
     def before_validate(self) -> None:
         """Called before `validate`."""
@@ -31,7 +41,7 @@ class DMLCLI(LightningCLI):
     def _warn_without_checkpoint(self, command: str) -> None:
         if self.config[command].ckpt_path is None:
             rank_zero_warn(
-                f"{command} runs without --ckpt_path: it scores the weights that the config builds, "
+                f"{command} runs without --ckpt_path: it takes the weights that the config builds, "
                 "random ones unless the backbone is pretrained"
             )
 
@@ -49,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         DMLCLI(
             LightningModule,
             LightningDataModule,
+            trainer_class=DMLTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             # Lightning would re-wrap the P x K sampler and break K per class.

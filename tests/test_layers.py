@@ -21,7 +21,7 @@ LAYERS = (
     ("losses", "memory", "retrieval"),
     ("modules",),
     ("callbacks", "datamodules"),
-    ("cli", "study", "report", "__main__"),
+    ("bank_command", "cli", "study", "report", "__main__"),
 )
 HEIGHTS = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 WITHOUT_LIGHTNING = {PACKAGE, "distributed", "errors", "losses", "memory", "retrieval"}

@@ -1,6 +1,7 @@
-"""Embedding memory: the bank and the momentum encoder that feeds it."""
+"""Embedding memory: the bank, the momentum encoder that feeds it, and what keeps it fresh."""
 
+from lightning_dml.memory.adaptation import MomentAdaptation
 from lightning_dml.memory.bank import MemoryBank
 from lightning_dml.memory.momentum import MomentumEncoder
 
-__all__ = ["MemoryBank", "MomentumEncoder"]
+__all__ = ["MemoryBank", "MomentAdaptation", "MomentumEncoder"]

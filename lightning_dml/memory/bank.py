@@ -1,37 +1,67 @@
-"""The memory bank: a ring buffer of embeddings with their labels, sample indices and entry steps."""
+"""The memory bank: embeddings of past batches with their labels, sample indices and entry steps."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dml import distributed
 from lightning_dml.errors import InputError
+from lightning_dml.memory import bank_state
+from lightning_dml.memory.bank_statistics import moment_sums, moments_of, summarise, transform_rows
+from lightning_dml.memory.slot_store import SlotStore
+from lightning_dml.memory.slots import EMPTY, check_batch, last_of_each, own_count, unit_rows
 
-EMPTY = -1
+__all__ = ["EMPTY", "MemoryBank"]
+
+POLICIES = ("queue", "samples")
 
 
 class MemoryBank:
-    """Cross-batch queue of (embedding, label, sample index, step), first in, first out (arXiv 1912.06798).
+    r"""Memory of (embedding, label, sample index, step) across batches.
+
+    The policy "queue" is first in, first out (arXiv 1912.06798). "samples" keeps one slot for each training sample,
+    the slot of its index; of several rows of a sample in one batch the last stays. There, with `average` :math:`\mu`,
+    a sample's new embedding f moves its stored one v:
+
+    .. math:: v \leftarrow \mathrm{normalise}(\mu v + (1 - \mu) f)
+
+    This is one reading of the "momentum-updated memory" of arXiv 2103.14003, of which only the abstract was at hand;
+    the authors of XBM report that a moving average of entries did not help them (research-xbm, issue 2).
+
+    A bank may be spread over ranks: with `share=(rank, ranks)`, slot s lives on rank s % ranks. Every rank enqueues the
+    same rows, in the same order, and keeps the embeddings of its own slots; labels, indices and steps, 24 bytes a row,
+    are kept whole, and the views are those of the own slots.
 
     It is no `nn.Module` and holds no registered buffers on purpose: DDP would overwrite them from rank 0 at each
     forward, and weight averaging would average them. Writing is a copy of the batch into its slots: nothing of the
     bank is cloned and, on an accelerator, the host does not wait.
 
-    A row that is not finite is refused: its slot is left empty, which the losses skip, and counted in `refused`.
+    A row that is not finite is refused and counted in `refused`: its slot is left empty in a queue, which the losses
+    skip, and as it was with "samples".
 
     Args:
-        size: number of slots.
+        size: number of slots, over all ranks; with "samples" the number of training samples.
         dim: number of columns of an embedding.
         dtype: floating dtype of the stored embeddings; what is enqueued is converted to it.
         device: where the bank lives.
+        policy: "queue" or "samples".
+        average: :math:`\mu` in [0, 1), the share of the old embedding; needs policy "samples". Formed in float32 or
+            better; a sum without direction gives way to the new embedding.
+        share: (rank, ranks) of a bank that is spread over ranks.
 
     Attributes:
-        refused: 0-dim int64, how many rows were not finite since the last reset.
+        refused: 0-dim int64, how many rows were refused since the last reset.
+        policy: as given.
+        average: as given.
+        share: as given.
+        weight: factor of the loss against the bank, for whoever schedules it; no part of the state.
 
     Raises:
-        InputError: if `size` or `dim` is not positive, or `dtype` is not floating.
+        InputError: if `size` or `dim` is not positive, `dtype` is not floating, or another argument is out of range.
 
     Examples:
         >>> bank = MemoryBank(size=3, dim=2)
@@ -39,6 +69,10 @@ class MemoryBank:
         >>> bank.enqueue(torch.eye(2), torch.tensor([5, 9]), step=1)
         >>> len(bank), bank.labels.tolist(), bank.steps.tolist()  # the oldest row, label 4, gave way to label 9
         (3, [9, 7, 5], [1, 0, 1])
+        >>> bank = MemoryBank(size=3, dim=2, policy="samples", average=0.5)
+        >>> bank.enqueue(torch.eye(2), torch.tensor([4, 7]), indices=torch.tensor([2, 0]))
+        >>> bank.labels.tolist()
+        [7, -1, 4]
     """
 
     def __init__(
@@ -47,6 +81,9 @@ class MemoryBank:
         dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        policy: str = "queue",
+        average: float = 0.0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         if size < 1:
             raise InputError(f"memory size must be positive, got {size}")
@@ -54,171 +91,308 @@ class MemoryBank:
             raise InputError(f"memory dim must be the number of embedding columns, at least 1, got {dim}")
         if not dtype.is_floating_point:
             raise InputError(f"memory dtype must be floating, such as torch.float32, got {dtype}")
-        self._embeddings = torch.zeros(size, dim, dtype=dtype, device=device)
-        self._labels = torch.full((size,), EMPTY, dtype=torch.int64, device=device)
-        self._indices = torch.full_like(self._labels, EMPTY)
-        self._steps = torch.full_like(self._labels, EMPTY)
+        if policy not in POLICIES:
+            raise InputError(f"memory policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if not 0 <= average < 1:
+            raise InputError(f"memory average must lie in [0, 1), such as 0.5, got {average}")
+        if average and policy != "samples":
+            raise InputError(f"memory average {average} needs policy 'samples': a queue has no older row of a sample")
+        if not 0 <= share[0] < share[1]:
+            raise InputError(f"memory share must be (rank, ranks) with 0 <= rank < ranks, got {tuple(share)}")
+        self.policy, self.average, self.share = policy, average, (share[0], share[1])
+        self.weight = 1.0
+        self._store = SlotStore(size, dim, dtype, device, self.share)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self._count = 0
         self._pointer = 0
+        self._trusted = False
 
     @property
     def size(self) -> int:
-        """Number of slots."""
-        return len(self._labels)
+        """Number of slots, over all ranks."""
+        return self._store.size
 
     @property
     def dim(self) -> int:
         """Number of columns of an embedding."""
-        return self._embeddings.shape[1]
+        return self._store.embeddings.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the stored embeddings."""
-        return self._embeddings.dtype
+        return self._store.embeddings.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the bank lives."""
-        return self._embeddings.device
+        return self._store.embeddings.device
+
+    @property
+    def total(self) -> int:
+        """Rows of the views of all ranks together; with "samples", every slot once a row has come."""
+        return self._count
+
+    @property
+    def filled(self) -> Tensor:
+        """0-dim int64: rows with a label, over all ranks."""
+        return (self._store.labels[: self.size] != EMPTY).sum()
 
     def __len__(self) -> int:
-        return self._count
+        return own_count(self._count, *self.share)
 
     @property
     def embeddings(self) -> Tensor:
         """(len, dim) view of the filled slots."""
-        return self._embeddings[: self._count]
+        return self._store.embeddings[: len(self)]
 
     @property
     def labels(self) -> Tensor:
-        """(len,) int64 view; -1 in the slot of a refused row."""
-        return self._labels[: self._count]
+        """(len,) int64 view; -1 in a slot that is empty or whose row was refused."""
+        return self._store.own(self._store.labels, self._count)
 
     @property
     def indices(self) -> Tensor:
         """(len,) int64 view of the sample indices; -1 where none was given."""
-        return self._indices[: self._count]
+        return self._store.own(self._store.indices, self._count)
 
     @property
     def steps(self) -> Tensor:
         """(len,) int64 view of the steps at which the rows came in; -1 where none was given."""
-        return self._steps[: self._count]
+        return self._store.own(self._store.steps, self._count)
 
     @torch.no_grad()
     def enqueue(
-        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None, step: int | None = None
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices: Tensor | None = None,
+        step: int | None = None,
+        mask: Tensor | None = None,
     ) -> None:
-        """Writes a batch over the oldest rows.
+        """Writes a batch: over the oldest rows, or with policy "samples" into the slots of its samples.
 
-        Any number of rows may come, none and more than the bank holds included; of those the last `size` stay.
+        Any number of rows may come, none and more than a queue holds included; of those the last `size` stay.
 
         Args:
             embeddings: (n, dim) float; stored detached, in the bank's dtype, on the bank's device.
-            labels: (n,) integer labels; -1 for a row that is to take part in nothing.
-            indices: (n,) integer sample indices; -1 or None where unknown.
+            labels: (n,) integer labels; -1 for a row that is to take part in nothing, which takes a slot of a queue
+                and leaves "samples" as they were.
+            indices: (n,) integer sample indices; -1 or None where unknown, which "samples" do not allow.
             step: the training step that made the rows.
+            mask: (n,) bool, rows that are False do not enter. A queue must know how many rows come, so there a mask
+                on an accelerator makes the host wait.
 
         Raises:
-            InputError: if a shape or a dtype does not fit.
+            InputError: if a shape or a dtype does not fit; with "samples" if an index is missing or outside
+                [0, size). On an accelerator only the first enqueue looks; later such rows are refused and counted.
         """
-        self._check(embeddings, labels, indices)
-        if indices is None:
-            indices = torch.full_like(labels, EMPTY, dtype=torch.int64)
-        skipped = max(0, len(labels) - self.size)
-        self._pointer = (self._pointer + skipped) % self.size
-        rows = embeddings[skipped:].to(self._embeddings)
-        finite = torch.isfinite(rows).all(dim=1)
-        self.refused += (~finite).sum()
-        rows = torch.where(finite[:, None], rows, torch.zeros_like(rows))
-        labels = torch.where(finite, labels[skipped:].to(self._labels), EMPTY)
-        indices = torch.where(finite, indices[skipped:].to(self._indices), EMPTY)
+        check_batch(self.dim, embeddings, labels, indices, mask)
+        labels = labels.to(self._store.labels)
+        indices = None if indices is None else indices.to(self._store.indices)
+        if self.policy == "samples":
+            self._enqueue_samples(embeddings, labels, indices, step, mask)
+        else:
+            self._enqueue_last(embeddings, labels, indices, step, mask)
 
-        before_end = min(len(rows), self.size - self._pointer)
-        for part, start in ((slice(0, before_end), self._pointer), (slice(before_end, None), 0)):
-            slots = slice(start, start + len(rows[part]))
-            self._embeddings[slots] = rows[part]
-            self._labels[slots] = labels[part]
-            self._indices[slots] = indices[part]
-            self._steps[slots] = EMPTY if step is None else step
-        self._pointer = (self._pointer + len(rows)) % self.size
+    def _enqueue_last(
+        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None, step: int | None, mask: Tensor | None
+    ) -> None:
+        indices = torch.full_like(labels, EMPTY) if indices is None else indices
+        if mask is not None:
+            embeddings = embeddings[mask.to(embeddings.device)]
+            labels, indices = labels[mask.to(self.device)], indices[mask.to(self.device)]
+        skipped = max(0, len(labels) - self.size)
+        rows = embeddings[skipped:].to(self._store.embeddings)
+        finite = torch.isfinite(rows).all(dim=1)
+        rows = torch.where(finite[:, None], rows, 0)
+        labels = torch.where(finite, labels[skipped:], EMPTY)
+        indices = torch.where(finite, indices[skipped:], EMPTY)
+        start = (self._pointer + skipped) % self.size
+        self._store.write_ring(start, rows, labels, indices, step)
+        self.refused += (~finite).sum()
+        self._pointer = (start + len(rows)) % self.size
         self._count = min(self.size, self._count + len(rows))
 
+    def _enqueue_samples(
+        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None, step: int | None, mask: Tensor | None
+    ) -> None:
+        if indices is None:
+            raise InputError("indices must be given with policy 'samples', whose slots they are; got None")
+        if not len(labels):
+            return
+        rows = embeddings.to(self._store.embeddings)
+        wanted = labels != EMPTY if mask is None else (labels != EMPTY) & mask.to(self.device)
+        inside = (indices >= 0) & (indices < self.size)
+        if not self._trusted and bool((wanted & ~inside).any()):
+            raise InputError(
+                f"indices must lie in [0, {self.size}), the memory size, with policy 'samples', got "
+                f"{int(indices[wanted & ~inside][0])}; make the bank as large as the training set"
+            )
+        self._trusted = self.device.type != "cpu"
+        usable = wanted & inside & torch.isfinite(rows).all(dim=1)
+        slots = torch.where(usable, indices, self.size)
+        last = usable & last_of_each(slots)
+        if self.average:
+            wide = torch.promote_types(self.dtype, torch.float32)
+            new, old = embeddings.to(self.device, wide), self._store.embeddings[self._store.own_slots(slots, last)[1]]
+            mixed = unit_rows(self.average * old.to(wide) + (1 - self.average) * new, otherwise=new)
+            rows = torch.where((self._store.labels[slots] != EMPTY)[:, None], mixed, new).to(self.dtype)
+        self._store.write_at(slots, last, rows, labels, step)
+        self.refused += (wanted & ~usable).sum()
+        self._count = self.size
+
     def reset(self) -> None:
-        """Empties the bank."""
-        self._embeddings.zero_()
-        for column in (self._labels, self._indices, self._steps):
-            column.fill_(EMPTY)
+        """Empties the bank; its `weight` stays."""
+        self._store.clear()
         self.refused.zero_()
         self._count = self._pointer = 0
 
     def to(self, device: torch.device | str) -> MemoryBank:
         """Moves the bank, in place, and returns it."""
-        for name in ("_embeddings", "_labels", "_indices", "_steps", "refused"):
-            setattr(self, name, getattr(self, name).to(device))
+        self._store.to(device)
+        self.refused = self.refused.to(device)
         return self
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (divisor n) of each column over the labelled rows, those of all ranks.
+
+        For moment adaptation (arXiv 2303.17127). With more than one rank a collective: every rank must call.
+
+        Returns:
+            Two (dim,) float32 tensors, summed in float64; zeros while no row has a label.
+        """
+        sums = moment_sums(self.embeddings, self.labels)
+        if self.share[1] > 1:
+            bank_state.check_ranks(self.share)
+            sums = distributed.all_reduce_sum(sums)
+        return moments_of(sums)
+
+    @torch.no_grad()
+    def transform(self, scale: Tensor, shift: Tensor) -> None:
+        """Maps every labelled row to normalise(row * scale + shift), in place, a few MiB at a time.
+
+        A row that would lose its direction stays as it was. The rows of this rank are mapped; no collective.
+
+        Args:
+            scale: (dim,) float, or 0-dim.
+            shift: (dim,) float, or 0-dim.
+
+        Raises:
+            InputError: if a shape does not fit.
+        """
+        for name, value in (("scale", scale), ("shift", shift)):
+            if value.shape not in ((), (self.dim,)):
+                raise InputError(f"{name} must have shape ({self.dim},) or (), got {tuple(value.shape)}")
+        transform_rows(self.embeddings, self.labels, scale, shift)
+
+    def summary(self, step: int | None = None) -> dict[str, float]:
+        """What the bank holds, over all ranks, for inspection: the host waits for an accelerator.
+
+        Args:
+            step: the present training step, for the ages.
+
+        Returns:
+            `filled`, the share of slots with a labelled row; `rows`, their number; `classes` and `samples`, their
+            distinct labels and known sample indices; `refused`; `age_mean` and `age_max`, in steps, where `step` is
+            given and the step of some row is known.
+        """
+        store = self._store
+        columns = (column[: self.size] for column in (store.labels, store.indices, store.steps))
+        return {**summarise(*columns, step), "refused": float(self.refused)}
+
     def state_dict(self) -> dict[str, Any]:
-        """The filled slots and the pointer, as tensors and ints that `torch.load(weights_only=True)` reads."""
-        return {
+        """The bank as tensors, numbers and strings that `torch.load(weights_only=True)` reads.
+
+        A state without "policy" is that of a queue, as all states were once. The bank's `weight` is not part of it.
+
+        With one rank this is no collective, and a signal handler may call it. A bank that is spread over ranks
+        gathers its embeddings in the order of their slots on the CPU of rank 0, the other ranks get none: every rank
+        must call, at the same point between two enqueues, such as a checkpoint callback's hook, and none from a
+        signal handler, which the ranks reach at different points.
+
+        Raises:
+            InputError: if the bank is spread over ranks and this process is not the rank of its share.
+        """
+        rank, ranks = self.share
+        if ranks == 1:
+            embeddings = self.embeddings.clone()
+        else:
+            bank_state.check_ranks(self.share)
+            embeddings = bank_state.gather_shares(self.embeddings, self._count, rank, ranks)
+        state: dict[str, Any] = {
             "size": self.size,
             "dim": self.dim,
             "pointer": self._pointer,
             # Clones: saving a view would save its whole storage, and the bank may change before it is written.
-            "embeddings": self.embeddings.clone(),
-            "labels": self.labels.clone(),
-            "indices": self.indices.clone(),
-            "steps": self.steps.clone(),
+            "embeddings": embeddings,
+            "labels": self._store.labels[: self._count].clone(),
+            "indices": self._store.indices[: self._count].clone(),
+            "steps": self._store.steps[: self._count].clone(),
             "refused": self.refused.clone(),
         }
+        return state | ({"policy": self.policy, "average": self.average} if self.policy == "samples" else {})
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a saved bank; rows are converted to this bank's dtype and device.
+        """Takes over the rows of a saved bank, converted to this bank's dtype and device; no collective.
 
-        A bank of another size keeps its own size: the newest rows that fit are taken, in their order.
+        The bank keeps its own size, policy and share. A queue takes the newest rows that fit, in their order; from
+        "samples" the labelled rows in the order of their steps, as if enqueued. "samples" take rows by their index,
+        the newest of each; rows without an index, or with one beyond the size, are left out. A share takes the rows of
+        its own slots.
 
         Raises:
-            InputError: if the saved bank has another dimension.
+            InputError: if the saved bank has another dimension, or is not whole.
         """
-        if state["dim"] != self.dim:
-            raise InputError(
-                f"the saved memory bank holds embeddings of {state['dim']} columns and this one of {self.dim}: "
-                "load it with the embedder that made it, or start with an empty bank"
-            )
+        bank_state.check_state(state, self.dim)
+        place = bank_state.place(state, self.size, self.policy)
         self.reset()
-        rows = len(state["labels"])
-        order = torch.arange(rows)
-        same_size = state["size"] == self.size
-        if not same_size and rows == state["size"]:
-            order = order.roll(-int(state["pointer"]))  # oldest first
-        if not same_size:
-            order = order[-self.size :]
-        self._count = len(order)
-        self._pointer = int(state["pointer"]) if same_size else self._count % self.size
-        for own, saved in (
-            (self._embeddings, state["embeddings"]),
-            (self._labels, state["labels"]),
-            (self._indices, state["indices"]),
-            (self._steps, state["steps"]),
-        ):
-            own[: self._count] = saved[order.to(saved.device)].to(own)
+        self._store.take_over(place.slots, place.rows, state)
         self.refused.copy_(state["refused"])
+        self._pointer, self._count = place.pointer, place.count
+
+    @classmethod
+    def from_state_dict(
+        cls, state: dict[str, Any], device: torch.device | str | None = None, share: tuple[int, int] = (0, 1)
+    ) -> MemoryBank:
+        """A bank of the size, dtype, policy and average of a saved one, with its rows.
+
+        Args:
+            state: what `state_dict` returned.
+            device: where the bank is to live.
+            share: (rank, ranks) of a bank that is to be spread over ranks.
+
+        Raises:
+            InputError: if `state` is not that of a whole bank.
+        """
+        bank_state.check_state(state)
+        policy, average = state.get("policy", "queue"), state.get("average", 0.0)
+        bank = cls(state["size"], state["dim"], state["embeddings"].dtype, device, policy, average, share)
+        bank.load_state_dict(state)
+        return bank
+
+    def save(self, path: str | Path) -> None:
+        """Writes the bank to a file, whole or not at all: an older file stays until the new one is complete.
+
+        A bank that is spread over ranks is written by rank 0, and every rank must call, as for `state_dict`.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        state = self.state_dict()
+        if self.share[0] == 0:
+            bank_state.write_file(Path(path), state)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: torch.device | str | None = None, share: tuple[int, int] = (0, 1)
+    ) -> MemoryBank:
+        """The bank that `save` wrote, on `device`; with `share`, the part of one rank.
+
+        Raises:
+            InputError: if there is no such file, or it is not a bank's, is damaged, or is of another version.
+        """
+        return cls.from_state_dict(bank_state.read_file(Path(path)), device, share)
 
     def __repr__(self) -> str:
         return f"MemoryBank(size={self.size}, dim={self.dim}, filled={len(self)}, dtype={self.dtype})"
-
-    def _check(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> None:
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.dim or not embeddings.is_floating_point():
-            raise InputError(
-                f"embeddings must be a float tensor of shape (n, {self.dim}), "
-                f"got {embeddings.dtype} {tuple(embeddings.shape)}"
-            )
-        for name, column in (("labels", labels), ("indices", indices)):
-            if column is None:
-                continue
-            if column.is_floating_point() or column.dtype == torch.bool:
-                raise InputError(f"{name} must be integers, got {column.dtype}; convert with .long()")
-            if column.shape != embeddings.shape[:1]:
-                raise InputError(
-                    f"{name} must have one entry per embedding, shape ({len(embeddings)},), got {tuple(column.shape)}"
-                )

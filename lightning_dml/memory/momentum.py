@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ class MomentumEncoder(nn.Module):
     Only parameters are averaged. Buffers, such as the running statistics of batch norm, evolve by the encoder's own
     forward passes, as in MoCo: call it in the mode of the embedder, with the batches that the embedder sees
     (`match_mode`). Layers that the embedder holds in evaluation mode stay as they were copied.
+
+    An embedder that `torch.compile` wrapped gives an encoder that is compiled as well; its state has the names of the
+    embedder that is not.
 
     Args:
         module: the embedder to copy; it is not kept.
@@ -64,6 +69,24 @@ class MomentumEncoder(nn.Module):
         for parameter, target in zip(own, online, strict=True):
             parameter.lerp_(target.detach().to(parameter), 1 - self.momentum)
 
+    def state_of_encoder(self) -> dict[str, Any]:
+        """State of the copied embedder, under the names it has without `torch.compile`."""
+        return _plain(self.encoder).state_dict()
+
+    def load_state_of_encoder(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_of_encoder` gave.
+
+        Raises:
+            InputError: if the state is of another embedder.
+        """
+        try:
+            _plain(self.encoder).load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(
+                "the saved momentum encoder does not fit the embedder: "
+                f"{' '.join(str(error).split())[:300]}; resume with the embedder that the run was started with"
+            ) from error
+
     def match_mode(self, module: nn.Module) -> None:
         """Puts each layer into the training or evaluation mode of its counterpart in `module`."""
         for own, online in zip(self.encoder.modules(), module.modules(), strict=True):
@@ -74,3 +97,9 @@ class MomentumEncoder(nn.Module):
         """Keys of a batch, what the copied embedder returns, without gradient."""
         keys: Tensor = self.encoder(images)
         return keys
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` returns."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner

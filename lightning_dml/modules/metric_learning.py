@@ -26,8 +26,9 @@ DEFAULT_WEIGHT_DECAY = 5e-4
 class MetricLearningModule(LightningModule):
     """Trains an embedder with a pair loss on the batch and, given a memory bank, against the bank.
 
-    The total is `batch_weight * loss(batch) + memory_weight * memory_loss(batch, bank)`, as in XBM's released code. The
-    bank is whatever a `MemoryBankCallback` puts into `memory_bank`; without one, only the batch counts. Evaluation
+    The total is `batch_weight * loss(batch) + memory_weight * bank.weight * memory_loss(batch, bank)`, as in XBM's
+    released code. The bank, and its weight, which may warm up, are what a `MemoryBankCallback` puts into `memory_bank`;
+    without one, only the batch counts. Evaluation
     computes retrieval metrics over the whole set, logged as `val/recall@1` and so on, equal on all ranks.
 
     Batches are dicts: `image` (B, C, H, W), `label` (B,) and `index` (B,) int64; for evaluation also, optionally,
@@ -113,11 +114,12 @@ class MetricLearningModule(LightningModule):
             in_batch = _call_loss(self.loss, embeddings, labels, indices, None)
             self._log_train("train/batch_loss", in_batch, len(labels))
             total = total + self.batch_weight * in_batch
-        if self.memory_weight and self.memory_bank is not None and len(self.memory_bank):
+        bank = self.memory_bank
+        if bank is not None and bank.total and self.memory_weight * bank.weight:
             loss = self.loss if self.memory_loss is None else self.memory_loss
-            against_bank = _call_loss(loss, embeddings, labels, indices, self.memory_bank)
+            against_bank = _call_loss(loss, embeddings, labels, indices, bank)
             self._log_train("train/memory_loss", against_bank, len(labels))
-            total = total + self.memory_weight * against_bank
+            total = total + self.memory_weight * bank.weight * against_bank
         if not total.requires_grad:  # batch_weight 0 while the bank is still empty
             total = total + 0 * embeddings.sum()
         for part in (self.loss, self.memory_loss):
@@ -204,8 +206,15 @@ def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Ten
     if isinstance(loss, PairWeightingLoss):
         if bank is not None:
             references["ref_indices"] = bank.indices
-        value: Tensor = loss(embeddings, labels, indices=indices, **references)
+        value: Tensor = loss(
+            embeddings, labels, indices=indices, ref_sharded=bank is not None and bank.share[1] > 1, **references
+        )
         return value
+    if bank is not None and bank.share[1] > 1:
+        raise InputError(
+            f"{type(loss).__name__} knows nothing of ranks and cannot work against a sharded memory bank: set "
+            "MemoryBankCallback(sharded=False), or take a loss of lightning_dml"
+        )
     if distributed.is_distributed() and any(isinstance(m, PairWeightingLoss) and m.gather for m in loss.modules()):
         raise InputError(
             f"{type(loss).__name__} contains a loss of lightning_dml, which gathers the batches itself, inside one "

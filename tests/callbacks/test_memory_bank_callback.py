@@ -43,7 +43,7 @@ def fit(callback: MemoryBankCallback, steps: int = 6, **settings: Any) -> Watche
 
 def test_online_keys_are_the_step_outputs_enqueued_after_it() -> None:
     """A batch already in the bank at its own step would be compared with itself."""
-    module = fit(MemoryBankCallback(size=20, momentum=None))
+    module = fit(MemoryBankCallback(size=20, momentum=None, enqueue="after"))
     expected = MemoryBank(20, 6)
     for step, (batch, bank, embedder) in enumerate(module.seen):
         if step == 0:
@@ -75,7 +75,8 @@ def test_momentum_keys_follow_the_formula_and_hold_the_current_batch() -> None:
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_the_bank_waits_for_its_start_step(momentum: float | None) -> None:
     """Keys from before the warm-up would drag early, useless embeddings into the loss."""
-    module = fit(MemoryBankCallback(size=100, start_step=3, momentum=momentum))
+    enqueue: Any = "after" if momentum is None else "before"
+    module = fit(MemoryBankCallback(size=100, start_step=3, momentum=momentum, enqueue=enqueue))
     rows = [0 if bank is None else len(bank["labels"]) for _, bank, _ in module.seen]
     assert rows == ([0, 0, 0, 0, 8, 16] if momentum is None else [0, 0, 0, 8, 16, 24])
     if momentum is not None:  # the encoder starts as the embedder of that step, not of the first
@@ -152,7 +153,7 @@ def test_nan_embeddings_are_refused_and_reported() -> None:
             return outputs
 
     module = Broken()
-    callback = MemoryBankCallback(size=100, momentum=None)
+    callback = MemoryBankCallback(size=100, momentum=None, enqueue="after")
     trainer = Trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0, callbacks=[callback], **QUIET)
     with pytest.warns(UserWarning, match="3 embeddings were NaN"):
         trainer.fit(module, TinyData())
@@ -192,7 +193,10 @@ def run(callback: MemoryBankCallback, module: Any = None, data: Any = None) -> N
         (lambda: MemoryBankCallback(momentum=1.1), "momentum.*1.1"),
         (lambda: MemoryBankCallback(dtype="int8"), "dtype.*'int8'"),  # type: ignore[arg-type]
         (lambda: run(MemoryBankCallback(encoder="net")), "MetricLearningModule has no submodule 'net'"),
-        (lambda: run(MemoryBankCallback(momentum=None), WithoutDict()), "embeddings, indices, labels missing"),
+        (
+            lambda: run(MemoryBankCallback(momentum=None, enqueue="after"), WithoutDict()),
+            "embeddings, indices, labels missing",
+        ),
         (lambda: run(MemoryBankCallback(), data=TupleData()), "got list.*momentum=None"),
     ],
 )

@@ -87,7 +87,7 @@ def test_views_share_the_storage() -> None:
     """A copy at each step would double the memory of a large bank."""
     bank = MemoryBank(4, 2)
     bank.enqueue(*batch(0, 2))
-    assert bank.embeddings.data_ptr() == bank._embeddings.data_ptr()
+    assert bank.embeddings.data_ptr() == bank._store.embeddings.data_ptr()
     assert bank.embeddings.shape == (2, 2)
 
 

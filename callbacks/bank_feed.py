@@ -1,0 +1,152 @@
+"""What stands between a training and its memory bank: rows of all ranks are gathered, adapted to, and written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dml import distributed
+from lightning_dml.errors import InputError
+from lightning_dml.memory import MemoryBank, MomentAdaptation
+
+
+@dataclass(frozen=True)
+class BankSchedule:
+    """How the weight of the bank and the momentum of its encoder go over the optimizer steps.
+
+    Attributes:
+        start_step: step at which the bank starts.
+        weight: factor of the loss against the bank after the warm-up.
+        warmup_steps: length of the linear rise of the weight from 0.
+        momentum: coefficient of the momentum encoder at `start_step`; None without one.
+        momentum_end: coefficient at the last step; None keeps it.
+    """
+
+    start_step: int
+    weight: float
+    warmup_steps: int
+    momentum: float | None
+    momentum_end: float | None
+
+    def weight_at(self, step: int) -> float:
+        """Factor of the loss against the bank."""
+        if step < self.start_step:
+            return 0.0
+        risen = (step - self.start_step) / self.warmup_steps if self.warmup_steps else 1.0
+        return self.weight * min(1.0, risen)
+
+    def momentum_at(self, step: int, last_step: float) -> float:
+        """Coefficient of the momentum encoder's move after `step`."""
+        assert self.momentum is not None
+        if self.momentum_end is None:
+            return self.momentum
+        done = min(1.0, max(0.0, (step - self.start_step) / max(1.0, last_step - self.start_step)))
+        return self.momentum_end - (self.momentum_end - self.momentum) * (math.cos(math.pi * done) + 1) / 2
+
+
+class BankFeed:
+    """A memory bank that is made when its first rows come and that every rank writes alike.
+
+    Args:
+        dtype: floating dtype of the stored embeddings.
+        policy: `queue` or `samples`.
+        average: coefficient of a sample's moving average in its slot.
+        adaptation: keeps stored rows at the moments of those that come; None leaves them.
+        sharded: keep on each rank its share only.
+
+    Attributes:
+        bank: the bank; None before its first rows.
+        entries: slots of a bank that is yet to be made.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, policy: str, average: float, adaptation: MomentAdaptation | None, sharded: bool
+    ) -> None:
+        self.dtype = dtype
+        self.policy = policy
+        self.average = average
+        self.adaptation = adaptation
+        self.sharded = sharded
+        self.bank: MemoryBank | None = None
+        self.entries = 0
+
+    def write(
+        self,
+        keys: Tensor,
+        labels: Tensor,
+        indices: Tensor,
+        step: int,
+        mask: Tensor | None = None,
+        gathered: bool = False,
+    ) -> None:
+        """Adapts the stored rows to the keys of all ranks and writes these.
+
+        Args:
+            keys: (n, D) float keys of this rank.
+            labels: (n,) integer labels.
+            indices: (n,) integer sample indices.
+            step: the optimizer step.
+            mask: (n,) bool; rows where it is False stay out.
+            gathered: whether every rank gives the same rows, those of all ranks.
+
+        Raises:
+            InputError: if the bank holds rows of another dimension.
+        """
+        if mask is not None:
+            keys, labels, indices = keys[mask], labels[mask], indices[mask]
+        keys, identity = keys.to(self.dtype), torch.stack((labels.long(), indices.long()), dim=1)
+        if not gathered:
+            counts = distributed.row_counts(len(keys), keys.device)
+            keys, identity = distributed.gather_rows(keys, counts), distributed.gather_rows(identity, counts)
+        if self.bank is None:
+            self.bank = self._make(keys.shape[1], keys.device, self.policy, self.entries)
+        elif self.bank.dim != keys.shape[1]:
+            raise InputError(
+                f"the memory bank that was loaded has {self.bank.dim} columns and the keys have {keys.shape[1]}: start "
+                "without that checkpoint or bank_file, or with the embedder that made it"
+            )
+        if self.adaptation is not None:
+            self.adaptation(self.bank, keys, identity[:, 0])
+        self.bank.enqueue(keys, identity[:, 0], identity[:, 1], step)
+
+    def resize(self, entries: int) -> None:
+        """Sets the slots, and the policy, of the bank; the newest rows that fit are kept."""
+        self.entries = entries
+        if self.bank is not None and (self.bank.size, self.bank.policy) != (entries, self.policy):
+            wanted = self._make(self.bank.dim, self.bank.device, self.policy, entries)
+            wanted.weight = self.bank.weight
+            wanted.load_state_dict(self.bank.state_dict())
+            self.bank = wanted
+
+    def clear(self) -> None:
+        """Forgets the bank and the smoothed moments."""
+        self.bank = None
+        if self.adaptation is not None:
+            self.adaptation.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the bank and the adaptation; a collective where the bank is sharded."""
+        return {
+            "bank": None if self.bank is None else self.bank.state_dict(),
+            "adaptation": None if self.adaptation is None else self.adaptation.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Takes over a saved bank in its own size and policy; `resize` gives it this feed's."""
+        self.clear()
+        saved = state["bank"]
+        if saved is not None:
+            self.bank = self._make(int(saved["dim"]), device, saved.get("policy", "queue"), int(saved["size"]))
+            self.bank.weight = 0.0  # until the first step weighs it
+            self.bank.load_state_dict(saved)
+        if self.adaptation is not None and state.get("adaptation") is not None:
+            self.adaptation.load_state_dict(state["adaptation"])
+
+    def _make(self, dim: int, device: torch.device, policy: str, entries: int) -> MemoryBank:
+        share = (distributed.rank(), distributed.world_size()) if self.sharded else (0, 1)
+        average = self.average if policy == "samples" else 0.0
+        return MemoryBank(entries, dim, self.dtype, device, policy, average, share)

@@ -1,0 +1,109 @@
+"""The command `lightning-dml bank`: a memory bank made from the training set of a data module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_only
+from torch.utils.data import DataLoader
+
+from lightning_dml import distributed
+from lightning_dml.callbacks.memory_bank import DTYPES
+from lightning_dml.datamodules.samplers import UnpaddedDistributedSampler
+from lightning_dml.errors import InputError
+from lightning_dml.memory import MemoryBank
+
+
+class DMLTrainer(Trainer):
+    """Lightning's Trainer with the subcommands of `lightning-dml`."""
+
+    def bank(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output: str = "bank.pt",
+        policy: Literal["queue", "samples"] = "queue",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> MemoryBank:
+        """Embeds the training set and writes it as a memory bank, which MemoryBankCallback(bank_file=...) starts from.
+
+        Args:
+            model: a LightningModule whose predict_step returns a dict of embeddings, labels and indices.
+            datamodule: gives the training set.
+            ckpt_path: checkpoint of the weights; None takes those that the config builds.
+            output: the file to write; it replaces an older one when it is complete.
+            policy: queue, in the order of the indices, or one slot for each of the samples.
+            dtype: of the stored embeddings.
+
+        Returns:
+            The bank, with all samples on every rank.
+
+        Raises:
+            InputError: without training data, for an output that cannot be written, or for another predict_step.
+        """
+        path = Path(output)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise InputError(f"output must be a file in a folder that exists, got {output!r}")
+        if datamodule is None:
+            raise InputError("bank embeds the training set of a data module: give one with --data")
+        outputs: Any = self.predict(model, datamodule=_TrainingSet(datamodule), ckpt_path=ckpt_path)
+        embeddings, labels, indices = _columns(outputs, type(model).__name__)
+        order = torch.argsort(indices, stable=True)
+        size = int(indices.max()) + 1 if policy == "samples" else len(indices)
+        bank = MemoryBank(size, embeddings.shape[1], DTYPES[dtype], policy=policy)
+        bank.enqueue(embeddings[order], labels[order], indices[order])
+        _write(bank, path)
+        return bank
+
+
+class _TrainingSet(LightningDataModule):
+    """Shows the training set of another data module to `predict`, each sample once over all ranks."""
+
+    def __init__(self, inner: LightningDataModule) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def prepare_data(self) -> None:
+        """Downloads what the data module downloads."""
+        self.inner.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Sets the data module up as for a training."""
+        self.inner.trainer = self.trainer
+        self.inner.setup("fit")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The training images in their order."""
+        loader: Any = self.inner.train_dataloader()
+        if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
+            raise InputError(
+                f"bank needs one training DataLoader over a set of known length, got {type(loader).__name__}"
+            )
+        sizes = getattr(self.inner, "eval_batch_size", None), loader.batch_size
+        return DataLoader(
+            loader.dataset,
+            batch_size=next((each for each in sizes if each), 64),
+            sampler=UnpaddedDistributedSampler(len(loader.dataset)),
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+        )
+
+
+def _columns(outputs: Any, name: str) -> list[torch.Tensor]:
+    """Embeddings, labels and indices of all ranks, on the CPU."""
+    names = ("embeddings", "labels", "indices")
+    if not outputs or not all(isinstance(each, dict) and set(names) <= set(each) for each in outputs):
+        raise InputError(f"{name}.predict_step must return a dict with {', '.join(names)} for a bank to be made of")
+    return [distributed.gather_rows(torch.cat([each[column] for each in outputs])).cpu() for column in names]
+
+
+@rank_zero_only
+def _write(bank: MemoryBank, path: Path) -> None:
+    bank.save(path)
+    held = ", ".join(f"{name} {value:g}" for name, value in bank.summary().items())
+    print(f"{path}: {bank} ({held})")

@@ -1,0 +1,138 @@
+"""The state of a bank outside of it: where its rows go in another bank, its file, and how shares are put together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dml import distributed
+from lightning_dml.errors import InputError
+from lightning_dml.memory.slots import EMPTY, blocks, last_of_each, own_count
+
+FORMAT = "lightning_dml.memory_bank"
+VERSION = 1
+KEYS = ("size", "dim", "pointer", "embeddings", "labels", "indices", "steps", "refused")
+
+
+class Placement(NamedTuple):
+    """Which rows of a state go to which slots of a bank, and where the bank stands afterwards."""
+
+    rows: Tensor
+    slots: Tensor
+    count: int
+    pointer: int
+
+
+def check_state(state: dict[str, Any], dim: int | None = None) -> None:
+    """Raises `InputError` unless `state` is a whole bank's, of `dim` columns where given."""
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise InputError(
+            f"the saved memory bank lacks {', '.join(missing)}: give what MemoryBank.state_dict() returned"
+        )
+    if dim is not None and state["dim"] != dim:
+        raise InputError(
+            f"the saved memory bank holds embeddings of {state['dim']} columns and this one of {dim}: "
+            "load it with the embedder that made it, or start with an empty bank"
+        )
+    rows = len(state["labels"])
+    if state["embeddings"].shape != (rows, state["dim"]) or not len(state["indices"]) == len(state["steps"]) == rows:
+        raise InputError(
+            f"the saved memory bank has embeddings of shape {tuple(state['embeddings'].shape)} for {rows} labels: of a "
+            "bank that is spread over ranks, rank 0 has the whole state"
+        )
+
+
+def place(state: dict[str, Any], size: int, policy: str) -> Placement:
+    """Where the rows of a state go in a bank of `size` slots; states without a policy are those of queues."""
+    labels, indices, steps = (state[name].cpu() for name in ("labels", "indices", "steps"))
+    rows = torch.arange(len(labels))
+    if state.get("policy", "queue") == "samples":
+        rows = rows[labels != EMPTY]
+        rows = rows[steps[rows].argsort(stable=True)]
+    elif policy == "queue" and state["size"] == size:
+        return Placement(rows, rows, len(rows), int(state["pointer"]))
+    elif len(rows) == state["size"]:
+        rows = rows.roll(-int(state["pointer"]))  # oldest first
+    if policy == "queue":
+        rows = rows[-size:]
+        return Placement(rows, torch.arange(len(rows)), len(rows), len(rows) % size)
+    rows = rows[(labels[rows] != EMPTY) & (indices[rows] >= 0) & (indices[rows] < size)]
+    rows = rows[last_of_each(indices[rows])]
+    return Placement(rows, indices[rows], size if len(rows) else 0, 0)
+
+
+def check_ranks(share: tuple[int, int]) -> None:
+    """Raises `InputError` unless this process is the rank of its share in a group of as many ranks."""
+    here = (distributed.rank(), distributed.world_size())
+    if share != here:
+        raise InputError(
+            f"the memory bank is share {share[0]} of {share[1]} and this process is rank {here[0]} of {here[1]}: what "
+            "is known only to all shares together needs one process for each, with the process group up"
+        )
+
+
+def gather_shares(embeddings: Tensor, count: int, rank: int, ranks: int) -> Tensor:
+    """Embeddings of all shares (count, dim) in the order of their slots, on the CPU of rank 0; (0, dim) elsewhere.
+
+    Args:
+        embeddings: (own rows, dim), those of slots rank, rank + ranks, ... below `count`.
+        count: rows of all ranks together.
+        rank: this process's rank.
+        ranks: the number of ranks, all of which must call.
+    """
+    dim = embeddings.shape[1]
+    whole = torch.empty((count if rank == 0 else 0, dim), dtype=embeddings.dtype)
+    for block in blocks(own_count(count, 0, ranks), dim * embeddings.element_size()):  # rank 0 has the most rows
+        part = embeddings.new_zeros((block.stop - block.start, dim))
+        own = embeddings[block]
+        part[: len(own)] = own
+        sent = part.view(torch.uint8)  # bytes pass through every backend, whatever the dtype
+        parts = [torch.empty_like(sent) for _ in range(ranks)] if rank == 0 else None
+        dist.gather(sent, parts, dst=0)
+        if parts is not None:
+            rows = torch.stack([each.view(part.dtype) for each in parts], dim=1).flatten(0, 1)
+            start = block.start * ranks
+            whole[start : start + len(rows)] = rows[: count - start].cpu()
+    return whole
+
+
+def write_file(path: Path, state: dict[str, Any]) -> None:
+    """Writes a state aside and puts it in its place when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        torch.save({"format": FORMAT, "version": VERSION, **state}, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The state in a bank file, on the CPU.
+
+    Raises:
+        InputError: if there is no file, or it is not a bank's, is damaged, or is of another version.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no memory bank file {path}; give one that MemoryBank.save wrote")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what arbitrary bytes raise is not limited
+        raise InputError(
+            f"{path} is not a memory bank file, or was cut off ({type(error).__name__}); give one that MemoryBank.save "
+            "wrote"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path} is not a memory bank file; give one that MemoryBank.save wrote")
+    if content.get("version") != VERSION:
+        raise InputError(
+            f"{path} is a memory bank file of version {content.get('version')}, and this release reads version "
+            f"{VERSION}: install the release that wrote it, or fill a bank anew"
+        )
+    return {key: value for key, value in content.items() if key not in ("format", "version")}

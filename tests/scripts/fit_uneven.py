@@ -1,0 +1,82 @@
+"""200 steps on batches whose size differs from rank to rank and from step to step; each rank writes how it ended.
+
+Called as `fit_uneven.py FOLDER RUNS` on as many ranks as torchrun started: RUNS is JSON, settings of the callback by
+name of the run. One launch makes them all, as starting the processes takes longer than the training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Trainer
+from torch.utils.data import DataLoader
+
+from lightning_dml.callbacks import MemoryBankCallback
+from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss
+from tests.tiny import QUIET, TinyData, tiny_module
+
+STEPS = 200
+
+
+class UnevenBatches:
+    """The same samples for every way of cutting: `parts` batches of one to six per step, one of them or all."""
+
+    def __init__(self, parts: int, part: int | None) -> None:
+        self.parts = parts
+        self.part = part
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yields the samples of the chosen part of each step, of all parts where none is chosen."""
+        generator = np.random.default_rng(0)
+        for _ in range(STEPS):
+            batches = [generator.integers(0, 60, generator.integers(1, 7)).tolist() for _ in range(self.parts)]
+            yield list(chain.from_iterable(batches)) if self.part is None else batches[self.part]
+
+    def __len__(self) -> int:
+        """Steps."""
+        return STEPS
+
+
+def fit(path: Path, settings: dict[str, Any], parts: int, part: int | None) -> None:
+    """Fits on one part of every batch, or in one process on all parts, and writes the end to `path`."""
+    torch.set_num_threads(1)
+    settings = dict(settings)
+    loss = MultiSimilarityLoss() if settings.pop("loss", "") == "ms" else ContrastiveLoss(0.3)
+    # A small rate: 200 steps must not amplify what is rounding at the first.
+    module = tiny_module(loss=loss, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.001))
+    memory = MemoryBankCallback(size=97, **settings)
+    data = TinyData()
+    data.setup("fit")
+    assert data.train_set is not None
+    trainer = Trainer(
+        max_epochs=1,
+        limit_val_batches=0,
+        precision="64-true",
+        devices=1 if part is None else parts,
+        strategy="auto" if part is None else "ddp",
+        callbacks=[memory],
+        **QUIET,
+    )
+    trainer.fit(module, DataLoader(data.train_set, batch_sampler=UnevenBatches(parts, part)))  # type: ignore[arg-type]
+    torch.save(
+        {
+            "weights": {name: tensor.detach() for name, tensor in module.state_dict().items()},
+            "bank": memory.state_dict()["bank"],
+            "steps": trainer.global_step,
+        },
+        path,
+    )
+
+
+if __name__ == "__main__":
+    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    for name, settings in json.loads(sys.argv[2]).items():
+        fit(Path(sys.argv[1]) / f"{name}-{rank}.pt", settings, ranks, rank)
