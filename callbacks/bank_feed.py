@@ -73,6 +73,7 @@ class BankFeed:
         self.sharded = sharded
         self.bank: MemoryBank | None = None
         self.entries = 0
+        self._saved: dict[str, Any] | None = None
 
     def write(
         self,
@@ -103,7 +104,7 @@ class BankFeed:
             counts = distributed.row_counts(len(keys), keys.device)
             keys, identity = distributed.gather_rows(keys, counts), distributed.gather_rows(identity, counts)
         if self.bank is None:
-            self.bank = self._make(keys.shape[1], keys.device, self.policy, self.entries)
+            self.bank = self._make(keys.shape[1], keys.device)
         elif self.bank.dim != keys.shape[1]:
             raise InputError(
                 f"the memory bank that was loaded has {self.bank.dim} columns and the keys have {keys.shape[1]}: start "
@@ -113,18 +114,23 @@ class BankFeed:
             self.adaptation(self.bank, keys, identity[:, 0])
         self.bank.enqueue(keys, identity[:, 0], identity[:, 1], step)
 
-    def resize(self, entries: int) -> None:
-        """Sets the slots, and the policy, of the bank; the newest rows that fit are kept."""
+    def start(self, entries: int, device: torch.device) -> None:
+        """Sets the slots of the bank, now that they are known, and makes the one that was loaded.
+
+        With another size or policy than before, the newest rows that fit are kept; of a bank in shares none.
+        """
         self.entries = entries
-        if self.bank is not None and (self.bank.size, self.bank.policy) != (entries, self.policy):
-            wanted = self._make(self.bank.dim, self.bank.device, self.policy, entries)
-            wanted.weight = self.bank.weight
-            wanted.load_state_dict(self.bank.state_dict())
-            self.bank = wanted
+        saved, self._saved = self._saved, None
+        if saved is None and self.bank is not None and (self.bank.size, self.bank.policy) != (entries, self.policy):
+            saved = None if self.sharded else self.bank.state_dict()
+            self.bank = None
+        if saved is not None:
+            self.bank = self._make(int(saved["dim"]), device)
+            self.bank.load_state_dict(saved)
 
     def clear(self) -> None:
         """Forgets the bank and the smoothed moments."""
-        self.bank = None
+        self.bank = self._saved = None
         if self.adaptation is not None:
             self.adaptation.reset()
 
@@ -135,18 +141,13 @@ class BankFeed:
             "adaptation": None if self.adaptation is None else self.adaptation.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Takes over a saved bank in its own size and policy; `resize` gives it this feed's."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a saved state; `start` makes its bank."""
         self.clear()
-        saved = state["bank"]
-        if saved is not None:
-            self.bank = self._make(int(saved["dim"]), device, saved.get("policy", "queue"), int(saved["size"]))
-            self.bank.weight = 0.0  # until the first step weighs it
-            self.bank.load_state_dict(saved)
+        self._saved = state["bank"]
         if self.adaptation is not None and state.get("adaptation") is not None:
             self.adaptation.load_state_dict(state["adaptation"])
 
-    def _make(self, dim: int, device: torch.device, policy: str, entries: int) -> MemoryBank:
+    def _make(self, dim: int, device: torch.device) -> MemoryBank:
         share = (distributed.rank(), distributed.world_size()) if self.sharded else (0, 1)
-        average = self.average if policy == "samples" else 0.0
-        return MemoryBank(entries, dim, self.dtype, device, policy, average, share)
+        return MemoryBank(self.entries, dim, self.dtype, device, self.policy, self.average, share)

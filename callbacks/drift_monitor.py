@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_dml import distributed
 from lightning_dml.callbacks.bank_contents import BankContents, bank_figures, pair_figures, precise
+from lightning_dml.callbacks.memory_bank import MemoryBankCallback
 from lightning_dml.callbacks.sample_encoding import (
     BatchPlan,
     encode_images,
@@ -44,11 +45,13 @@ class DriftMonitor(Callback):
 
     - `drift/probe`: D of fixed training images since the previous measurement (the first: since training started), by
       the embedder in evaluation mode; `drift/probe_lag10`: since ten measurements ago.
-    - `drift/bank`: mean squared distance between entries of the bank and what the embedder says of their samples now,
-      loaded anew, in training mode; of momentum keys, the lag of their encoder is part of it;
-      `drift/bank_age_q1` (youngest) to `_q4` (oldest): the same by quarters of the entries ordered by age.
+    - `drift/bank`: mean squared distance between entries of the bank and what the encoder that made them, the momentum
+      encoder where there is one, says of their samples now, loaded anew, in training mode; `drift/bank_age_q1`
+      (youngest) to `_q4` (oldest): the same by quarters of the entries ordered by age.
     - `drift/floor`: mean squared distance between two encodings of these samples under the same weights, which is what
       augmentation, dropout and the company in batch norm contribute to `drift/bank`; the rest of it is staleness.
+    - `drift/online`, with a momentum encoder: mean squared distance between the entries and what the embedder itself
+      says now, of which the lag of the momentum encoder is a part.
     - `memory/fill`: share of the slots in use; `memory/age_mean`, `memory/age_max`: optimizer steps since the entries
       were made; `memory/classes`: different labels.
     - `memory/hard_negatives`: share of the pairs of a batch row and an entry of another label whose similarity is above
@@ -235,14 +238,13 @@ class DriftMonitor(Callback):
         if len(rows) < 2:  # batch norm can do nothing with one
             return {}
         samples = contents.indices[rows]
+        encoder, keys = self._encoder(pl_module), self._key_encoder(trainer, pl_module)
         encoded = []
-        for _ in range(2):
+        for each in (keys, keys) if keys is encoder else (keys, keys, encoder):
             # In a new order each time, for batch norm sees the company in a batch.
             order = torch.randperm(len(rows), generator=generator)
             seed = int(torch.randint(2**31, (), generator=generator))
-            embeddings, _, found = encode_samples(
-                trainer, pl_module, self._encoder(pl_module), samples[order], batch_size, seed
-            )
+            embeddings, _, found = encode_samples(trainer, pl_module, each, samples[order], batch_size, seed)
             if not torch.equal(found.cpu(), samples[order]):
                 raise InputError(
                     "batch['index'] must be the position in the training set for entries of the memory bank to be "
@@ -250,15 +252,19 @@ class DriftMonitor(Callback):
                     "position that it is asked for, or set entries=0"
                 )
             encoded.append(precise(embeddings).cpu()[order.argsort()])
-        now, again = encoded
-        distances = _distances(now, contents.embeddings_of(rows))
+        now, again = encoded[:2]
+        stored = contents.embeddings_of(rows)
+        distances = _distances(now, stored)
         bounds = list(itertools.accumulate(len(each) for each in drawn))
         quarters = distances.tensor_split(bounds[:-1])
-        return {
+        figures = {
             "drift/bank": float(distances.mean()),
             **{f"drift/bank_age_q{number}": float(q.mean()) for number, q in enumerate(quarters, 1) if len(q)},
             "drift/floor": float(_distances(now, again).mean()),
         }
+        if len(encoded) > 2:
+            figures["drift/online"] = float(_distances(encoded[2], stored).mean())
+        return figures
 
     def _warn_if_stale(self, bank: float | None, floor: float | None, step: int) -> None:
         if self._warned or bank is None or floor is None or bank - floor <= self.stale_above:
@@ -266,11 +272,19 @@ class DriftMonitor(Callback):
         self._warned = True
         rank_zero_warn(
             f"the memory bank is stale: at step {step} its entries lie {bank - floor:.2f} (mean squared distance, "
-            f"{bank:.2f} less {floor:.2f} by augmentation) from what the embedder says of their samples now, more than "
-            f"stale_above={self.stale_above}, and a loss against it may do harm. Take momentum keys (momentum=0.99) "
-            "or, with those, a lower momentum; a later start_step, a lower learning rate, a smaller bank, or a lower "
-            "weight of the loss against it"
+            f"{bank:.2f} less {floor:.2f} by augmentation) from what their encoder says of their samples now, more "
+            f"than stale_above={self.stale_above}, and a loss against it may do harm. Take momentum keys "
+            "(momentum=0.99), a later start_step, a lower learning rate, a smaller bank, or a lower weight of the loss "
+            "against it"
         )
+
+    def _key_encoder(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
+        """What makes the bank's keys: the momentum encoder of the callback that owns the bank, or the embedder."""
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        for each in callbacks:
+            if isinstance(each, MemoryBankCallback) and each.attribute == self.attribute and each.momentum_encoder:
+                return each.momentum_encoder.encoder
+        return self._encoder(pl_module)
 
     def _encoder(self, pl_module: LightningModule) -> nn.Module:
         encoder = getattr(pl_module, self.encoder, None)

@@ -172,8 +172,7 @@ class MemoryBankCallback(Callback):
             self.feed.clear()
             self.momentum_encoder = None
             if self.bank_file is not None:
-                state = {"bank": MemoryBank.load(self.bank_file).state_dict()}
-                self.feed.load_state_dict(state, pl_module.device)
+                self.feed.load_state_dict({"bank": MemoryBank.load(self.bank_file).state_dict()})
         self._hand_over(pl_module)
         self._stop_watching()
         if self.momentum is None and self.enqueue == "before":
@@ -185,7 +184,7 @@ class MemoryBankCallback(Callback):
         entries = int(self.size)
         if isinstance(self.size, float):
             entries = max(1, round(self.size * _training_samples(trainer, self.size)))
-        self.feed.resize(entries)
+        self.feed.start(entries, pl_module.device)
         self._hand_over(pl_module)
         if self.schedule.momentum_end is not None:
             self._final_step = trainer.estimated_stepping_batches
@@ -290,7 +289,7 @@ class MemoryBankCallback(Callback):
         self.momentum_encoder = None
 
     def _restore(self, state: dict[str, Any], pl_module: LightningModule) -> None:
-        self.feed.load_state_dict(state, pl_module.device)
+        self.feed.load_state_dict(state)
         self.momentum_encoder = None
         if state["encoder"] is not None and self.momentum is not None:
             encoder = MomentumEncoder(self._embedder(pl_module), self.momentum)

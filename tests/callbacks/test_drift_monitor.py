@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import warnings
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dml import MemoryBank, distributed
-from lightning_dml.callbacks import bank_contents
+from lightning_dml.callbacks import MemoryBankCallback, bank_contents
 from lightning_dml.callbacks.bank_contents import BankContents, pair_figures
 from lightning_dml.callbacks.drift_monitor import DriftMonitor
 from lightning_dml.errors import InputError
 from tests.helpers import run_ranks
-from tests.tiny import QUIET, TinyData, TinyEmbedder
+from tests.tiny import QUIET, TinyData, TinyEmbedder, bank_of, tiny_module
 
 LR = 0.125
 
@@ -170,6 +171,23 @@ def test_bank_drift_is_that_of_its_entries_by_age(steps: int) -> None:
         assert figures["memory/fill"] == min(1.0, figures["step"] * 8 / 20)
         assert figures["memory/classes"] == len(set(bank["labels"].tolist()))
     assert monitor.history[-1]["drift/bank_age_q4"] > monitor.history[-1]["drift/bank_age_q1"]
+
+
+def test_momentum_keys_are_measured_by_their_own_encoder() -> None:
+    """A slow encoder lags far behind the embedder while its keys are fresh: that is no staleness, and is shown apart."""
+    frozen, monitor = MemoryBankCallback(size=60, momentum=1.0), DriftMonitor(every_n_steps=4, probes=0)
+    module = tiny_module()
+    trainer = Trainer(max_steps=8, limit_val_batches=0, callbacks=[frozen, monitor], **QUIET)
+    untrained = copy.deepcopy(module.embedder)
+    trainer.fit(module, TinyData())
+    figures = monitor.history[-1]
+    assert figures["drift/bank"] < 1e-10
+    data = TinyData()
+    data.setup("fit")
+    assert data.train_set is not None
+    images = torch.stack([data.train_set[int(index)]["image"] for index in bank_of(module).indices])
+    moved = (module.embedder(images) - untrained(images)).square().sum(dim=1).mean()
+    assert figures["drift/online"] == pytest.approx(float(moved.detach()), rel=1e-4)
 
 
 def test_augmentation_is_in_the_floor() -> None:

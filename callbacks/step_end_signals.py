@@ -1,0 +1,175 @@
+"""`StepEndSignals`: signals that stop or requeue a job act between training steps, on every rank at the same one."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.connectors.signal_connector import _HandlersCompose
+from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from lightning_dml import distributed
+
+
+class StepEndSignals(Callback):
+    """Lets Lightning's handlers of SIGTERM and of SLURM's requeue signal run at the end of a training step.
+
+    Lightning saves the requeue checkpoint inside the signal handler, in the middle of whatever the step was doing: a
+    batch that counts as handed out but was not trained, a bank half written, a momentum encoder that has yet to follow
+    the optimizer. On several ranks the handler ends in a barrier while another rank may wait in another collective.
+
+    This callback notes a signal and calls the handler later, where a checkpoint is whole:
+
+    * at the end of the first training batch after which the optimizer has stepped, behind all other callbacks, so
+      that neither accumulated gradients nor what the others did in that step are lost;
+    * in validation, at the end of the validation batch in one process, of the validation on several ranks, which may
+      have different numbers of batches;
+    * at the end of training. What arrives in the sanity check waits for the first step.
+
+    Where there are several ranks, they agree by an all-reduce of one number for each signal, so one rank that got the
+    signal is enough. Lightning has a collective in each step of its own for SIGTERM; this adds one of that size.
+
+    `MemoryBankCallback` adds one to its trainer. Handlers that are not Lightning's are left alone, and so are all of
+    them on Windows, outside of the main thread, and on several processes without `torch.distributed`.
+
+    Examples:
+        >>> trainer = Trainer(callbacks=[StepEndSignals()], logger=False, enable_checkpointing=False)
+        >>> StepEndSignals.add_to(trainer)  # there is one already
+        >>> sum(isinstance(each, StepEndSignals) for each in trainer.callbacks)
+        1
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deferred: dict[int, _HandlersCompose] = {}
+        self._noted: set[int] = set()
+        self._terminating = False
+        self._last_step = 0
+
+    @classmethod
+    def add_to(cls, trainer: Trainer) -> None:
+        """Gives `trainer` one of these unless it has one; for the `setup` of another callback."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(each, cls) for each in callbacks):
+            callbacks.append(cls())
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves behind all other callbacks, ModelCheckpoint too: what that saves in a step is then in our checkpoint.
+
+        The list is replaced and not changed, as Lightning is going through it.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [each for each in callbacks if each is not self] + [self]  # type: ignore[attr-defined]
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the handlers, the first hook after Lightning registers them."""
+        self._defer(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the handlers where there was no sanity check."""
+        self._defer(trainer)
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Handles what was noted, unless gradients are being accumulated, which no checkpoint holds."""
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if stepped or trainer.is_last_batch:
+            self._handle(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Handles what was noted in one process.
+
+        Not at once: Lightning takes a checkpoint from the middle of a validation step for a validation to finish, and
+        then measures a part of the images only (observed with 2.6).
+        """
+        if not trainer.sanity_checking and not distributed.is_distributed():
+            self._handle(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Handles what was noted; the ranks may have come here by different numbers of batches."""
+        if not trainer.sanity_checking:
+            self._handle(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Handles what came after the last step, and gives the handlers back."""
+        while self._handle(trainer):
+            pass
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the handlers back.
+
+        What was noted is handled in one process that SIGTERM has stopped between two steps. After any other exception
+        the state may be half of a step's, and other ranks may be elsewhere.
+        """
+        if isinstance(exception, SIGTERMException) and not distributed.is_distributed():
+            self._handle(trainer)
+        names = ", ".join(signal.Signals(each).name for each in sorted(self._noted))
+        self._restore()
+        if names:
+            rank_zero_warn(f"{names} came in a training step that ended in {type(exception).__name__}: not handled")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the handlers back where that has not happened yet."""
+        self._restore()
+
+    def _defer(self, trainer: Trainer) -> None:
+        several = trainer.world_size > 1 and not distributed.is_distributed()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._deferred or several or not in_main_thread or sys.platform == "win32":
+            return
+        self._noted, self._terminating = set(), False
+        # SIGTERM comes last: what saves must not come after what ends the training.
+        for signum in sorted(signal.valid_signals(), key=lambda each: (each == signal.SIGTERM, each)):
+            handler = signal.getsignal(signum)
+            if isinstance(handler, _HandlersCompose):
+                self._deferred[signum] = handler
+                signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: object) -> None:
+        # Lightning's handler on rank 0 sends SIGTERM on to the processes that it launched, which know by then.
+        if not (self._terminating and signum == signal.SIGTERM):
+            self._noted.add(signum)
+
+    def _handle(self, trainer: Trainer) -> bool:
+        """Calls the handlers of what any rank has noted; returns whether there was any."""
+        if not self._deferred:
+            return False
+        signums = list(self._deferred)
+        noted = [signum in self._noted for signum in signums]
+        if distributed.is_distributed():
+            flags = torch.tensor(noted, dtype=torch.int64, device=trainer.strategy.root_device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            noted = [bool(flag) for flag in flags.tolist()]
+        for signum, pending in zip(signums, noted, strict=True):
+            if pending:
+                self._terminating |= signum == signal.SIGTERM
+                self._noted.discard(signum)
+                handler: Callable[..., Any] = self._deferred[signum]
+                handler(signum, inspect.currentframe())
+        return any(noted)
+
+    def _restore(self) -> None:
+        for signum, handler in self._deferred.items():
+            if signal.getsignal(signum) == self._note:  # Lightning, or the user, may have been here before
+                signal.signal(signum, handler)
+        self._deferred, self._noted = {}, set()
