@@ -297,8 +297,9 @@ class MemoryBank:
             given and the step of some row is known.
         """
         store = self._store
-        columns = (column[: self.size] for column in (store.labels, store.indices, store.steps))
-        return {**summarise(*columns, step), "refused": float(self.refused)}
+        slots = slice(self.size)
+        found = summarise(store.labels[slots], store.indices[slots], store.steps[slots], step)
+        return {**found, "refused": float(self.refused)}
 
     def state_dict(self) -> dict[str, Any]:
         """The bank as tensors, numbers and strings that `torch.load(weights_only=True)` reads.
@@ -349,7 +350,7 @@ class MemoryBank:
         self.reset()
         self._store.take_over(place.slots, place.rows, state)
         self.refused.copy_(state["refused"])
-        self._pointer, self._count = place.pointer, place.count
+        self._pointer, self._count = place.pointer, place.total
 
     @classmethod
     def from_state_dict(

@@ -24,7 +24,7 @@ class Placement(NamedTuple):
 
     rows: Tensor
     slots: Tensor
-    count: int
+    total: int
     pointer: int
 
 

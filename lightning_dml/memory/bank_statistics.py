@@ -45,8 +45,8 @@ def summarise(labels: Tensor, indices: Tensor, steps: Tensor, step: int | None) 
     summary = {
         "filled": rows / len(labels),
         "rows": float(rows),
-        "classes": float(len(labels[used].unique())),
-        "samples": float(len(known.unique())),
+        "classes": float(len(set(labels[used].tolist()))),
+        "samples": float(len(set(known.tolist()))),
     }
     dated = steps[used & (steps >= 0)]
     if step is not None and len(dated):

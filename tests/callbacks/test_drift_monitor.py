@@ -174,7 +174,7 @@ def test_bank_drift_is_that_of_its_entries_by_age(steps: int) -> None:
 
 
 def test_momentum_keys_are_measured_by_their_own_encoder() -> None:
-    """A slow encoder lags far behind the embedder while its keys are fresh: that is no staleness, and is shown apart."""
+    """A slow encoder lags far behind the embedder while its keys are fresh: that is no staleness; it is shown apart."""
     frozen, monitor = MemoryBankCallback(size=60, momentum=1.0), DriftMonitor(every_n_steps=4, probes=0)
     module = tiny_module()
     trainer = Trainer(max_steps=8, limit_val_batches=0, callbacks=[frozen, monitor], **QUIET)

@@ -33,22 +33,19 @@ def random_bank(policy: str = "queue", dtype: torch.dtype = torch.float32, **opt
     return bank
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls `look` with the results of every tensor operation, as an interrupt might come between any two."""
 
     def __init__(self, look: Callable[[list[Tensor]], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.look = look
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation, then looks."""
         result = func(*args, **(kwargs or {}))
-        self.look([each for each in (result if isinstance(result, (list, tuple)) else [result]) if _is_tensor(each)])
+        several = result if isinstance(result, (list, tuple)) else [result]
+        self.look([each for each in several if isinstance(each, Tensor)])
         return result
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def largest_new_tensor(bank: MemoryBank, call: Callable[[], object]) -> int:
@@ -86,7 +83,8 @@ def test_a_write_does_not_wait_for_an_accelerator(policy: str) -> None:
         bank._trusted = True  # the first enqueue looks at the indices
         mask = torch.ones(4, dtype=torch.bool, device="meta") if policy == "samples" else None
         for _ in range(3):
-            bank.enqueue(*(column.to("meta") for column in batch(0, 4)), step=1, mask=mask)
+            rows, labels, indices = (column.to("meta") for column in batch(0, 4))
+            bank.enqueue(rows, labels, indices, step=1, mask=mask)
         bank.transform(torch.ones(2, device="meta"), torch.ones(2, device="meta"))
         assert bank.total == 5
 
@@ -180,7 +178,7 @@ def test_an_accelerator_refuses_foreign_indices_without_looking() -> None:
 def test_rows_that_take_part_in_nothing_need_no_index() -> None:
     """A padded batch has label -1 and index -1 in its padding, and that is no error."""
     bank = MemoryBank(3, 2, policy="samples")
-    rows, labels, _ = batch(1, 3)
+    rows = batch(1, 3)[0]
     bank.enqueue(rows, torch.tensor([1, -1, 3]), torch.tensor([0, -1, 9]), mask=torch.tensor([True, True, False]))
     assert bank.labels.tolist() == [1, -1, -1]
 
