@@ -13,6 +13,8 @@ from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank, MomentAdaptation
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class BankSchedule:
@@ -24,6 +26,9 @@ class BankSchedule:
         warmup_steps: length of the linear rise of the weight from 0.
         momentum: coefficient of the momentum encoder at `start_step`; None without one.
         momentum_end: coefficient at the last step; None keeps it.
+
+    Raises:
+        InputError: for a value out of range.
     """
 
     start_step: int
@@ -31,6 +36,18 @@ class BankSchedule:
     warmup_steps: int
     momentum: float | None
     momentum_end: float | None
+
+    def __post_init__(self) -> None:
+        for name, steps in (("start_step", self.start_step), ("warmup_steps", self.warmup_steps)):
+            if steps < 0:
+                raise InputError(f"{name} must not be negative, got {steps}")
+        if self.weight < 0 or not math.isfinite(self.weight):
+            raise InputError(f"weight must not be negative, got {self.weight}; 0 leaves the bank out of the loss")
+        momentum, end = self.momentum, self.momentum_end
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise InputError(f"momentum must lie in [0, 1], such as 0.99, or be None for online keys, got {momentum}")
+        if end is not None and (momentum is None or not momentum <= end <= 1):
+            raise InputError(f"momentum_end must lie between momentum and 1, got {end} with momentum={momentum}")
 
     def weight_at(self, step: int) -> float:
         """Factor of the loss against the bank."""
@@ -52,24 +69,32 @@ class BankFeed:
     """A memory bank that is made when its first rows come and that every rank writes alike.
 
     Args:
-        dtype: floating dtype of the stored embeddings.
+        dtype: name of the dtype of the stored embeddings.
         policy: `queue` or `samples`.
         average: coefficient of a sample's moving average in its slot.
-        adaptation: keeps stored rows at the moments of those that come; None leaves them.
+        adaptation: `moments` or `kalman` keeps stored rows at the moments of those that come; None leaves them.
         sharded: keep on each rank its share only.
 
     Attributes:
         bank: the bank; None before its first rows.
         entries: slots of a bank that is yet to be made.
+
+    Raises:
+        InputError: for an unknown name, or an average out of range or without slots of the samples' own.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, policy: str, average: float, adaptation: MomentAdaptation | None, sharded: bool
-    ) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: str, policy: str, average: float, adaptation: str | None, sharded: bool) -> None:
+        check_choice("memory dtype", dtype, tuple(DTYPES))
+        check_choice("policy", policy, ("queue", "samples"))
+        check_choice("adaptation", adaptation, (None, "moments", "kalman"))
+        if not 0 <= average < 1 or (average and policy != "samples"):
+            raise InputError(
+                f"average must lie in [0, 1) and needs policy='samples', got {average} with policy={policy!r}"
+            )
+        self.dtype = DTYPES[dtype]
         self.policy = policy
         self.average = average
-        self.adaptation = adaptation
+        self.adaptation = None if adaptation is None else MomentAdaptation(kalman=adaptation == "kalman")
         self.sharded = sharded
         self.bank: MemoryBank | None = None
         self.entries = 0
@@ -151,3 +176,9 @@ class BankFeed:
     def _make(self, dim: int, device: torch.device) -> MemoryBank:
         share = (distributed.rank(), distributed.world_size()) if self.sharded else (0, 1)
         return MemoryBank(self.entries, dim, self.dtype, device, self.policy, self.average, share)
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises `InputError` unless `value` is one of the choices."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(str(each) for each in choices)}, got {value!r}")

@@ -11,13 +11,12 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_dml.callbacks.bank_feed import BankFeed, BankSchedule
+from lightning_dml.callbacks.bank_feed import BankFeed, BankSchedule, check_choice
 from lightning_dml.callbacks.encoder_watch import EncoderWatch
 from lightning_dml.callbacks.sample_encoding import encode_samples
 from lightning_dml.errors import InputError
-from lightning_dml.memory import MemoryBank, MomentAdaptation, MomentumEncoder
+from lightning_dml.memory import MemoryBank, MomentumEncoder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = {"image", "label", "index"}
 
 
@@ -104,27 +103,11 @@ class MemoryBankCallback(Callback):
         super().__init__()
         if size <= 0 or (isinstance(size, float) and size > 1):
             raise InputError(f"memory size must be positive or a ratio in (0, 1], got {size}")
-        for name, steps in (("start_step", start_step), ("warmup_steps", warmup_steps)):
-            if steps < 0:
-                raise InputError(f"{name} must not be negative, got {steps}")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise InputError(f"momentum must lie in [0, 1], such as 0.99, or be None for online keys, got {momentum}")
-        if momentum_end is not None and (momentum is None or not momentum <= momentum_end <= 1):
-            raise InputError(
-                f"momentum_end must lie between momentum and 1, got {momentum_end} with momentum={momentum}"
-            )
-        if weight < 0 or not math.isfinite(weight):
-            raise InputError(f"weight must not be negative, got {weight}; 0 leaves the bank out of the loss")
-        _check_choice("memory dtype", dtype, tuple(DTYPES))
-        _check_choice("enqueue", enqueue, ("before", "after"))
-        _check_choice("policy", policy, ("queue", "samples"))
-        _check_choice("adaptation", adaptation, (None, "moments", "kalman"))
-        if not 0 <= average < 1 or (average and policy != "samples"):
-            raise InputError(
-                f"average must lie in [0, 1) and needs policy='samples', got {average} with policy={policy!r}"
-            )
         if policy == "samples" and isinstance(size, float) and size < 1:
             raise InputError(f"policy='samples' has a slot for every training sample: set size to 1.0, got {size}")
+        check_choice("enqueue", enqueue, ("before", "after"))
+        self.schedule = BankSchedule(start_step, weight, warmup_steps, momentum, momentum_end)
+        self.feed = BankFeed(dtype, policy, average, adaptation, sharded)
         self.size = size
         self.momentum = momentum
         self.encoder = encoder
@@ -133,9 +116,6 @@ class MemoryBankCallback(Callback):
         self.attribute = attribute
         self.output = output
         self.bank_file = bank_file
-        self.schedule = BankSchedule(start_step, weight, warmup_steps, momentum, momentum_end)
-        adapting = None if adaptation is None else MomentAdaptation(kalman=adaptation == "kalman")
-        self.feed = BankFeed(DTYPES[dtype], policy, average, adapting, sharded)
         self.momentum_encoder: MomentumEncoder | None = None
         self._last_step = 0
         self._final_step = math.inf
@@ -355,11 +335,6 @@ class MemoryBankCallback(Callback):
         if self._watch is not None:
             self._watch.remove()
         self._watch = None
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(str(each) for each in choices)}, got {value!r}")
 
 
 def _mask_of(batch: Any) -> Tensor | None:

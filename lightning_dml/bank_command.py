@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from lightning_dml import distributed
-from lightning_dml.callbacks.memory_bank import DTYPES
+from lightning_dml.callbacks.bank_feed import DTYPES
 from lightning_dml.datamodules.samplers import UnpaddedDistributedSampler
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank

@@ -113,7 +113,10 @@ class Swept(NamedTuple):
 
 
 Sweep = Callable[[Tensor, Tensor, PairTask, Sequence[Tensor], bool, bool], Swept]
-"""Called with anchors, references, task, learnable parameters, and whether to give the gradients of the first two."""
+"""Called with anchors, references, task, learnable parameters, and whether to give the gradients of the first two.
+
+References may be of half precision where they have no gradient.
+"""
 
 
 def pair_sums(anchors: Tensor, references: Tensor, task: PairTask, sweep: Sweep | None = None) -> PairSums:
@@ -130,17 +133,21 @@ def sweep_blocks(
     wants_anchors: bool,
     wants_references: bool,
 ) -> Swept:
-    """All anchors (N, D) against all references (M, D) of this process, of the dtype of the mathematics."""
+    """All anchors (N, D) against all references (M, D) of this process.
+
+    Anchors are of the dtype of the mathematics; references without gradient may be of a narrower one.
+    """
     swept = Swept.start(left, parameters)._replace(
         grad_anchors=torch.zeros_like(left) if wants_anchors else None,
         grad_references=torch.zeros_like(right) if wants_references else None,
     )
     buffer: list[Tensor] = []
-    for rows, columns in _blocks(len(left), right, task):
+    for rows, columns in _blocks(len(left), right, task, left.element_size()):
         similarity = _product(left[rows], right[columns], buffer)
         weights = swept.weigh(task, similarity, rows, columns, parameters)
         if swept.grad_anchors is not None:
-            swept.grad_anchors[rows].addmm_(weights, right[columns])
+            for part, converted in _converted(right[columns], left.dtype):
+                swept.grad_anchors[rows].addmm_(weights[:, part], converted)
         if swept.grad_references is not None:
             swept.grad_references[columns].addmm_(weights.T, left[rows])
     return swept
@@ -154,7 +161,7 @@ def row_statistics(anchors: Tensor, references: Tensor, task: PairTask) -> Tenso
     left, right = _computed(anchors, references)
     parts = []
     with drawing_again(task.miner), torch.autocast(left.device.type, enabled=False):
-        for rows, columns in _blocks(len(left), right, task, whole_rows=True):
+        for rows, columns in _blocks(len(left), right, task, left.element_size(), whole_rows=True):
             similarity = left[rows] @ right.T
             part = task.weighting.row_statistics(similarity, *task.mined(similarity, rows, columns))
             assert part is not None
@@ -180,7 +187,7 @@ class _PairSums(torch.autograd.Function):
     def forward(
         ctx: Any, anchors: Tensor, references: Tensor, task: PairTask, sweep: Sweep, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        left, right = _computed(anchors, references)
+        left, right = _computed(anchors, references, narrow=not ctx.needs_input_grad[1])
         with torch.autocast(left.device.type, enabled=False):
             swept = sweep(left, right, task, parameters, *ctx.needs_input_grad[:2])
         active, pairs = torch.count_nonzero(swept.counts), swept.counts.sum()
@@ -197,25 +204,46 @@ class _PairSums(torch.autograd.Function):
         return tuple(None if each is None else (each * grad_loss).to(dtype) for each, dtype in pairs)
 
 
-def _computed(anchors: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the mathematics: exponentials of 50 S overflow half precision, so float32 at least."""
+def _computed(anchors: Tensor, references: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the mathematics: exponentials of 50 S overflow half precision, so float32 at least.
+
+    With `narrow`, references in half precision stay so: a large bank is converted a part at a time, not copied whole.
+    """
     dtype = torch.promote_types(torch.promote_types(anchors.dtype, references.dtype), torch.float32)
-    return anchors.detach().to(dtype), references.detach().to(dtype)
+    narrow = narrow and references.dtype in (torch.float16, torch.bfloat16)
+    return anchors.detach().to(dtype), references.detach() if narrow else references.detach().to(dtype)
 
 
 def _product(rows: Tensor, columns: Tensor, buffer: list[Tensor]) -> Tensor:
     """Their products, (n, m), in the memory of the last block of this size: fresh memory is slower than the product."""
     if not buffer or buffer[0].shape != (len(rows), len(columns)):
         buffer[:] = [rows.new_empty(len(rows), len(columns))]
-    return torch.mm(rows, columns.T, out=buffer[0])
+    if columns.dtype == rows.dtype:
+        return torch.mm(rows, columns.T, out=buffer[0])
+    for part, converted in _converted(columns, rows.dtype):
+        buffer[0][:, part] = rows @ converted.T
+    return buffer[0]
 
 
-def _blocks(count: int, right: Tensor, task: PairTask, whole_rows: bool = False) -> Iterator[tuple[slice, slice]]:
-    """Row and column ranges that cover the similarity matrix, row after row."""
-    entries = max(1, task.block_bytes // right.element_size())
+def _converted(rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows in `dtype`: all at once where they are in it already, else a part that stays in the cache at a time."""
+    if rows.dtype == dtype:
+        yield slice(0, len(rows)), rows
+        return
+    height = max(1, _CACHE_BYTES // max(1, rows.shape[1] * dtype.itemsize))
+    for start in range(0, len(rows), height):
+        part = slice(start, min(start + height, len(rows)))
+        yield part, rows[part].to(dtype)
+
+
+def _blocks(
+    count: int, right: Tensor, task: PairTask, itemsize: int, whole_rows: bool = False
+) -> Iterator[tuple[slice, slice]]:
+    """Row and column ranges that cover the similarity matrix, of `itemsize` bytes an entry, row after row."""
+    entries = max(1, task.block_bytes // itemsize)
     tiled = not whole_rows and task.separable
     if tiled and right.device.type == "cpu":
-        entries = min(entries, _CACHE_BYTES // right.element_size())
+        entries = min(entries, _CACHE_BYTES // itemsize)
     height = max(1, min(count, 256, entries)) if tiled else max(1, entries // max(1, len(right)))
     width = max(1, entries // height) if tiled else max(1, len(right))
     for top in range(0, count, height):

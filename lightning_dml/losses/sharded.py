@@ -176,7 +176,7 @@ def _sweep_shares(left: Tensor, right: Tensor, task: PairTask, parameters: Seque
 
 def _sweep_rows(left: Tensor, right: Tensor, task: PairTask, parameters: Sequence[Tensor], layout: _Layout) -> Swept:
     """A few anchors of each rank at a time, against all references: whole rows, in the order of the whole set."""
-    task = task._replace(labels=_pairs_of_whole_rows(task.labels, layout.references))
+    task, right = task._replace(labels=_pairs_of_whole_rows(task.labels, layout.references)), right.to(left.dtype)
     ranks, longest, total = len(layout.references), max(layout.references), sum(layout.references)
     everyone = distributed.gather_padded(left, max(layout.anchors))
     # The same on every rank, so that all take part in equally many exchanges.

@@ -202,7 +202,7 @@ class MetricLearningModule(LightningModule):
 def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Tensor, bank: MemoryBank | None) -> Tensor:
     references: dict[str, Tensor] = {}
     if bank is not None:
-        references = {"ref_emb": bank.embeddings.to(embeddings.dtype), "ref_labels": bank.labels}
+        references = {"ref_emb": bank.embeddings, "ref_labels": bank.labels}
     if isinstance(loss, PairWeightingLoss):
         if bank is not None:
             references["ref_indices"] = bank.indices
@@ -215,6 +215,8 @@ def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Ten
             f"{type(loss).__name__} knows nothing of ranks and cannot work against a sharded memory bank: set "
             "MemoryBankCallback(sharded=False), or take a loss of lightning_dml"
         )
+    if bank is not None:  # our losses compute in a fitting precision, others in that of what they are given
+        references["ref_emb"] = bank.embeddings.to(embeddings.dtype)
     if distributed.is_distributed() and any(isinstance(m, PairWeightingLoss) and m.gather for m in loss.modules()):
         raise InputError(
             f"{type(loss).__name__} contains a loss of lightning_dml, which gathers the batches itself, inside one "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dml.errors import InputError
-from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, PairWeightingLoss
+from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, PairWeightingLoss, engine
 from lightning_dml.losses.weighting import Weighting
 from tests.losses.oracle import gradients
 from tests.losses.test_distributed_losses import LOSSES
@@ -160,3 +161,23 @@ def test_another_librarys_tuple_of_indices_is_named() -> None:
     """Its third argument is a tuple of pairs; a message on missing labels would mislead."""
     with pytest.raises(InputError, match=r"ref_emb must be a tensor, got tuple.*miner"):
         ContrastiveLoss()(unit(4), torch.arange(4), (torch.arange(4),))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_bank_is_converted_part_by_part(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who halves the memory of a bank must not get a float32 copy of it in every step, nor other numbers."""
+    monkeypatch.setattr(engine, "_CACHE_BYTES", 6 * 4 * 7)  # parts of seven references
+    batch = {key: value.float() if value.is_floating_point() else value for key, value in data().items()}
+    narrow = batch.pop("ref_emb").to(dtype)
+    loss = copy.deepcopy(LOSSES[name]).float()
+    loss.validate = False
+    results = []
+    for references in (narrow, narrow.float()):
+        anchors = batch["embeddings"].clone().requires_grad_()
+        value = loss(**{**batch, "embeddings": anchors, "ref_emb": references})
+        results.append((value.detach(), *torch.autograd.grad(value, anchors)))
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right, rtol=0, atol=1e-5)
