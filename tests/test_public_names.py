@@ -53,9 +53,9 @@ SHIPPED = {
         "Sigmoid",
         "PiecewiseLinear",
     ],
-    "lightning_dml.memory": ["MemoryBank", "MomentumEncoder"],
+    "lightning_dml.memory": ["MemoryBank", "MomentAdaptation", "MomentumEncoder"],
     "lightning_dml.retrieval": ["RetrievalMetrics", "knn"],
-    "lightning_dml.callbacks": ["MemoryBankCallback", "RetrievalReport"],
+    "lightning_dml.callbacks": ["DriftMonitor", "MemoryBankCallback", "RetrievalReport", "StepEndSignals"],
     "lightning_dml.datamodules": ["FolderDataModule", "GlyphsDataModule", "PKBatchSampler"],
 }
 

@@ -65,7 +65,7 @@ def fit(path: Path, settings: dict[str, Any], parts: int, part: int | None) -> N
         callbacks=[memory],
         **QUIET,
     )
-    trainer.fit(module, DataLoader(data.train_set, batch_sampler=UnevenBatches(parts, part)))  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader(data.train_set, batch_sampler=UnevenBatches(parts, part)))
     torch.save(
         {
             "weights": {name: tensor.detach() for name, tensor in module.state_dict().items()},
