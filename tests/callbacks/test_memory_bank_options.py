@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_dml import MemoryBank, MetricLearningModule
 from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.errors import InputError
-from lightning_dml.losses import ContrastiveLoss
+from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, SupConLoss, TripletLoss
 from tests.tiny import QUIET, TinyData, TinyEmbedder, bank_of, tiny_module
 
 Seen = list[tuple[dict[str, Tensor], Tensor, dict[str, Any] | None, float]]
@@ -396,3 +396,30 @@ def test_our_module_trains_with_everything_on() -> None:
     module = fit(callback, tiny_module(), steps=6)
     assert int(bank_of(module).filled) == 60
     assert all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("loss", [ContrastiveLoss(0.3), MultiSimilarityLoss(), TripletLoss(), SupConLoss()])
+def test_a_bank_without_the_classes_of_the_batch_has_negatives_alone(tmp_path: Path, loss: nn.Module) -> None:
+    """Right after the start no anchor may have a positive in the bank; nothing must become NaN by it."""
+    saved = MemoryBank(12, 6)
+    saved.enqueue(F.normalize(torch.randn(12, 6), dim=1), 1000 + torch.arange(12), 1000 + torch.arange(12))
+    saved.save(tmp_path / "bank.pt")
+    callback = MemoryBankCallback(size=12, momentum=None, enqueue="after", bank_file=str(tmp_path / "bank.pt"))
+    module = fit(callback, tiny_module(loss=loss), steps=1)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"policy": "queue"}])
+def test_a_batch_larger_than_the_bank_leaves_its_last_rows(options: dict[str, Any]) -> None:
+    """A small bank with a large batch is a user's slip, not a reason to lose the newest rows or to stop."""
+    module = fit(MemoryBankCallback(size=3, encoder="net", **options), steps=3)
+    batch, _, _, _ = module.seen[-1]
+    assert sorted(bank_of(module).indices.tolist()) == sorted(batch["index"][-3:].tolist())
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_mixed_precision_keeps_keys_on_the_sphere(momentum: float | None) -> None:
+    """Keys that autocast rounded would be shorter or longer than the embeddings that they are compared with."""
+    module = fit(MemoryBankCallback(size=20, encoder="net", momentum=momentum), steps=3, precision="bf16-mixed")
+    assert bank_of(module).dtype == torch.float32
+    torch.testing.assert_close(bank_of(module).embeddings.norm(dim=1), torch.ones(20))
