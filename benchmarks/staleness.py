@@ -63,8 +63,8 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "ms-online": ONLINE,
     "ms-momentum": MOMENTUM,
 }
-FEWER = "none online online-start500 online-weight0.1 entry online-moments momentum defaults momentum-moments"
-DEFAULT_SETTINGS = {"glyphs": list(SETTINGS), "hanzi": [*FEWER.split(), "ms", "ms-online", "ms-momentum"]}
+FEWER = "none online online-start500 online-weight0.1 entry online-moments momentum defaults ms ms-momentum"
+DEFAULT_SETTINGS = {"glyphs": list(SETTINGS), "hanzi": FEWER.split()}
 BANK_SIZE: dict[str, int | float] = {"glyphs": 1.0, "hanzi": 8192, "icons": 8192}
 MARGIN = 0.5
 # What a setting does not name; spelled out, so that no change of the callback's defaults changes what a name means.

@@ -41,8 +41,8 @@ class MomentAdaptation:
         >>> bank = MemoryBank(size=4, dim=2)
         >>> bank.enqueue(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([0, 1]))
         >>> MomentAdaptation()(bank, torch.tensor([[0.0, 1.0], [-0.8, 0.6]]), torch.tensor([0, 1]))
-        >>> bank.embeddings.sum(dim=0)  # near the sum of the batch
-        tensor([-0.8000,  1.6000])
+        >>> bank.embeddings.sum(dim=0)  # that of the batch is (-0.8, 1.6); unit length takes a little of it away
+        tensor([-0.6247,  1.7809])
     """
 
     def __init__(self, kalman: bool = False, process_noise: float = 1e-3) -> None:

@@ -114,18 +114,20 @@ def test_a_file_gives_the_bank_back(tmp_path: Path, options: dict[str, Any]) -> 
     assert_same_state(loaded.state_dict(), bank.state_dict())
 
 
-def test_an_interrupted_save_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["torch.save", "os.replace"])
+def test_an_interrupted_save_leaves_the_older_file(tmp_path: Path, monkeypatch: Any, call: str) -> None:
     """A full disk must not cost the bank that was there."""
     path, bank = tmp_path / "bank.pt", random_bank()
     bank.save(path)
     bank.reset()
 
     def half(content: object, target: Path) -> None:
-        target.write_bytes(b"half a file")
+        if call == "torch.save":
+            target.write_bytes(b"half a file")
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr(torch, "save", half)
+        patch.setattr(call, half)
         bank.save(path)
     assert len(MemoryBank.load(path)) == 50
     assert [each.name for each in tmp_path.iterdir()] == ["bank.pt"]
@@ -203,6 +205,7 @@ def _save_and_load(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_three_ranks_save_what_any_number_loads(tmp_path: Path) -> None:
     """A job that comes back with fewer GPUs must go on with the whole bank, every row in its slot."""
     everything = {ranks: run_ranks(ranks, _save_and_load, str(tmp_path)) for ranks in (3, 2)}
