@@ -45,19 +45,20 @@ class UnevenBatches:
         return STEPS
 
 
-def fit(path: Path, settings: dict[str, Any], parts: int, part: int | None) -> None:
-    """Fits on one part of every batch, or in one process on all parts, and writes the end to `path`."""
+def fit(folder: Path, name: str, settings: dict[str, Any], parts: int, part: int | None) -> None:
+    """Fits on one part of every batch, or in one process on all parts; writes `NAME-RANK.pt` and `NAME.ckpt`."""
     torch.set_num_threads(1)
     settings = dict(settings)
+    epochs, resumed = settings.pop("epochs", 1), settings.pop("resumed", None)
     loss = MultiSimilarityLoss() if settings.pop("loss", "") == "ms" else ContrastiveLoss(0.3)
-    # A small rate: 200 steps must not amplify what is rounding at the first.
-    module = tiny_module(loss=loss, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.001))
+    # A small rate: hundreds of steps must not amplify what is rounding at the first, and weights still move by 1e-3.
+    module = tiny_module(loss=loss, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-5))
     memory = MemoryBankCallback(size=97, **settings)
     data = TinyData()
     data.setup("fit")
     assert data.train_set is not None
     trainer = Trainer(
-        max_epochs=1,
+        max_epochs=epochs,
         limit_val_batches=0,
         precision="64-true",
         devices=1 if part is None else parts,
@@ -65,18 +66,21 @@ def fit(path: Path, settings: dict[str, Any], parts: int, part: int | None) -> N
         callbacks=[memory],
         **QUIET,
     )
-    trainer.fit(module, DataLoader(data.train_set, batch_sampler=UnevenBatches(parts, part)))
+    loader = DataLoader(data.train_set, batch_sampler=UnevenBatches(parts, part))
+    checkpoint = None if resumed is None else folder / f"{resumed}.ckpt"
+    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+    trainer.save_checkpoint(folder / f"{name}.ckpt")  # of a bank in shares a collective
     torch.save(
         {
             "weights": {name: tensor.detach() for name, tensor in module.state_dict().items()},
             "bank": memory.state_dict()["bank"],
             "steps": trainer.global_step,
         },
-        path,
+        folder / f"{name}-{trainer.global_rank}.pt",
     )
 
 
 if __name__ == "__main__":
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     for name, settings in json.loads(sys.argv[2]).items():
-        fit(Path(sys.argv[1]) / f"{name}-{rank}.pt", settings, ranks, rank)
+        fit(Path(sys.argv[1]), name, settings, ranks, rank)
