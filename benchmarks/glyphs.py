@@ -30,7 +30,7 @@ from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, PairWeigh
 
 SETTINGS = {
     "none": "contrastive, no memory",
-    "online": "contrastive + online memory",
+    "online": "contrastive + online memory, enqueued after the loss",
     "momentum": "contrastive + momentum memory",
     "ms": "multi-similarity, no memory",
     "ms-momentum": "multi-similarity + momentum memory",
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace, setting: str, seed: int) -> dict[str, Any]:
         lr_interval="step",
     )
     memory: dict[str, list[Callback]] = {
-        "online": [MemoryBankCallback(size=args.size, start_step=args.start_step, momentum=None)],
+        "online": [MemoryBankCallback(size=args.size, start_step=args.start_step, momentum=None, enqueue="after")],
         "momentum": [MemoryBankCallback(size=args.size, start_step=args.start_step, momentum=args.momentum)],
         "ms-momentum": [MemoryBankCallback(size=args.size, start_step=args.start_step, momentum=args.momentum)],
     }

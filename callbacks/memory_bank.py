@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_dml.callbacks.bank_feed import BankFeed, BankSchedule, check_choice
 from lightning_dml.callbacks.encoder_watch import EncoderWatch
 from lightning_dml.callbacks.sample_encoding import encode_samples
+from lightning_dml.callbacks.step_end_signals import StepEndSignals
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank, MomentumEncoder
 
@@ -136,8 +137,10 @@ class MemoryBankCallback(Callback):
         return self._generate_state_key(attribute=self.attribute)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes sure that the module has the attribute to read."""
+        """Makes sure that the module has the attribute to read, and that signals wait for the end of the step."""
         self._fitting, self._restored, self._failed = stage == "fit", None, False
+        if self._fitting:
+            StepEndSignals.add_to(trainer)
         if not hasattr(pl_module, self.attribute):
             setattr(pl_module, self.attribute, None)
 

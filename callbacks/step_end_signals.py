@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_dml import distributed
+
+SAME_SIGNAL = 30.0  # seconds in which SLURM's signal to other tasks, steps later, is the one that was handled
 
 
 class StepEndSignals(Callback):
@@ -35,7 +38,8 @@ class StepEndSignals(Callback):
     * at the end of training. What arrives in the sanity check waits for the first step.
 
     Where there are several ranks, they agree by an all-reduce of one number for each signal, so one rank that got the
-    signal is enough. Lightning has a collective in each step of its own for SIGTERM; this adds one of that size.
+    signal is enough. Lightning has a collective in each step of its own for SIGTERM; this adds one of that size. A
+    signal that comes again while it waits, or to another rank up to 30 seconds later, is handled once.
 
     `MemoryBankCallback` adds one to its trainer. Handlers that are not Lightning's are left alone, and so are all of
     them on Windows, outside of the main thread, and on several processes without `torch.distributed`.
@@ -49,9 +53,9 @@ class StepEndSignals(Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._deferred: dict[int, _HandlersCompose] = {}
+        self._deferred: dict[int, Any] = {}  # Lightning's type for a handler is not that of signal.signal
         self._noted: set[int] = set()
-        self._terminating = False
+        self._deaf_until: dict[int, float] = {}
         self._last_step = 0
 
     @classmethod
@@ -137,7 +141,7 @@ class StepEndSignals(Callback):
         in_main_thread = threading.current_thread() is threading.main_thread()
         if self._deferred or several or not in_main_thread or sys.platform == "win32":
             return
-        self._noted, self._terminating = set(), False
+        self._noted, self._deaf_until = set(), {}
         # SIGTERM comes last: what saves must not come after what ends the training.
         for signum in sorted(signal.valid_signals(), key=lambda each: (each == signal.SIGTERM, each)):
             handler = signal.getsignal(signum)
@@ -146,8 +150,7 @@ class StepEndSignals(Callback):
                 signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame: object) -> None:
-        # Lightning's handler on rank 0 sends SIGTERM on to the processes that it launched, which know by then.
-        if not (self._terminating and signum == signal.SIGTERM):
+        if time.monotonic() >= self._deaf_until.get(signum, 0.0):
             self._noted.add(signum)
 
     def _handle(self, trainer: Trainer) -> bool:
@@ -162,10 +165,11 @@ class StepEndSignals(Callback):
             noted = [bool(flag) for flag in flags.tolist()]
         for signum, pending in zip(signums, noted, strict=True):
             if pending:
-                self._terminating |= signum == signal.SIGTERM
+                # SIGTERM comes once: Lightning's handler passes it on to the ranks that it launched, which know by now.
+                again = math.inf if signum == signal.SIGTERM else time.monotonic() + SAME_SIGNAL
+                self._deaf_until[signum] = again
                 self._noted.discard(signum)
-                handler: Callable[..., Any] = self._deferred[signum]
-                handler(signum, inspect.currentframe())
+                self._deferred[signum](signum, inspect.currentframe())
         return any(noted)
 
     def _restore(self) -> None:
