@@ -162,7 +162,8 @@ class BankFeed:
     def state_dict(self) -> dict[str, Any]:
         """State of the bank and the adaptation; a collective where the bank is sharded."""
         return {
-            "bank": None if self.bank is None else self.bank.state_dict(),
+            # A bank that was loaded and not made yet: the fit that it was loaded for had ended already.
+            "bank": self._saved if self.bank is None else self.bank.state_dict(),
             "adaptation": None if self.adaptation is None else self.adaptation.state_dict(),
         }
 

@@ -100,6 +100,10 @@ class CountResumedEpoch(Callback):
     Lightning (2.6, observed) takes that epoch for the rest of the one before: it skips `on_train_epoch_start` and does
     not count the epoch as begun, so checkpoints from the middle of it and of later ones look like ends of epochs, and
     a second resume repeats their epoch from the first batch. `RetrievalDataModule` adds this callback to its trainer.
+
+    It also tells each ModelCheckpoint the step that was resumed from. Lightning (2.6, observed) forgets it, and with
+    gradient accumulation `every_n_train_steps` then saves a second time for that step, in the middle of the
+    accumulation for the next one, whose gradients no checkpoint holds.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,3 +113,6 @@ class CountResumedEpoch(Callback):
         processed = getattr(epoch, "processed", 0)  # Lightning declares a type that is too narrow to have it
         if getattr(loop, "restarted_mid_epoch", False) and processed >= epoch.ready:
             loop.reset_restart_stage()
+        for each in trainer.checkpoint_callbacks:
+            if getattr(each, "_every_n_train_steps", 0) and getattr(each, "_last_global_step_saved", None) == 0:
+                each._last_global_step_saved = trainer.global_step  # type: ignore[attr-defined]

@@ -1,23 +1,20 @@
 """A fit of the tiny module that a test kills, stops or requeues, in this process or in some of its own.
 
-Called as `fit_interrupted.py RUN`, a `Run` as JSON. Each rank writes a line for each batch to `NAME-RANK.jsonl`, and what
-it ended with to `NAME-RANK.pt`.
+Called as `fit_interrupted.py RUN`, a `Run` as JSON. Each rank writes a line for each batch to `NAME-RANK.jsonl`, and
+what it ended with to `NAME-RANK.pt`. Checkpoints of all runs in a folder go to its `checkpoints`.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +31,6 @@ from lightning_dml.losses import ContrastiveLoss
 from lightning_dml.memory import MomentumEncoder
 from tests.tiny import QUIET, TinyData, TinyEmbedder
 
-ROOT = Path(__file__).parents[2]
 EPOCHS, BATCHES, CLASSES = 3, 6, 8  # CLASSES of the global batch
 
 
@@ -137,10 +133,6 @@ class Module(MetricLearningModule):
         """Between the last step of an epoch and the first of the next."""
         self.interruptions.visit("epoch_end")
 
-    def on_sanity_check_start(self) -> None:
-        """Before the first step."""
-        self.interruptions.visit("sanity")
-
 
 class Log(Callback):
     """A line for each batch and each validation, on the disk when the process is killed."""
@@ -150,14 +142,14 @@ class Log(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The loss, to the last bit."""
-        self._write(trainer.current_epoch * BATCHES + batch_idx, float(outputs["loss"].detach()))
+        self._write(str(trainer.current_epoch * BATCHES + batch_idx), float(outputs["loss"].detach()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The metric that chooses the best checkpoint."""
         if not trainer.sanity_checking:
             self._write(f"val{trainer.current_epoch}", float(trainer.callback_metrics["val/map@r"]))
 
-    def _write(self, place: int | str, value: float) -> None:
+    def _write(self, place: str, value: float) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps([place, value.hex()]) + "\n")
 
@@ -171,7 +163,7 @@ def fit(run: Run) -> None:
     module.interruptions, module.pause = interruptions, run.pause
     memory = MemoryBankCallback(size=50, start_step=1, momentum=run.momentum, sharded=run.sharded)
     rank = int(os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
-    saver = ModelCheckpoint(folder / f"checkpoints-{run.name}", every_n_train_steps=1, save_last=True)
+    saver = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1, save_last=True)
     trainer = Trainer(
         max_epochs=EPOCHS,
         accumulate_grad_batches=run.accumulate,
@@ -192,15 +184,12 @@ def fit(run: Run) -> None:
     data = TinyData(classes_per_batch=CLASSES // run.ranks, augment=True, batches_per_epoch=BATCHES)
     with interruptions.inside_the_memory(), _without_step_end_signals(run.deferred):
         trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
-    assert memory.bank is not None
-    encoder = memory.momentum_encoder
+    encoder, optimizer = memory.momentum_encoder, trainer.optimizers[0].state_dict()
     state = {
         "weights": module.state_dict(),
-        "bank": memory.bank.state_dict(),
+        "bank": {} if memory.bank is None else memory.bank.state_dict(),
         "encoder": {} if encoder is None else encoder.state_dict(),
-        "optimizer": {
-            str(key): each["momentum_buffer"] for key, each in trainer.optimizers[0].state_dict()["state"].items()
-        },
+        "optimizer": {str(key): each["momentum_buffer"] for key, each in optimizer["state"].items()},
         "ended": {"step": trainer.global_step, "epoch": trainer.current_epoch},
     }
     torch.save(state, folder / f"{run.name}-{rank}.pt")
@@ -214,34 +203,6 @@ def _without_step_end_signals(deferred: bool) -> Iterator[None]:
     else:
         with mock.patch.object(StepEndSignals, "add_to"):
             yield
-
-
-def start(run: Run, environment: dict[str, str] | None = None) -> BaseProcess:
-    """Starts the run in a process of its own, with these variables added to its environment.
-
-    It is forked from one that has imported everything, which takes longer than the fit. What it prints is in
-    `NAME.txt`.
-    """
-    os.environ["PYTHONPATH"] = str(ROOT)  # the fork server of Python 3.11 takes its path from nowhere else
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_fit_here, args=(run, environment or {}))
-    process.start()
-    return process
-
-
-def _fit_here(run: Run, environment: dict[str, str]) -> None:
-    output = os.open(Path(run.folder) / f"{run.name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(output, stream.fileno())
-    os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    fit(run)
-
-
-def command(run: Run) -> list[str]:
-    """The command line of the run, for what needs a script: Lightning starts its own ranks with it."""
-    return [sys.executable, str(Path(__file__)), json.dumps(asdict(run))]
 
 
 if __name__ == "__main__":
