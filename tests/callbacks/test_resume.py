@@ -136,12 +136,9 @@ def test_no_checkpoint_falls_into_an_accumulation_after_a_resume(tmp_path: Path)
 
 def test_a_finished_run_keeps_its_bank_in_the_next_checkpoint(tmp_path: Path) -> None:
     """Resumed with nothing left to do, and saved again for another machine, it must not come out empty."""
-    fit(tmp_path / "whole", MOMENTUM, every=18)
-    memory = MemoryBankCallback(size=30, momentum=0.9)
-    trainer = Trainer(max_epochs=3, limit_val_batches=0, callbacks=[memory], **QUIET)
-    trainer.fit(
-        tiny_module(), TinyData(batches_per_epoch=6), ckpt_path=tmp_path / "whole/step=18.ckpt", weights_only=True
-    )
-    trainer.save_checkpoint(tmp_path / "again.ckpt")
-    states = torch.load(tmp_path / "again.ckpt", weights_only=True)["callbacks"]
-    assert len(states[memory.state_key]["bank"]["labels"]) == 30
+    for path, checkpoint in ((tmp_path / "end.ckpt", None), (tmp_path / "again.ckpt", tmp_path / "end.ckpt")):
+        memory = MemoryBankCallback(size=30, momentum=0.9)
+        trainer = Trainer(max_steps=4, limit_val_batches=0, callbacks=[memory], **QUIET)
+        trainer.fit(tiny_module(), TinyData(), ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(path)
+        assert len(torch.load(path, weights_only=True)["callbacks"][memory.state_key]["bank"]["labels"]) == 30
