@@ -196,24 +196,26 @@ def _step_table(batch: Batch, terms: dict[str, LossTerm | None], args: argparse.
         f"One training step of {args.model} (dim {args.dim}) on {args.batch} images of {args.image} x {args.image}, "
         f"{args.threads} threads, {args.rounds} interleaved rounds:",
         "",
-        "| step | median, s | / no bank, medians | / no bank, quietest | the memory's part alone, ms |",
-        "|---|---|---|---|---|",
+        "| step | median, s | / no bank, medians | / no bank, quietest | its memory's part, ms | 1 + part / no bank |",
+        "|---|---|---|---|---|---|",
     ]
     base = times["no bank"]
     for name, taken in times.items():
         ratios = statistics.median(taken) / statistics.median(base), min(taken) / min(base)
-        alone = _alone(batch, terms[name], args)
-        lines.append(f"| {name} | {statistics.median(taken):.3f} | {ratios[0]:.3f} | {ratios[1]:.3f} | {alone} |")
+        cells = [f"{statistics.median(taken):.3f}", f"{ratios[0]:.3f}", f"{ratios[1]:.3f}", "-", "-"]
+        if (term := terms[name]) is not None:
+            alone = _alone(batch, term, args)
+            cells[3:] = [f"{1e3 * alone:.1f}", f"{1 + alone / statistics.median(base):.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _alone(batch: Batch, term: LossTerm | None, args: argparse.Namespace) -> str:
-    if term is None:
-        return "-"
+def _alone(batch: Batch, term: LossTerm, args: argparse.Namespace) -> float:
+    """Seconds of the memory's part; a step of seconds varies by more than that, so its ratio is the sharper one."""
     taken = [seconds(partial(batch.term_alone, term))]
     while len(taken) < args.repeats and sum(taken) < 3:
         taken.append(seconds(partial(batch.term_alone, term)))
-    return f"{1e3 * statistics.median(taken):.1f}"
+    return statistics.median(taken)
 
 
 def _memory_table(batch: Batch, terms: dict[str, LossTerm | None], stored: dict[str, int]) -> str:

@@ -2,7 +2,8 @@
 
 from lightning_dml.callbacks.drift_monitor import DriftMonitor
 from lightning_dml.callbacks.memory_bank import MemoryBankCallback
+from lightning_dml.callbacks.reproducible_steps import ReproducibleSteps
 from lightning_dml.callbacks.retrieval_report import RetrievalReport
 from lightning_dml.callbacks.step_end_signals import StepEndSignals
 
-__all__ = ["DriftMonitor", "MemoryBankCallback", "RetrievalReport", "StepEndSignals"]
+__all__ = ["DriftMonitor", "MemoryBankCallback", "ReproducibleSteps", "RetrievalReport", "StepEndSignals"]

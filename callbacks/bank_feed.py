@@ -120,8 +120,9 @@ class BankFeed:
             gathered: whether every rank gives the same rows, those of all ranks.
 
         Raises:
-            InputError: if the bank holds rows of another dimension.
+            InputError: if a column does not fit the keys, or the bank holds rows of another dimension.
         """
+        _check_columns(len(keys), labels, indices, mask)
         if mask is not None:
             keys, labels, indices = keys[mask], labels[mask], indices[mask]
         keys, identity = keys.to(self.dtype), torch.stack((labels.long(), indices.long()), dim=1)
@@ -177,6 +178,22 @@ class BankFeed:
     def _make(self, dim: int, device: torch.device) -> MemoryBank:
         share = (distributed.rank(), distributed.world_size()) if self.sharded else (0, 1)
         return MemoryBank(self.entries, dim, self.dtype, device, self.policy, self.average, share)
+
+
+def _check_columns(rows: int, labels: Tensor, indices: Tensor, mask: Tensor | None) -> None:
+    for name, column, kind in (
+        ("label", labels, "integers"),
+        ("index", indices, "integers"),
+        ("enqueue", mask, "bool"),
+    ):
+        if column is None and name == "enqueue":
+            continue
+        if not isinstance(column, Tensor) or column.shape != (rows,):
+            found = tuple(column.shape) if isinstance(column, Tensor) else type(column).__name__
+            raise InputError(f"{name} must be a tensor with one entry for each of the {rows} embeddings, got {found}")
+        wide = column.is_floating_point() or column.is_complex()
+        if (column.dtype != torch.bool) if kind == "bool" else (wide or column.dtype == torch.bool):
+            raise InputError(f"{name} must be {kind}, got {column.dtype}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

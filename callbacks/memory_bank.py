@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,14 +12,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_dml import distributed
 from lightning_dml.callbacks.bank_feed import BankFeed, BankSchedule, check_choice
 from lightning_dml.callbacks.encoder_watch import EncoderWatch
 from lightning_dml.callbacks.sample_encoding import encode_samples
 from lightning_dml.callbacks.step_end_signals import StepEndSignals
+from lightning_dml.callbacks.training_batches import identity_of, mask_of, training_samples
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank, MomentumEncoder
-
-BATCH = {"image", "label", "index"}
+from lightning_dml.memory.bank import EMPTY
+from lightning_dml.memory.momentum import check_precision
 
 
 class MemoryBankCallback(Callback):
@@ -36,8 +39,9 @@ class MemoryBankCallback(Callback):
 
     Either way the keys may enter a queue or a slot of their sample's own (`policy`), where a moving average over a
     sample's keys may be kept (`average`), and the stored embeddings may be kept at the mean and variance of the
-    batch's keys (`adaptation`). A batch, or the dict that `training_step` returns, may hold `enqueue` (N,) bool: rows
-    where it is False stay out of the bank.
+    batch's keys (`adaptation`). A batch may hold `enqueue` (N,) bool, and so may, with `enqueue="after"`, the dict that
+    `training_step` returns: rows where it is False stay out of the bank. A batch that `training_step`
+    skips by returning None leaves no online keys.
 
     The bank starts to fill at `start_step`, where the momentum encoder is copied from the embedder anew. Rows of all
     ranks are gathered in rank order, so the bank is the same on every rank, saving it needs no collective, and a run
@@ -52,7 +56,8 @@ class MemoryBankCallback(Callback):
     Args:
         size: entries of the bank, or, as a float in (0, 1], the share of the training set that it holds (the memory
             ratio of XBM).
-        start_step: optimizer step at which the bank starts; XBM's SOP recipe has 1,000.
+        start_step: optimizer step at which the bank starts, by `trainer.global_step`, which counts the steps of all
+            optimizers; XBM's SOP recipe has 1,000.
         momentum: coefficient of the momentum encoder in [0, 1]; None for online keys.
         encoder: name of the attribute of the LightningModule that maps images to embeddings.
         dtype: floating dtype of the stored embeddings.
@@ -66,7 +71,7 @@ class MemoryBankCallback(Callback):
         average: coefficient of a sample's moving average in its slot, with `policy="samples"`; 0 replaces.
         adaptation: `moments` or `kalman`, see `MomentAdaptation`; None leaves stored embeddings as they are.
         momentum_end: the momentum rises to this value at the last step by a half cosine, as in BYOL (arXiv
-            2006.07733); None keeps it.
+            2006.07733); None keeps it. With several optimizers it gets there early, as each step of one counts.
         sharded: keep on each rank only its share of the bank.
         attribute: name of the LightningModule's attribute for the bank; several callbacks take different ones.
         output: name of the online keys in the dict that `training_step` returns, for `enqueue="after"`.
@@ -102,8 +107,10 @@ class MemoryBankCallback(Callback):
         bank_file: str | None = None,
     ) -> None:
         super().__init__()
-        if size <= 0 or (isinstance(size, float) and size > 1):
+        if isinstance(size, bool) or not size > 0 or (isinstance(size, float) and size > 1):
             raise InputError(f"memory size must be positive or a ratio in (0, 1], got {size}")
+        if isinstance(size, int) and size == 1:
+            raise InputError("memory size 1 is a bank of a single entry; for the whole training set give the ratio 1.0")
         if policy == "samples" and isinstance(size, float) and size < 1:
             raise InputError(f"policy='samples' has a slot for every training sample: set size to 1.0, got {size}")
         check_choice("enqueue", enqueue, ("before", "after"))
@@ -123,6 +130,7 @@ class MemoryBankCallback(Callback):
         self._fitting = False
         self._failed = False
         self._restored: dict[str, Any] | None = None
+        self._unused: dict[str, Any] | None = None
         self._watch: EncoderWatch | None = None
         self._held: tuple[Tensor, Tensor, Tensor] | None = None  # keys that enter after the loss
 
@@ -134,11 +142,19 @@ class MemoryBankCallback(Callback):
     @property
     def state_key(self) -> str:
         """Tells the states of several banks apart in a checkpoint."""
+        if self.attribute == "memory_bank":
+            return super().state_key
         return self._generate_state_key(attribute=self.attribute)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes sure that the module has the attribute to read, and that signals wait for the end of the step."""
-        self._fitting, self._restored, self._failed = stage == "fit", None, False
+        self._fitting, self._restored, self._unused, self._failed = stage == "fit", None, None, False
+        present = getattr(pl_module, self.attribute, None)
+        if present is not None and not isinstance(present, MemoryBank):
+            raise InputError(
+                f"attribute must name a place for the bank, but {type(pl_module).__name__}.{self.attribute} is a "
+                f"{type(present).__name__}; training_step is to read the bank from there, 'memory_bank' by default"
+            )
         if self._fitting:
             StepEndSignals.add_to(trainer)
         if not hasattr(pl_module, self.attribute):
@@ -147,47 +163,56 @@ class MemoryBankCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts with an empty bank, the file's, or the checkpoint's."""
         if self.momentum is not None or self.enqueue == "before" or self.initial_fill:
-            self._embedder(pl_module)
-        restored, self._restored = self._restored, None
-        if restored is not None:
-            self._restore(restored, pl_module)
-        elif trainer.global_step == 0:  # a second fit of the same trainer goes on with the bank
+            embedder = self._embedder(pl_module)
+            if self.momentum is not None:
+                check_precision(embedder)
+        if self._restored is None and trainer.global_step == 0:  # a second fit of the same trainer keeps the bank
             self.feed.clear()
             self.momentum_encoder = None
             if self.bank_file is not None:
-                self.feed.load_state_dict({"bank": MemoryBank.load(self.bank_file).state_dict()})
-        self._hand_over(pl_module)
+                self._take_file(self.bank_file, pl_module)
+        self._restore(pl_module)
+        setattr(pl_module, self.attribute, None)
         self._stop_watching()
         if self.momentum is None and self.enqueue == "before":
             self._watch = EncoderWatch(self._embedder(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns the step that it starts from, and the size of the training set where the bank is a share of it."""
+        self._restore(pl_module)  # some strategies load a checkpoint only now
         self._last_step = trainer.global_step  # in on_fit_start a resumed run's steps are not restored yet
         entries = int(self.size)
         if isinstance(self.size, float):
-            entries = max(1, round(self.size * _training_samples(trainer, self.size)))
+            entries = max(1, round(self.size * training_samples(trainer, self.size)))
+        elif self.feed.policy == "samples":
+            dataset: Any = getattr(trainer.train_dataloader, "dataset", None)
+            samples = (
+                len(dataset) if hasattr(dataset, "__len__") else 0
+            )  # without, the first batch that is outside tells
+            if samples > entries:
+                raise InputError(
+                    f"policy='samples' needs a slot for each of the {samples} training samples, got size {entries}; "
+                    "set size to 1.0"
+                )
         self.feed.start(entries, pl_module.device)
-        self._hand_over(pl_module)
         if self.schedule.momentum_end is not None:
             self._final_step = trainer.estimated_stepping_batches
             if math.isinf(self._final_step):
-                raise InputError("momentum_end needs to know the last step: set max_steps or max_epochs of the Trainer")
+                raise InputError("momentum_end needs to know the last step: set max_steps of the Trainer")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Weighs the bank, fills it where asked, and makes the keys that come before the loss."""
         step = trainer.global_step
-        if self.bank is not None:
-            self.bank.weight = self.schedule.weight_at(step)
         if step < self.schedule.start_step:
             return
+        self._hand_over(pl_module, step)
         if self.momentum is not None and self.momentum_encoder is None:
             encoder = MomentumEncoder(self._embedder(pl_module), self.momentum)
             self.momentum_encoder = encoder.to(pl_module.device)
         if self.initial_fill and self.bank is None:
             self._fill(trainer, pl_module, batch)
         if self.momentum_encoder is not None:
-            labels, indices, mask = self._identity(batch)
+            labels, indices, mask = identity_of(batch)
             self.momentum_encoder.match_mode(self._embedder(pl_module))
             with trainer.precision_plugin.forward_context():
                 keys = self.momentum_encoder(batch["image"])
@@ -196,7 +221,7 @@ class MemoryBankCallback(Callback):
             else:
                 self._held = keys, labels, indices
         elif self._watch is not None:
-            labels, indices, mask = self._identity(batch)
+            labels, indices, mask = identity_of(batch)
             self._watch.arm(lambda keys: self._write(keys, labels, indices, mask, step, pl_module))
 
     def on_train_batch_end(
@@ -208,6 +233,12 @@ class MemoryBankCallback(Callback):
             self.momentum_encoder.momentum = self.schedule.momentum_at(step, self._final_step)
             self.momentum_encoder.update(self._embedder(pl_module))
         self._last_step = step
+        found = outputs if isinstance(outputs, Mapping) else {}
+        if found.get("loss") is None and pl_module.automatic_optimization:  # training_step left the batch out
+            self._held = None
+            if self._watch is not None:
+                self._watch.disarm()
+            return
         if self._watch is not None and self._watch.armed:
             self._watch.disarm()
             raise InputError(
@@ -217,7 +248,6 @@ class MemoryBankCallback(Callback):
         if self.enqueue == "before" or previous < self.schedule.start_step:
             return
         held, self._held = self._held, None
-        found = outputs if isinstance(outputs, Mapping) else {}
         if self.momentum is None:
             names = (self.output, "labels", "indices")
             if missing := set(names) - set(found):
@@ -227,7 +257,7 @@ class MemoryBankCallback(Callback):
                 )
             held = found[names[0]], found[names[1]], found[names[2]]
         assert held is not None
-        mask = found.get("enqueue", _mask_of(batch))
+        mask = found.get("enqueue", mask_of(batch))
         self._write(*held, mask, previous, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,6 +266,7 @@ class MemoryBankCallback(Callback):
             rank_zero_warn(
                 f"{refused} embeddings were NaN or infinite and did not enter the memory bank: the training is "
                 "unstable; lower the learning rate, or train in bf16 or float32"
+                + (" (or their index is not a position in the training set)" if self.feed.policy == "samples" else "")
             )
             self.bank.refused.zero_()
 
@@ -253,6 +284,8 @@ class MemoryBankCallback(Callback):
 
         Needs no collective, so a signal handler may call it; unless the bank is sharded, where every rank must.
         """
+        if self._unused is not None:
+            return self._unused
         encoder = None if self.momentum_encoder is None else self.momentum_encoder.state_of_encoder()
         if self._failed and self.bank is not None and self.bank.share[1] > 1:
             rank_zero_warn("the sharded memory bank is not in this checkpoint: an exception ended the training")
@@ -260,8 +293,11 @@ class MemoryBankCallback(Callback):
         return {**self.feed.state_dict(), "encoder": encoder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps a checkpoint's state until the fit starts; validation and test have no use for it."""
-        self._restored = state_dict if self._fitting else None
+        """Keeps a checkpoint's state until the fit starts; validation and test only hand it on when they save."""
+        if self._fitting:
+            self._restored = state_dict
+        else:
+            self._unused = state_dict
 
     def reset(self) -> None:
         """Empties the bank, forgets smoothed moments, and lets the momentum encoder be copied anew."""
@@ -271,7 +307,10 @@ class MemoryBankCallback(Callback):
             self.feed.adaptation.reset()
         self.momentum_encoder = None
 
-    def _restore(self, state: dict[str, Any], pl_module: LightningModule) -> None:
+    def _restore(self, pl_module: LightningModule) -> None:
+        state, self._restored = self._restored, None
+        if state is None:
+            return
         self.feed.load_state_dict(state)
         self.momentum_encoder = None
         if state["encoder"] is not None and self.momentum is not None:
@@ -279,14 +318,28 @@ class MemoryBankCallback(Callback):
             self.momentum_encoder = encoder.to(pl_module.device)
             self.momentum_encoder.load_state_of_encoder(state["encoder"])
 
+    def _take_file(self, path: str, pl_module: LightningModule) -> None:
+        state = MemoryBank.load(path).state_dict()
+        dim = getattr(getattr(pl_module, self.encoder, None), "dim", None)
+        if isinstance(dim, int) and dim != state["dim"]:
+            raise InputError(
+                f"bank_file {path!r} has embeddings of {state['dim']} columns and {self.encoder} gives {dim}: make the "
+                "bank with this embedder"
+            )
+        self.feed.load_state_dict({"bank": state})
+
     def _fill(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        labels, _, _ = self._identity(batch)
+        labels, _, _ = identity_of(batch)
+        rows = max(distributed.row_counts(len(labels), labels.device))  # every rank must ask for the same
         encoder = self._embedder(pl_module) if self.momentum_encoder is None else self.momentum_encoder.encoder
-        samples = _training_samples(trainer, "initial_fill")
-        chosen = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[: self.feed.entries]
-        keys, labels, indices = encode_samples(trainer, pl_module, encoder, chosen, max(1, len(labels)))
-        self.feed.write(keys, labels, indices, trainer.global_step, gathered=True)
-        self._hand_over(pl_module)
+        samples = training_samples(trainer, "initial_fill")
+        # What seed_everything has set, the same on every rank and after a resume.
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        chosen = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[: self.feed.entries]
+        keys, labels, indices = encode_samples(trainer, pl_module, encoder, chosen, rows, seed % 2**31)
+        wanted = labels != EMPTY
+        self.feed.write(keys[wanted], labels[wanted], indices[wanted], trainer.global_step, gathered=True)
+        self._hand_over(pl_module, trainer.global_step)
 
     def _write(
         self,
@@ -303,26 +356,13 @@ class MemoryBankCallback(Callback):
                 f"{type(pl_module).__name__}.{self.encoder} must return embeddings ({len(labels)}, D) for a batch of "
                 f"{len(labels)}, got {shape}; for other outputs set momentum=None and enqueue='after'"
             )
-        if self.bank is None:
-            self.feed.write(keys, labels, indices, step, mask)
-            self._hand_over(pl_module)
-            assert self.bank is not None
+        self.feed.write(keys, labels, indices, step, mask)
+        self._hand_over(pl_module, step)
+
+    def _hand_over(self, pl_module: LightningModule, step: int) -> None:
+        if self.bank is not None:
             self.bank.weight = self.schedule.weight_at(step)
-        else:
-            self.feed.write(keys, labels, indices, step, mask)
-
-    def _hand_over(self, pl_module: LightningModule) -> None:
         setattr(pl_module, self.attribute, self.bank)
-
-    def _identity(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not (isinstance(batch, Mapping) and set(batch) >= BATCH):
-            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise InputError(
-                "keys that enter the memory bank before the loss are made from a batch that is a dict with 'image', "
-                f"'label' and 'index', got {found}; return such a dict from the dataset, or set momentum=None and "
-                "enqueue='after'"
-            )
-        return batch["label"], batch["index"], _mask_of(batch)
 
     def _embedder(self, pl_module: LightningModule) -> nn.Module:
         embedder = getattr(pl_module, self.encoder, None)
@@ -338,20 +378,3 @@ class MemoryBankCallback(Callback):
         if self._watch is not None:
             self._watch.remove()
         self._watch = None
-
-
-def _mask_of(batch: Any) -> Tensor | None:
-    mask: Tensor | None = batch.get("enqueue") if isinstance(batch, Mapping) else None
-    return mask
-
-
-def _training_samples(trainer: Trainer, setting: object) -> int:
-    loader: Any = trainer.train_dataloader
-    try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError) as error:
-        what = f"memory size {setting} is a ratio of" if isinstance(setting, float) else f"{setting} draws from"
-        raise InputError(
-            f"{what} the training set, whose length the training dataloader does not tell; give the number of entries, "
-            "and initial_fill=False"
-        ) from error

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
+from lightning_dml.memory.bank import EMPTY
 
 
 def encode_samples(
@@ -49,7 +50,7 @@ def encode_samples(
 
     Returns:
         Embeddings (n, D), labels (n,) and sample indices (n,) on the module's device, in the order of `positions`, the
-        same on every rank.
+        same on every rank. The label is -1 where the batch's `enqueue`, if it has one, is False.
 
     Raises:
         InputError: without positions, with one outside the data set, for a `batch_size` or `seed` out of range, a
@@ -61,7 +62,10 @@ def encode_samples(
     with undisturbed(encoder, pl_module.device) as encode:
         for number, batch in load_batches(trainer, pl_module, positions, plan, seed):
             embeddings.append(encode_images(trainer, encode, batch["image"], seed, number))
-            identities.append(torch.stack((batch["label"].long(), batch["index"].long()), dim=1))
+            labels = batch["label"].long()
+            if (wanted := batch.get("enqueue")) is not None:
+                labels = torch.where(wanted, labels, EMPTY)
+            identities.append(torch.stack((labels, batch["index"].long()), dim=1))
     identity = plan.gather(identities)
     return plan.gather(embeddings), identity[:, 0], identity[:, 1]
 

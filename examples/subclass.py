@@ -28,7 +28,7 @@ class MyModule(pl.LightningModule):
         embeddings, labels, indices = self.encoder(batch["image"]), batch["label"], batch["index"]
         loss = self.loss(embeddings, labels, indices=indices)
         if (bank := self.memory_bank) is not None:
-            loss = loss + self.loss(
+            loss = loss + bank.weight * self.loss(
                 embeddings, labels, bank.embeddings, bank.labels, indices=indices, ref_indices=bank.indices
             )
         return {"loss": loss, "embeddings": embeddings.detach(), "labels": labels, "indices": indices}

@@ -31,12 +31,15 @@ class DMLTrainer(Trainer):
     ) -> MemoryBank:
         """Embeds the training set and writes it as a memory bank, which MemoryBankCallback(bank_file=...) starts from.
 
+        Images are loaded as the training loads them, augmentation included, and embedded in evaluation mode.
+
         Args:
-            model: a LightningModule whose predict_step returns a dict of embeddings, labels and indices.
+            model: a LightningModule whose predict_step returns a dict of embeddings, labels and indices; of rows with
+                enqueue, if it is there, False, none are taken.
             datamodule: gives the training set.
             ckpt_path: checkpoint of the weights; None takes those that the config builds.
             output: the file to write; it replaces an older one when it is complete.
-            policy: queue, in the order of the indices, or one slot for each of the samples.
+            policy: queue, in random order, or one slot for each of the samples.
             dtype: of the stored embeddings.
 
         Returns:
@@ -51,8 +54,10 @@ class DMLTrainer(Trainer):
         if datamodule is None:
             raise InputError("bank embeds the training set of a data module: give one with --data")
         outputs: Any = self.predict(model, datamodule=_TrainingSet(datamodule), ckpt_path=ckpt_path)
-        embeddings, labels, indices = _columns(outputs, type(model).__name__)
+        embeddings, labels, indices = _columns(outputs, type(model).__name__, self.strategy.root_device)
+        # By index, so that the order is that of one rank; then by chance, as a smaller bank takes the last rows.
         order = torch.argsort(indices, stable=True)
+        order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
         size = int(indices.max()) + 1 if policy == "samples" else len(indices)
         bank = MemoryBank(size, embeddings.shape[1], DTYPES[dtype], policy=policy)
         bank.enqueue(embeddings[order], labels[order], indices[order])
@@ -76,6 +81,18 @@ class _TrainingSet(LightningDataModule):
         self.inner.trainer = self.trainer
         self.inner.setup("fit")
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """What the data module does to a batch before it is moved."""
+        return self.inner.on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """How the data module moves a batch."""
+        return self.inner.transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """What the data module does to a batch on its device, augmentation for one."""
+        return self.inner.on_after_batch_transfer(batch, dataloader_idx)
+
     def predict_dataloader(self) -> DataLoader[Any]:
         """The training images in their order."""
         loader: Any = self.inner.train_dataloader()
@@ -94,12 +111,21 @@ class _TrainingSet(LightningDataModule):
         )
 
 
-def _columns(outputs: Any, name: str) -> list[torch.Tensor]:
-    """Embeddings, labels and indices of all ranks, on the CPU."""
+def _columns(outputs: Any, name: str, device: torch.device) -> list[torch.Tensor]:
+    """Embeddings, labels and indices of all ranks, on the CPU, less the rows that are to stay out."""
     names = ("embeddings", "labels", "indices")
-    if not outputs or not all(isinstance(each, dict) and set(names) <= set(each) for each in outputs):
+    fits = bool(outputs) and all(isinstance(each, dict) and set(names) <= set(each) for each in outputs)
+    # Together, as a rank that raises alone would leave the others waiting.
+    states = distributed.gather_numbers([bool(outputs), fits], device)
+    if not all(has for has, _ in states):
+        raise InputError(f"there are fewer training batches than the {len(states)} ranks: use fewer ranks")
+    if not all(right for _, right in states):
         raise InputError(f"{name}.predict_step must return a dict with {', '.join(names)} for a bank to be made of")
-    return [distributed.gather_rows(torch.cat([each[column] for each in outputs])).cpu() for column in names]
+    columns = [torch.cat([each[column] for each in outputs]).to(device) for column in names]
+    if all("enqueue" in each for each in outputs):
+        wanted = torch.cat([each["enqueue"] for each in outputs]).to(device)
+        columns = [column[wanted] for column in columns]
+    return [distributed.gather_rows(column).cpu() for column in columns]
 
 
 @rank_zero_only

@@ -141,6 +141,21 @@ def test_other_modules_and_data_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "bank.pt").exists()
 
 
+class OnDevice(TinyData):
+    """Finishes its batches on the device, as data modules with GPU augmentation do; some rows are to enter no bank."""
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Makes all images equal."""
+        return {**batch, "image": torch.ones_like(batch["image"]), "enqueue": batch["index"] >= 10}
+
+
+def test_the_data_modules_own_transfer_is_used(tmp_path: Path) -> None:
+    """Images that are normalised on the device would otherwise enter the bank as they are not trained on."""
+    bank = DMLTrainer(**QUIET).bank(tiny_module(), OnDevice(), output=str(tmp_path / "bank.pt"))
+    assert torch.allclose(bank.embeddings, bank.embeddings[0])
+    assert sorted(bank.indices.tolist()) == list(range(10, 60))
+
+
 @pytest.mark.slow
 def test_two_ranks_make_the_bank_of_one(tmp_path: Path) -> None:
     """Large sets are encoded on many GPUs; no sample may be missing or twice."""

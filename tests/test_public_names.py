@@ -55,7 +55,13 @@ SHIPPED = {
     ],
     "lightning_dml.memory": ["MemoryBank", "MomentAdaptation", "MomentumEncoder"],
     "lightning_dml.retrieval": ["RetrievalMetrics", "knn"],
-    "lightning_dml.callbacks": ["DriftMonitor", "MemoryBankCallback", "RetrievalReport", "StepEndSignals"],
+    "lightning_dml.callbacks": [
+        "DriftMonitor",
+        "MemoryBankCallback",
+        "ReproducibleSteps",
+        "RetrievalReport",
+        "StepEndSignals",
+    ],
     "lightning_dml.datamodules": ["FolderDataModule", "GlyphsDataModule", "PKBatchSampler"],
 }
 

@@ -226,7 +226,8 @@ class MemoryBank:
         if not self._trusted and bool((wanted & ~inside).any()):
             raise InputError(
                 f"indices must lie in [0, {self.size}), the memory size, with policy 'samples', got "
-                f"{int(indices[wanted & ~inside][0])}; make the bank as large as the training set"
+                f"{int(indices[wanted & ~inside][0])}; an index is the position in the training set, and the "
+                "bank is to be as large as that"
             )
         self._trusted = self.device.type != "cpu"
         usable = wanted & inside & torch.isfinite(rows).all(dim=1)

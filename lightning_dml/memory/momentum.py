@@ -44,12 +44,7 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         if not 0 <= momentum <= 1:
             raise InputError(f"momentum must lie in [0, 1], such as 0.99, got {momentum}")
-        for name, parameter in module.named_parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                raise InputError(
-                    f"a momentum encoder needs float32 parameters, but {name} is {parameter.dtype}, in which its small "
-                    "steps round to nothing; train with precision 'bf16-mixed', or take online keys with momentum=None"
-                )
+        check_precision(module)
         self.momentum = momentum
         self.encoder = copy.deepcopy(module).requires_grad_(False)
 
@@ -97,6 +92,16 @@ class MomentumEncoder(nn.Module):
         """Keys of a batch, what the copied embedder returns, without gradient."""
         keys: Tensor = self.encoder(images)
         return keys
+
+
+def check_precision(module: nn.Module) -> None:
+    """Raises `InputError` if a parameter is in half precision, in which the encoder's steps would round to nothing."""
+    for name, parameter in module.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise InputError(
+                f"a momentum encoder needs float32 parameters, but {name} is {parameter.dtype}, in which its small "
+                "steps round to nothing; train with precision 'bf16-mixed', or take online keys with momentum=None"
+            )
 
 
 def _plain(module: nn.Module) -> nn.Module:

@@ -145,8 +145,9 @@ class MetricLearningModule(LightningModule):
         self._log_metrics("test", self.test_metrics)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Embeddings, labels and indices of a batch."""
-        return {"embeddings": self(batch["image"]), "labels": batch["label"], "indices": batch["index"]}
+        """Embeddings, labels and indices of a batch; `enqueue` as well where the batch has it."""
+        outputs = {"embeddings": self(batch["image"]), "labels": batch["label"], "indices": batch["index"]}
+        return outputs | ({"enqueue": batch["enqueue"]} if "enqueue" in batch else {})
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler over the parameters that train, those made in `configure_model` included."""
@@ -222,12 +223,16 @@ def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Ten
             f"{type(loss).__name__} contains a loss of lightning_dml, which gathers the batches itself, inside one "
             "that is given the gathered batch: make the inner loss with gather=False"
         )
-    if bank is not None and bool((bank.labels == UNLABELLED).any()):  # our losses know these slots, others do not
-        filled = bank.labels != UNLABELLED
-        references = {name: rows[filled] for name, rows in references.items()}
     # A loss that knows nothing of ranks: every rank computes it on the whole batch. The backward pass of the gather
     # sums the ranks' equal gradients and DDP takes the mean, which leaves the gradient of one process.
     counts = distributed.row_counts(len(embeddings), embeddings.device)
+    if bank is not None:
+        # Our losses know empty slots, and by its index a sample's own copies; to others they would be pairs.
+        own = distributed.gather_rows(indices, counts)
+        kept = (bank.labels != UNLABELLED) & ~((bank.indices >= 0) & torch.isin(bank.indices, own))
+        references = {name: rows[kept] for name, rows in references.items()}
+        if not len(references["ref_labels"]):  # on every rank; not all of these losses can do without rows
+            return 0 * embeddings.sum()
     value = loss(
         distributed.gather_rows_with_grad(embeddings, counts), distributed.gather_rows(labels, counts), **references
     )

@@ -91,9 +91,9 @@ def test_a_start_beyond_the_end_leaves_the_bank_out() -> None:
     assert module.memory_bank is None
 
 
-@pytest.mark.parametrize(("size", "entries"), [(0.5, 30), (1.0, 60), (1, 1), (3, 3)])
+@pytest.mark.parametrize(("size", "entries"), [(0.5, 30), (1.0, 60), (2, 2), (3, 3)])
 def test_size_is_entries_or_a_share_of_the_training_set(size: float, entries: int) -> None:
-    """1 is one entry and 1.0 the whole training set: mixed up, the bank is silently of the wrong size."""
+    """A ratio that is taken for entries, or the other way round, makes a bank of the wrong size."""
     assert bank_of(fit(MemoryBankCallback(size=size), steps=2)).size == entries
 
 
@@ -143,6 +143,33 @@ def test_autocast_keys_stay_float32_in_the_bank() -> None:
     torch.testing.assert_close(bank_of(module).embeddings.norm(dim=1), torch.ones(16))
 
 
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_nan_keys_before_the_loss_are_refused_and_reported(momentum: float | None) -> None:
+    """The default order as well: an encoder that breaks down must not take the bank with it."""
+
+    class Breaking(TinyEmbedder):
+        def forward(self, images: Tensor) -> Tensor:
+            keys = super().forward(images)
+            broken = torch.zeros_like(keys)
+            broken[0] = torch.nan
+            return keys if torch.is_grad_enabled() and momentum is not None else keys + broken
+
+    loss = ContrastiveLoss(0.3)
+    loss.validate = False
+    module = MetricLearningModule(Breaking(), loss, batch_weight=0.0, memory_weight=1e-9)
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=2,
+        limit_val_batches=0,
+        callbacks=[MemoryBankCallback(size=100, momentum=momentum)],
+        **QUIET,
+    )
+    with pytest.warns(UserWarning, match=r"\d+ embeddings were NaN"):
+        trainer.fit(module, TinyData())
+    assert torch.isfinite(bank_of(module).embeddings).all()
+    assert int((bank_of(module).labels == -1).sum()) >= 2
+
+
 def test_nan_embeddings_are_refused_and_reported() -> None:
     """One bad batch would spoil every later loss; the user learns of it and the bank stays clean."""
 
@@ -189,6 +216,11 @@ def run(callback: MemoryBankCallback, module: Any = None, data: Any = None) -> N
     [
         (lambda: MemoryBankCallback(size=-1), r"memory size must be positive or a ratio in \(0, 1\], got -1"),
         (lambda: MemoryBankCallback(size=1.5), "got 1.5"),
+        (lambda: MemoryBankCallback(size=float("nan")), "got nan"),
+        (lambda: MemoryBankCallback(size=True), "got True"),
+        (lambda: MemoryBankCallback(size=1), "single entry.*ratio 1.0"),
+        (lambda: run(MemoryBankCallback(attribute="embedder")), "attribute must name.*embedder is a TinyEmbedder"),
+        (lambda: run(MemoryBankCallback(size=50, policy="samples", start_step=99)), "each of the 60 training samples"),
         (lambda: MemoryBankCallback(start_step=-1), "start_step.*-1"),
         (lambda: MemoryBankCallback(momentum=1.1), "momentum.*1.1"),
         (lambda: MemoryBankCallback(dtype="int8"), "dtype.*'int8'"),  # type: ignore[arg-type]
@@ -224,4 +256,4 @@ def test_a_validated_checkpoint_does_not_come_back_in_the_next_fit(tmp_path: Pat
 def test_half_precision_parameters_are_refused() -> None:
     """In bfloat16 a step of a hundredth rounds to nothing: the encoder would never move."""
     with pytest.raises(InputError, match=r"float32 parameters.*bfloat16"):
-        fit(MemoryBankCallback(size=20), precision="bf16-true")
+        fit(MemoryBankCallback(size=20, start_step=1000), precision="bf16-true")  # long before the encoder is made

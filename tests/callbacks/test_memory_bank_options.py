@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_dml import MemoryBank, MetricLearningModule
 from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, SupConLoss, TripletLoss
+from tests.helpers import run_ranks
 from tests.tiny import QUIET, TinyData, TinyEmbedder, bank_of, tiny_module
 
 Seen = list[tuple[dict[str, Tensor], Tensor, dict[str, Any] | None, float]]
@@ -304,16 +308,15 @@ def test_the_momentum_rises_to_its_end() -> None:
 
 
 def test_a_fit_starts_from_a_bank_file(tmp_path: Path) -> None:
-    """A bank that took an hour to make is of use in more than one training; before its start it weighs nothing."""
+    """A bank that took an hour to make is of use in more than one training; it is not there before its start."""
     saved = MemoryBank(12, 6)
     saved.enqueue(F.normalize(torch.randn(12, 6), dim=1), torch.arange(12), torch.arange(12))
     saved.save(tmp_path / "bank.pt")
     callback = MemoryBankCallback(size=40, encoder="net", start_step=2, bank_file=str(tmp_path / "bank.pt"))
     module = fit(callback, steps=3)
     states = [state for _, _, state, _ in module.seen]
-    assert [len(state["labels"]) for state in states if state is not None] == [12, 12, 20]
+    assert [None if state is None else len(state["labels"]) for state in states] == [None, None, 20]
     assert torch.equal(bank_of(module).embeddings[:12], saved.embeddings)
-    assert [weight for _, _, _, weight in module.seen] == [0.0, 0.0, 1.0]
     assert bank_of(module).size == 40
 
 
@@ -384,8 +387,13 @@ def test_a_loaded_bank_of_another_dimension_is_named(tmp_path: Path) -> None:
     saved = MemoryBank(12, 5)
     saved.enqueue(F.normalize(torch.randn(2, 5), dim=1), torch.arange(2), torch.arange(2))
     saved.save(tmp_path / "bank.pt")
+    callback = MemoryBankCallback(size=40, encoder="net", bank_file=str(tmp_path / "bank.pt"))
     with pytest.raises(InputError, match="5 columns and the keys have 6"):
-        fit(MemoryBankCallback(size=40, encoder="net", bank_file=str(tmp_path / "bank.pt")))
+        fit(callback)
+    module = Foreign()
+    module.net.dim = 6  # type: ignore[assignment]
+    with pytest.raises(InputError, match="5 columns and net gives 6"):  # an embedder that tells, before any step
+        fit(callback, module)
 
 
 def test_our_module_trains_with_everything_on() -> None:
@@ -423,3 +431,108 @@ def test_mixed_precision_keeps_keys_on_the_sphere(momentum: float | None) -> Non
     module = fit(MemoryBankCallback(size=20, encoder="net", momentum=momentum), steps=3, precision="bf16-mixed")
     assert bank_of(module).dtype == torch.float32
     torch.testing.assert_close(bank_of(module).embeddings.norm(dim=1), torch.ones(20))
+
+
+class Skipping(Foreign):
+    """Leaves every other batch out, as modules do whose batch holds nothing to learn from."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        """Returns None to skip."""
+        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("enqueue", ["before", "after"])
+def test_a_skipped_batch_leaves_nothing(enqueue: Any) -> None:
+    """Lightning lets training_step return None; a bank must not end the training for it."""
+    callback = MemoryBankCallback(size=100, encoder="net", momentum=None, enqueue=enqueue)
+    module = Skipping()
+    trainer = Trainer(max_epochs=1, limit_train_batches=4, limit_val_batches=0, callbacks=[callback], **QUIET)
+    trainer.fit(module, TinyData())
+    assert len(bank_of(module)) == 16
+
+
+class Numbered(Masked):
+    """Gives the mask as numbers."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Makes every sample's flag an integer."""
+        super().setup(stage)
+        inner: Any = self.train_set
+        inner.__class__ = type("Numbered", (type(inner),), {"__getitem__": _numbered(type(inner).__getitem__)})
+
+
+def _numbered(getter: Any) -> Any:
+    return lambda self, position: {**getter(self, position), "enqueue": int(position % 2 == 0)}
+
+
+def test_a_mask_of_numbers_is_refused() -> None:
+    """As an index it would store the rows 0 and 1 again and again."""
+    with pytest.raises(InputError, match=r"enqueue must be bool, got torch\.int64"):
+        fit(MemoryBankCallback(size=100, encoder="net"), data=Numbered())
+
+
+def test_the_initial_fill_keeps_masked_samples_out() -> None:
+    """A sample that is to stay out of the bank must not come in by the back door."""
+    module = fit(MemoryBankCallback(size=40, encoder="net", initial_fill=True), steps=1, data=Masked())
+    assert bool((bank_of(module).indices % 2 == 0).all())
+    assert len(bank_of(module)) >= 20
+
+
+class Late(SingleDeviceStrategy):
+    """Loads checkpoints after setup, as the strategies for large models do."""
+
+    restore_checkpoint_after_setup = True
+
+
+def test_a_strategy_that_restores_late_finds_its_bank(tmp_path: Path) -> None:
+    """FSDP and DeepSpeed load a checkpoint after on_fit_start; a bank that waits for it only there is lost."""
+    for steps, checkpoint in ((3, None), (4, tmp_path / "three.ckpt")):
+        callback = MemoryBankCallback(size=100, encoder="net")
+        settings = {key: value for key, value in QUIET.items() if key != "accelerator"}
+        trainer = Trainer(max_steps=steps, limit_val_batches=0, callbacks=[callback], strategy=Late("cpu"), **settings)
+        module = Foreign()
+        trainer.fit(module, TinyData(), ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "three.ckpt")
+    assert len(bank_of(module)) == 32
+
+
+def test_a_validated_checkpoint_keeps_its_bank_when_it_is_saved_again(tmp_path: Path) -> None:
+    """Who converts a checkpoint by loading and saving it must not get one without the memory."""
+    first = MemoryBankCallback(size=30)
+    trainer = Trainer(max_steps=3, limit_val_batches=0, callbacks=[first], **QUIET)
+    trainer.fit(tiny_module(), TinyData())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    other = Trainer(limit_val_batches=1, callbacks=[MemoryBankCallback(size=30)], **QUIET)
+    other.validate(tiny_module(), TinyData(), ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    other.save_checkpoint(tmp_path / "b.ckpt")
+    state = torch.load(tmp_path / "b.ckpt", weights_only=True)["callbacks"][first.state_key]
+    assert torch.equal(state["bank"]["embeddings"], bank_of_callback(first).embeddings)
+
+
+def bank_of_callback(callback: MemoryBankCallback) -> MemoryBank:
+    """The bank that a callback must hold after a training."""
+    assert callback.bank is not None
+    return callback.bank
+
+
+def fill_unevenly(rank: int, ranks: int) -> tuple[list[int], Tensor]:
+    """A training whose ranks have batches of different sizes when the bank is filled."""
+    data = TinyData()
+    data.setup("fit")
+    assert data.train_set is not None
+    sizes = ((8, 8), (8, 3))[rank]
+    loader = DataLoader(data.train_set, batch_sampler=[list(range(size)) for size in sizes])
+    callback = MemoryBankCallback(size=40, encoder="net", start_step=1, initial_fill=True)
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(ranks), GROUP_RANK="0", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", TORCHELASTIC_RUN_ID="fill")
+    trainer = Trainer(max_epochs=1, limit_val_batches=0, callbacks=[callback], devices=2, strategy="ddp", **QUIET)
+    trainer.fit(Foreign(), loader)
+    return bank_of_callback(callback).indices.tolist(), bank_of_callback(callback).embeddings
+
+
+@pytest.mark.slow
+def test_ranks_with_uneven_batches_fill_one_bank() -> None:
+    """The fill is shared among the ranks; different ideas of its batches end in a mismatch of collectives."""
+    (indices, embeddings), (others, same) = run_ranks(2, fill_unevenly)
+    assert indices == others and torch.equal(embeddings, same)
+    assert len(indices) == 40

@@ -69,8 +69,9 @@ def test_losses_of_pytorch_metric_learning_drop_in(loss: nn.Module) -> None:
     module = tiny_module(loss=loss, memory_weight=0.5)
     module.memory_bank = bank
     embeddings = module(batch["image"])
+    others = bank.indices >= 8  # less the samples of the batch
     expected = loss(embeddings, batch["label"]) + 0.5 * loss(
-        embeddings, batch["label"], ref_emb=bank.embeddings, ref_labels=bank.labels
+        embeddings, batch["label"], ref_emb=bank.embeddings[others], ref_labels=bank.labels[others]
     )
     torch.testing.assert_close(module.training_step(batch, 0)["loss"], expected)
     Trainer(max_steps=3, limit_val_batches=0, callbacks=[MemoryBankCallback(size=30)], **QUIET).fit(module, TinyData())
@@ -219,6 +220,27 @@ def test_refused_rows_stay_out_of_other_losses() -> None:
     bigger.enqueue(torch.full((1, 6), torch.nan), torch.tensor([0]), torch.tensor([99]))
     module.memory_bank = bigger
     torch.testing.assert_close(module.training_step(batch, 0)["loss"], expected)
+
+
+@pytest.mark.parametrize("loss", [pml.ContrastiveLoss(), pml.NCALoss(), pml.NTXentLoss()])
+def test_own_copies_in_the_bank_stay_out_of_other_losses(loss: nn.Module) -> None:
+    """Online keys stand in the bank when the loss is computed: a perfect positive for each anchor, if nobody looks."""
+    batch, bank = batch_and_bank()
+    module = tiny_module(loss=loss, batch_weight=0.0)
+    others = torch.tensor([index not in batch["index"].tolist() for index in bank.indices.tolist()])
+    without = MemoryBank(20, 6)
+    without.enqueue(bank.embeddings, bank.labels, bank.indices, mask=others)
+    module.memory_bank = without
+    expected = module.training_step(batch, 0)["loss"]
+    copies = MemoryBank(60, 6)
+    copies.enqueue(bank.embeddings, bank.labels, bank.indices, mask=others)
+    copies.enqueue(module(batch["image"]).detach(), batch["label"], batch["index"])
+    module.memory_bank = copies
+    torch.testing.assert_close(module.training_step(batch, 0)["loss"], expected)
+    alone = MemoryBank(60, 6)
+    alone.enqueue(module(batch["image"]).detach(), batch["label"], batch["index"])
+    module.memory_bank = alone
+    assert float(module.training_step(batch, 0)["loss"].detach()) == 0
 
 
 def test_a_plateau_that_waits_for_recall_to_fall_is_refused() -> None:
