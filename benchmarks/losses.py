@@ -12,13 +12,11 @@ case whose tensors would not fit into --peer-gib is left out and marked so.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytorch_metric_learning.losses as pml
 import torch
@@ -36,6 +34,11 @@ from lightning_dml.losses import (
     TripletLoss,
     curves,
 )
+
+if TYPE_CHECKING:
+    from benchmarks._measure import added_peak, seconds
+else:  # run as a script, this folder is on the path and the one above is not
+    from _measure import added_peak, seconds
 
 DIM = 128
 
@@ -135,14 +138,14 @@ def _row(
         torch.mm(anchors @ references.T, references)
 
     times: dict[str, list[float]] = {"ours": [], "products": [], "peer": []}
-    peaks = {"ours": _added_peak(lambda: step(contender.ours))}
+    peaks = {"ours": added_peak(lambda: step(contender.ours))}
     if peer is not None:
-        peaks["peer"] = _added_peak(lambda: step(peer))
+        peaks["peer"] = added_peak(lambda: step(peer))
     for _ in range(args.rounds):
-        times["products"].append(_time(products))
-        times["ours"].append(_time(lambda: step(contender.ours)))
+        times["products"].append(seconds(products))
+        times["ours"].append(seconds(lambda: step(contender.ours)))
         if peer is not None and sum(times["peer"]) < 20:
-            times["peer"].append(_time(lambda: step(peer)))
+            times["peer"].append(seconds(lambda: step(peer)))
     medians = {who: statistics.median(values) for who, values in times.items() if values}
     if peer is not None:
         against, adds = f"{medians['peer'] / medians['ours']:.1f}", f"{peaks['peer'] / 2**20:.0f} MiB"
@@ -163,27 +166,6 @@ def _row(
         adds,
     ]
     return f"| {' | '.join(map(str, cells))} |"
-
-
-def _time(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def _added_peak(function: Callable[[], object]) -> int:
-    """Bytes by which the resident memory rises at most while `function` runs (Linux)."""
-    function()  # so that what is allocated once and for all does not count
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the recorded peak back to the present size
-    before = _status("VmRSS")
-    function()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
