@@ -108,7 +108,7 @@ def test_every_option_comes_from_yaml(config: str, tmp_path: Path, options: dict
         ("fit", {"bank_file": "none.pt"}, "none.pt"),
         ("fit", {"bank_file": "folder.yaml"}, "folder.yaml"),
         ("fit", {"size": 0.5, "policy": "samples"}, "size to 1.0"),
-        ("fit", {"size": 4, "policy": "samples"}, "make the bank as large as the training set"),
+        ("fit", {"size": 4, "policy": "samples"}, "training samples, got size 4; set size to 1.0"),
         ("fit", {"encoder": "backbone"}, "no submodule 'backbone'"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -426,11 +427,17 @@ def test_a_batch_larger_than_the_bank_leaves_its_last_rows(options: dict[str, An
 
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
-def test_mixed_precision_keeps_keys_on_the_sphere(momentum: float | None) -> None:
+@pytest.mark.parametrize("kind", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_keeps_keys_on_the_sphere(momentum: float | None, kind: Any) -> None:
     """Keys that autocast rounded would be shorter or longer than the embeddings that they are compared with."""
-    module = fit(MemoryBankCallback(size=20, encoder="net", momentum=momentum), steps=3, precision="bf16-mixed")
+    scaler = torch.amp.GradScaler("cpu") if kind == "16-mixed" else None
+    callback = MemoryBankCallback(size=20, encoder="net", momentum=momentum)
+    module = fit(callback, steps=3, plugins=[MixedPrecision(kind, "cpu", scaler)])
     assert bank_of(module).dtype == torch.float32
     torch.testing.assert_close(bank_of(module).embeddings.norm(dim=1), torch.ones(20))
+    if momentum is None:  # the third batch: its first rows fill the end, the others the start
+        last = module.seen[-1][1]
+        assert torch.equal(torch.cat((bank_of(module).embeddings[16:], bank_of(module).embeddings[:4])), last)
 
 
 class Skipping(Foreign):
