@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, momentum: fl
     run = Run(str(tmp_path), "killed", momentum, accumulate, pause=PAUSE)
     kill(run, after=8)
     again = replace(run, name="again", resume=str(last_checkpoint(run)))
-    kill(again, after=4)
+    kill(again, after=5)  # one more than are accumulated: the checkpoint of the step after the fourth is then complete
     resumed = replace(again, name="resumed", pause=0.0)
     fit(resumed)
     right = whole(replace(run, folder=""))
