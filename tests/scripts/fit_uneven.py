@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pytorch_lightning import Trainer
 from torch.utils.data import DataLoader
 
@@ -84,3 +85,6 @@ if __name__ == "__main__":
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     for name, settings in json.loads(sys.argv[2]).items():
         fit(Path(sys.argv[1]), name, settings, ranks, rank)
+    # An interpreter that ends with the group still up may abort in one of its threads.
+    dist.barrier()
+    dist.destroy_process_group()
