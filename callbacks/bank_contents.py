@@ -16,7 +16,7 @@ COLUMNS = 8192  # of the bank at a time, so that the similarities of a batch sta
 class BankContents:
     """The slots of a bank, also of one that is spread over ranks, in their order and the same on every rank.
 
-    Making one, and reading embeddings, is a collective where the bank is spread over ranks.
+    Reading embeddings is a collective where the bank is spread over ranks.
 
     Args:
         bank: is not changed.
@@ -30,16 +30,7 @@ class BankContents:
     def __init__(self, bank: MemoryBank) -> None:
         self.bank = bank
         self.ranks = bank.share[1]
-        columns = torch.stack((bank.labels, bank.indices, bank.steps), dim=1)
-        counts = [len(columns)]
-        if self.ranks > 1:  # slot s is row s // ranks on rank s % ranks
-            counts = distributed.row_counts(len(columns), columns.device)
-            columns = distributed.gather_rows(columns, counts)
-        owners = torch.cat([torch.full((count,), rank) for rank, count in enumerate(counts)])
-        own_rows = torch.cat([torch.arange(count) for count in counts])
-        order = (own_rows * len(counts) + owners).argsort()
-        self.owners, self.own_rows = owners[order], own_rows[order]
-        self.labels, self.indices, self.steps = columns.cpu()[order].unbind(dim=1)
+        self.labels, self.indices, self.steps = (column.cpu() for column in bank.whole)
 
     def draw(self, entries: int, generator: torch.Generator) -> list[Tensor]:
         """About `entries` slots whose sample and age are known, a list of them for each age quarter, youngest first."""
@@ -55,8 +46,8 @@ class BankContents:
         """What the bank stores in these slots, (len(rows), D), the same on every rank."""
         if self.ranks == 1:
             return precise(self.bank.embeddings[rows.to(self.bank.device)]).cpu()
-        owners = self.owners[rows]
-        mine = self.own_rows[rows[owners == distributed.rank()]]
+        owners = rows % self.ranks  # slot s is row s // ranks on rank s % ranks
+        mine = rows[owners == distributed.rank()] // self.ranks
         counts = owners.bincount(minlength=self.ranks).tolist()
         gathered = distributed.gather_rows(self.bank.embeddings[mine.to(self.bank.device)], counts)
         return precise(gathered).cpu()[owners.argsort(stable=True).argsort()]

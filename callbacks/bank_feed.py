@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank, MomentAdaptation
+from lightning_dml.memory.slots import check_batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -122,7 +123,7 @@ class BankFeed:
         Raises:
             InputError: if a column does not fit the keys, or the bank holds rows of another dimension.
         """
-        _check_columns(len(keys), labels, indices, mask)
+        check_batch(keys.shape[1], keys, labels, indices, mask, names=("label", "index", "enqueue"))
         if mask is not None:
             keys, labels, indices = keys[mask], labels[mask], indices[mask]
         keys, identity = keys.to(self.dtype), torch.stack((labels.long(), indices.long()), dim=1)
@@ -178,22 +179,6 @@ class BankFeed:
     def _make(self, dim: int, device: torch.device) -> MemoryBank:
         share = (distributed.rank(), distributed.world_size()) if self.sharded else (0, 1)
         return MemoryBank(self.entries, dim, self.dtype, device, self.policy, self.average, share)
-
-
-def _check_columns(rows: int, labels: Tensor, indices: Tensor, mask: Tensor | None) -> None:
-    for name, column, kind in (
-        ("label", labels, "integers"),
-        ("index", indices, "integers"),
-        ("enqueue", mask, "bool"),
-    ):
-        if column is None and name == "enqueue":
-            continue
-        if not isinstance(column, Tensor) or column.shape != (rows,):
-            found = tuple(column.shape) if isinstance(column, Tensor) else type(column).__name__
-            raise InputError(f"{name} must be a tensor with one entry for each of the {rows} embeddings, got {found}")
-        wide = column.is_floating_point() or column.is_complex()
-        if (column.dtype != torch.bool) if kind == "bool" else (wide or column.dtype == torch.bool):
-            raise InputError(f"{name} must be {kind}, got {column.dtype}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from lightning_dml.callbacks.sample_encoding import (
     training_loader,
     undisturbed,
 )
+from lightning_dml.callbacks.training_batches import outputs_of
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank
 
@@ -169,12 +169,13 @@ class DriftMonitor(Callback):
         figures = self._probe_drift(trainer, pl_module) if self.probes else {}
         bank: MemoryBank | None = getattr(pl_module, self.attribute, None)
         if bank is not None and int(bank.filled):
-            embeddings, labels, indices = _batch_of(outputs)
+            purpose = "DriftMonitor to compare the batch with the memory bank"
+            embeddings, labels, indices = outputs_of(outputs, purpose)
             if self.entries:
                 rows = max(distributed.row_counts(len(labels), labels.device))
                 figures |= self._bank_drift(trainer, pl_module, bank, step, rows)
             figures |= {f"memory/{name}": value for name, value in bank_figures(bank, step).items()}
-            pairs = pair_figures(bank, embeddings, labels, indices, self.hard_above)
+            pairs = pair_figures(bank, embeddings.detach(), labels, indices, self.hard_above)
             figures |= {f"memory/{name}": value for name, value in pairs.items()}
         prefix = "" if self.attribute == "memory_bank" else f"{self.attribute}/"
         figures = {f"{prefix}{name}": value for name, value in figures.items()}
@@ -294,16 +295,6 @@ class DriftMonitor(Callback):
                 "encoder to the attribute that maps images to embeddings, or probes=0 and entries=0"
             )
         return encoder
-
-
-def _batch_of(outputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    missing = {"embeddings", "labels", "indices"} - set(outputs if isinstance(outputs, Mapping) else ())
-    if missing:
-        raise InputError(
-            "training_step must return a dict with 'loss', 'embeddings', 'labels' and 'indices' for DriftMonitor to "
-            f"compare the batch with the memory bank; {', '.join(sorted(missing))} missing"
-        )
-    return outputs["embeddings"].detach(), outputs["labels"], outputs["indices"]
 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:

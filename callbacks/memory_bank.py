@@ -17,7 +17,7 @@ from lightning_dml.callbacks.bank_feed import BankFeed, BankSchedule, check_choi
 from lightning_dml.callbacks.encoder_watch import EncoderWatch
 from lightning_dml.callbacks.sample_encoding import encode_samples
 from lightning_dml.callbacks.step_end_signals import StepEndSignals
-from lightning_dml.callbacks.training_batches import identity_of, mask_of, training_samples
+from lightning_dml.callbacks.training_batches import check_slots, identity_of, mask_of, outputs_of, training_samples
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank, MomentumEncoder
 from lightning_dml.memory.bank import EMPTY
@@ -185,15 +185,7 @@ class MemoryBankCallback(Callback):
         if isinstance(self.size, float):
             entries = max(1, round(self.size * training_samples(trainer, self.size)))
         elif self.feed.policy == "samples":
-            dataset: Any = getattr(trainer.train_dataloader, "dataset", None)
-            samples = (
-                len(dataset) if hasattr(dataset, "__len__") else 0
-            )  # without, the first batch that is outside tells
-            if samples > entries:
-                raise InputError(
-                    f"policy='samples' needs a slot for each of the {samples} training samples, got size {entries}; "
-                    "set size to 1.0"
-                )
+            check_slots(trainer, entries)
         self.feed.start(entries, pl_module.device)
         if self.schedule.momentum_end is not None:
             self._final_step = trainer.estimated_stepping_batches
@@ -207,8 +199,7 @@ class MemoryBankCallback(Callback):
             return
         self._hand_over(pl_module, step)
         if self.momentum is not None and self.momentum_encoder is None:
-            encoder = MomentumEncoder(self._embedder(pl_module), self.momentum)
-            self.momentum_encoder = encoder.to(pl_module.device)
+            self.momentum_encoder = self._copy_of_embedder(pl_module, self.momentum)
         if self.initial_fill and self.bank is None:
             self._fill(trainer, pl_module, batch)
         if self.momentum_encoder is not None:
@@ -249,13 +240,7 @@ class MemoryBankCallback(Callback):
             return
         held, self._held = self._held, None
         if self.momentum is None:
-            names = (self.output, "labels", "indices")
-            if missing := set(names) - set(found):
-                raise InputError(
-                    f"training_step must return a dict with 'loss', {self.output!r}, 'labels' and 'indices' for the "
-                    f"memory bank to read; {', '.join(sorted(missing))} missing"
-                )
-            held = found[names[0]], found[names[1]], found[names[2]]
+            held = outputs_of(outputs, "the memory bank to read", self.output)
         assert held is not None
         mask = found.get("enqueue", mask_of(batch))
         self._write(*held, mask, previous, pl_module)
@@ -314,8 +299,7 @@ class MemoryBankCallback(Callback):
         self.feed.load_state_dict(state)
         self.momentum_encoder = None
         if state["encoder"] is not None and self.momentum is not None:
-            encoder = MomentumEncoder(self._embedder(pl_module), self.momentum)
-            self.momentum_encoder = encoder.to(pl_module.device)
+            self.momentum_encoder = self._copy_of_embedder(pl_module, self.momentum)
             self.momentum_encoder.load_state_of_encoder(state["encoder"])
 
     def _take_file(self, path: str, pl_module: LightningModule) -> None:
@@ -363,6 +347,9 @@ class MemoryBankCallback(Callback):
         if self.bank is not None:
             self.bank.weight = self.schedule.weight_at(step)
         setattr(pl_module, self.attribute, self.bank)
+
+    def _copy_of_embedder(self, pl_module: LightningModule, momentum: float) -> MomentumEncoder:
+        return MomentumEncoder(self._embedder(pl_module), momentum).to(pl_module.device)
 
     def _embedder(self, pl_module: LightningModule) -> nn.Module:
         embedder = getattr(pl_module, self.encoder, None)

@@ -29,6 +29,26 @@ def identity_of(batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     return batch["label"], batch["index"], mask_of(batch)
 
 
+def outputs_of(outputs: Any, purpose: str, embeddings: str = "embeddings") -> tuple[Tensor, Tensor, Tensor]:
+    """What a training step returned under the names `embeddings` (N, D), `labels` (N,) and `indices` (N,).
+
+    Args:
+        outputs: of `training_step`.
+        purpose: who needs them for what, as the error says it.
+        embeddings: the name of the embeddings.
+
+    Raises:
+        InputError: if one is missing.
+    """
+    names = (embeddings, "labels", "indices")
+    if missing := set(names) - set(outputs if isinstance(outputs, Mapping) else ()):
+        raise InputError(
+            f"training_step must return a dict with 'loss', {embeddings!r}, 'labels' and 'indices' for {purpose}; "
+            f"{', '.join(sorted(missing))} missing"
+        )
+    return outputs[embeddings], outputs["labels"], outputs["indices"]
+
+
 def mask_of(batch: Any) -> Tensor | None:
     """The mask (N,) of the rows that enter the bank; None for all."""
     mask: Tensor | None = batch.get("enqueue") if isinstance(batch, Mapping) else None
@@ -41,12 +61,29 @@ def training_samples(trainer: Trainer, setting: object) -> int:
     Raises:
         InputError: if the training dataloader does not tell.
     """
-    loader: Any = trainer.train_dataloader
     try:
-        return len(loader.dataset)
+        return _length_of_training_set(trainer)
     except (AttributeError, TypeError) as error:
         what = f"memory size {setting} is a ratio of" if isinstance(setting, float) else f"{setting} draws from"
         raise InputError(
             f"{what} the training set, whose length the training dataloader does not tell; give the number of entries, "
             "and initial_fill=False"
         ) from error
+
+
+def check_slots(trainer: Trainer, slots: int) -> None:
+    """Raises `InputError` if a bank of `slots` lacks one for a training sample, as far as their number is known."""
+    try:
+        samples = _length_of_training_set(trainer)
+    except (AttributeError, TypeError):
+        return  # the first batch with an index that is outside tells
+    if samples > slots:
+        raise InputError(
+            f"policy='samples' needs a slot for each of the {samples} training samples, got size {slots}; "
+            "set size to 1.0"
+        )
+
+
+def _length_of_training_set(trainer: Trainer) -> int:
+    loader: Any = trainer.train_dataloader
+    return len(loader.dataset)

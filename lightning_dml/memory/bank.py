@@ -18,6 +18,7 @@ from lightning_dml.memory.slots import EMPTY, check_batch, last_of_each, own_cou
 __all__ = ["EMPTY", "MemoryBank"]
 
 POLICIES = ("queue", "samples")
+COLUMNS = ("labels", "indices", "steps")
 
 
 class MemoryBank:
@@ -159,6 +160,12 @@ class MemoryBank:
     def steps(self) -> Tensor:
         """(len,) int64 view of the steps at which the rows came in; -1 where none was given."""
         return self._store.own(self._store.steps, self._count)
+
+    @property
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, indices and steps, (total,) int64 views of the filled slots of all ranks, the same on every rank."""
+        store = self._store
+        return store.labels[: self._count], store.indices[: self._count], store.steps[: self._count]
 
     @torch.no_grad()
     def enqueue(
@@ -327,9 +334,7 @@ class MemoryBank:
             "pointer": self._pointer,
             # Clones: saving a view would save its whole storage, and the bank may change before it is written.
             "embeddings": embeddings,
-            "labels": self._store.labels[: self._count].clone(),
-            "indices": self._store.indices[: self._count].clone(),
-            "steps": self._store.steps[: self._count].clone(),
+            **{name: column.clone() for name, column in zip(COLUMNS, self.whole, strict=True)},
             "refused": self.refused.clone(),
         }
         return state | ({"policy": self.policy, "average": self.average} if self.policy == "samples" else {})

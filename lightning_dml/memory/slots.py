@@ -56,18 +56,30 @@ def blocks(rows: int, row_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def check_batch(dim: int, embeddings: Tensor, labels: Tensor, indices: Tensor | None, mask: Tensor | None) -> None:
-    """Raises `InputError` unless the columns of a batch have the right kinds and one entry per embedding (n, dim)."""
+def check_batch(
+    dim: int,
+    embeddings: Tensor,
+    labels: Tensor,
+    indices: Tensor | None,
+    mask: Tensor | None,
+    names: tuple[str, str, str] = ("labels", "indices", "mask"),
+) -> None:
+    """Raises `InputError` unless the columns of a batch have the right kinds and one entry per embedding (n, dim).
+
+    `names` are those that the caller knows labels, indices and mask by.
+    """
     if embeddings.ndim != 2 or embeddings.shape[1] != dim or not embeddings.is_floating_point():
         raise InputError(
             f"embeddings must be a float tensor of shape (n, {dim}), got {embeddings.dtype} {tuple(embeddings.shape)}"
         )
-    for name, column in (("labels", labels), ("indices", indices), ("mask", mask)):
+    for name, column in zip(names, (labels, indices, mask), strict=True):
         if column is None:
             continue
-        if name == "mask" and column.dtype != torch.bool:
-            raise InputError(f"mask must be bool, got {column.dtype}; convert with .bool()")
-        if name != "mask" and (column.is_floating_point() or column.dtype == torch.bool):
+        if not isinstance(column, Tensor):
+            raise InputError(f"{name} must be a tensor of shape ({len(embeddings)},), got {type(column).__name__}")
+        if name == names[2] and column.dtype != torch.bool:
+            raise InputError(f"{name} must be bool, got {column.dtype}; convert with .bool()")
+        if name != names[2] and (column.is_floating_point() or column.is_complex() or column.dtype == torch.bool):
             raise InputError(f"{name} must be integers, got {column.dtype}; convert with .long()")
         if column.shape != embeddings.shape[:1]:
             raise InputError(
