@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
+from lightning_dml.losses.labels import UNLABELLED
+from lightning_dml.modules.evaluation import empty_copy, named_loaders
 from lightning_dml.retrieval import RetrievalMetrics, knn
 
 # Blue and orange stay apart for colour-blind eyes; a miss is dashed as well.
@@ -31,9 +33,9 @@ HIT, MISS = "#0072b2", "#d55e00"
 class RetrievalReport(Callback):
     """Evaluates before and after training; prints a table and draws some queries with their nearest neighbours.
 
-    The first validation dataloader is evaluated, by self-retrieval unless its batches have `is_query` and `is_gallery`.
-    The figure shows randomly drawn queries, each with its nearest neighbours, hits and misses framed. A resumed run
-    keeps the row of its first start.
+    The first validation dataloader is evaluated, by self-retrieval unless its batches have `is_query` and `is_gallery`;
+    with a `group` in them, the table counts as `RetrievalMetrics` does. The figure shows randomly drawn queries, each
+    with its nearest neighbours of any group, hits and misses framed. A resumed run keeps the row of its first start.
 
     Args:
         ks: the K of the Recall@K columns.
@@ -116,18 +118,19 @@ class RetrievalReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, float], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         """Metrics, and (embeddings, labels, indices, is_query, is_gallery) of all ranks, on the CPU."""
-        loader = trainer.val_dataloaders
-        loader = loader[0] if isinstance(loader, list | tuple) else loader
-        if loader is None or not trainer.num_val_batches or not trainer.num_val_batches[0]:
+        loader = _first_loader(trainer)
+        batches = trainer.num_val_batches[0] if trainer.num_val_batches else 0
+        # Together, as a rank that raises alone would leave the others waiting.
+        if not any(has for (has,) in distributed.gather_numbers([int(batches > 0)], pl_module.device)):
             raise InputError(
                 "RetrievalReport evaluates the validation data and there is none: give the datamodule a validation "
                 "set and leave limit_val_batches above 0, or take RetrievalReport out of the callbacks"
             )
-        metrics = RetrievalMetrics(ks=self.ks)
+        metrics = empty_copy(RetrievalMetrics(ks=self.ks))
         parts: list[tuple[Tensor, ...]] = []
         with _evaluation_mode(pl_module), torch.no_grad():
             for position, batch in enumerate(loader):
-                if position >= trainer.num_val_batches[0]:
+                if position >= batches:
                     break
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = trainer.strategy.batch_to_device(batch, pl_module.device)
@@ -135,14 +138,10 @@ class RetrievalReport(Callback):
                     embeddings = pl_module(batch["image"]).float()
                 everything = torch.ones_like(batch["label"], dtype=torch.bool)
                 roles = batch.get("is_query", everything), batch.get("is_gallery", everything)
-                metrics.update(embeddings, batch["label"], batch["index"], *roles)
+                groups = {"groups": batch["group"]} if "group" in batch else {}
+                metrics.update(embeddings, batch["label"], batch["index"], *roles, **groups)
                 parts.append((embeddings, batch["label"], batch["index"], *roles))
-        values = metrics.compute()
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        embeddings, labels, indices, is_query, is_gallery = [
-            distributed.gather_rows(column).cpu() for column in columns
-        ]
-        return values, (embeddings, labels, indices, is_query, is_gallery)
+        return metrics.compute(), _gathered(parts, pl_module.device)
 
     def _figure(
         self,
@@ -178,7 +177,7 @@ class RetrievalReport(Callback):
         for row, query, near in zip(grid, queries, gallery[nearest], strict=True):
             _show(row[0], _picture(trainer, int(indices[query])), None)
             for axes, neighbour in zip(row[1:], near, strict=True):
-                hit = bool(labels[neighbour] == labels[query])
+                hit = bool(labels[neighbour] == labels[query]) and int(labels[query]) != UNLABELLED
                 _show(axes, _picture(trainer, int(indices[neighbour])), hit)
         grid[0][0].set_title("query", fontsize=9)
         for rank, axes in enumerate(grid[0][1:], start=1):
@@ -188,6 +187,21 @@ class RetrievalReport(Callback):
             fontsize=9,
         )
         return figure
+
+
+def _first_loader(trainer: Trainer) -> Any:
+    return next(iter(named_loaders(trainer.val_dataloaders).values()), None)
+
+
+def _gathered(parts: list[tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The columns of all ranks, on the CPU; a rank may have none."""
+    dimensions = max(each for (each,) in distributed.gather_numbers([parts[0][0].shape[1] if parts else 0], device))
+    flags, whole = torch.zeros(0, dtype=torch.bool, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    none = torch.zeros(0, dimensions, device=device), whole, whole, flags, flags
+    embeddings, labels, indices, is_query, is_gallery = (
+        distributed.gather_rows(torch.cat(column)).cpu() for column in zip(none, *parts, strict=True)
+    )
+    return embeddings, labels, indices, is_query, is_gallery
 
 
 @rank_zero_only
@@ -229,14 +243,19 @@ def _show(axes: Axes, picture: NDArray[Any], hit: bool | None) -> None:
 
 
 def _picture(trainer: Trainer, index: int) -> NDArray[Any]:
-    """The image as it is before any transform where the datamodule can tell, else the tensor, stretched to 0..1."""
+    """The image as it is before any transform where the datamodule can tell, else the tensor, stretched to 0..1.
+
+    Grey where the data set of this rank does not have the image in that place.
+    """
     datamodule: Any = getattr(trainer, "datamodule", None)
     if hasattr(datamodule, "eval_image"):
         picture: NDArray[Any] = datamodule.eval_image(index)
         return picture
-    loader: Any = trainer.val_dataloaders
-    loader = loader[0] if isinstance(loader, list | tuple) else loader
-    image = loader.dataset[index]["image"].float()
+    dataset = _first_loader(trainer).dataset
+    sample: dict[str, Any] = dataset[index] if index < len(dataset) else {"index": -1}
+    if int(sample.get("index", index)) != index:
+        return np.full((1, 1, 3), 220, np.uint8)
+    image = sample["image"].float()
     image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
     stretched: NDArray[Any] = image.permute(1, 2, 0).squeeze(-1).numpy()
     return stretched

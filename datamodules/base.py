@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from lightning_dml.datamodules.images import LabelledImages
 from lightning_dml.datamodules.loading import CountResumedEpoch, ResumableLoader
 from lightning_dml.datamodules.samplers import PKBatchSampler, UnpaddedDistributedSampler
 from lightning_dml.errors import InputError
+from lightning_dml.losses.labels import UNLABELLED
+
+EvaluationSets = LabelledImages | Mapping[str, LabelledImages]
 
 
 class RetrievalDataModule(LightningDataModule):
@@ -22,7 +26,8 @@ class RetrievalDataModule(LightningDataModule):
 
     A subclass implements `setup`: it sets `train_set`, `val_set` and `test_set` (and `class_names` where labels have
     names), then calls `super().setup(stage)`, which checks them. A batch is a dict of `image` (B, C, H, W) float,
-    `label` (B,) int64 and `index` (B,) int64, the position in the data set.
+    `label` (B,) int64 and `index` (B,) int64, the position in the data set. `val_set` and `test_set` may be dicts of
+    several sets by name, which are then evaluated each by itself; the first is the one that figures show.
 
     Args:
         classes_per_batch: P, classes in a training batch on each rank.
@@ -35,13 +40,13 @@ class RetrievalDataModule(LightningDataModule):
 
     Raises:
         InputError: for `eval_batch_size` or `num_workers` out of range. From `setup`: without training or
-            evaluation images, with too few classes for a batch, with no class of two images to evaluate, or if the
-            trainer would replace the samplers.
+            evaluation images, with too few classes for a batch, with no class of two images to evaluate, with fewer
+            images to predict than ranks, or if the trainer would replace the samplers.
     """
 
     train_set: LabelledImages | None = None
-    val_set: LabelledImages | None = None
-    test_set: LabelledImages | None = None
+    val_set: EvaluationSets | None = None
+    test_set: EvaluationSets | None = None
     class_names: list[str] | None = None
     """The name of each label, where the data set knows it."""
 
@@ -81,31 +86,36 @@ class RetrievalDataModule(LightningDataModule):
                 self._evaluation(self.val_set, "validation")
         if stage == "validate":
             self._evaluation(self.val_set, "validation")
-        if stage in ("test", "predict"):
+        if stage == "test":
             self._evaluation(self.test_set, "test")
+        if stage == "predict":
+            self._prediction()
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of P classes x K images; its place in the epoch goes into checkpoints."""
         train_set = self._training()
         return ResumableLoader(train_set, self._train_sampler(train_set), **self._options())
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation image once over all ranks."""
-        return self._eval_loader(self._evaluation(self.val_set, "validation"))
+    def val_dataloader(self) -> Any:
+        """Every validation image over all ranks: a DataLoader, or a dict of them where `val_set` is a dict.
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Every test image once over all ranks."""
-        return self._eval_loader(self._evaluation(self.test_set, "test"))
+        With fewer images than ranks, the ranks that would have none repeat one each; its index tells.
+        """
+        return self._eval_loaders(self._evaluation(self.val_set, "validation"))
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test images, once over all ranks."""
-        return self.test_dataloader()
+    def test_dataloader(self) -> Any:
+        """Every test image over all ranks, as `val_dataloader`."""
+        return self._eval_loaders(self._evaluation(self.test_set, "test"))
+
+    def predict_dataloader(self) -> Any:
+        """The test images, once over all ranks: a DataLoader, or a dict of them where `test_set` is a dict."""
+        return self._eval_loaders(self._prediction(), at_least_one=False)
 
     def eval_image(self, position: int) -> NDArray[np.uint8]:
         """A validation image as it is before any transform, for figures.
 
         Args:
-            position: in the validation set, as in `index` of a batch.
+            position: in the validation set, the first of several, as in `index` of a batch.
 
         Returns:
             uint8 (H, W) or (H, W, 3).
@@ -113,11 +123,12 @@ class RetrievalDataModule(LightningDataModule):
         Raises:
             InputError: before `setup`, or if there is no such image.
         """
-        if self.val_set is None:
+        images = next(iter(_by_name(self.val_set).values()), None)
+        if images is None:
             raise InputError("no validation images to show: call setup('validate') first")
-        if not 0 <= position < len(self.val_set):
-            raise InputError(f"position must be at least 0 and less than {len(self.val_set)}, got {position}")
-        return self.val_set.picture(position)
+        if not 0 <= position < len(images):
+            raise InputError(f"position must be at least 0 and less than {len(images)}, got {position}")
+        return images.picture(position)
 
     def _check_trainer(self) -> None:
         trainer = self.trainer
@@ -144,21 +155,37 @@ class RetrievalDataModule(LightningDataModule):
             )
         return self.train_set
 
-    def _evaluation(self, images: LabelledImages | None, role: str) -> LabelledImages:
-        if images is None or not len(images):
-            raise InputError(
-                f"{type(self).__name__} has no {role} images: check root and the split, or turn validation off with "
-                "Trainer(limit_val_batches=0)"
-            )
-        if np.unique(images.labels, return_counts=True)[1].max() < 2:
-            raise InputError(
-                f"no class of the {role} set has two images, so no query has a match to find: add images, or split "
-                "by class"
-            )
-        if len(images) < distributed.world_size():
-            raise InputError(
-                f"the {role} set has {len(images)} image(s) for {distributed.world_size()} ranks: use fewer ranks"
-            )
+    def _evaluation(self, images: EvaluationSets | None, role: str) -> EvaluationSets:
+        """The set, or the sets, that are evaluated, checked."""
+        named = _by_name(images)
+        if images is None or not named:
+            raise self._without_images(role)
+        for name, each in named.items():
+            which = f" {name!r}" if isinstance(images, Mapping) else ""
+            if not len(each):
+                raise self._without_images(role + which)
+            labelled = each.labels[each.labels != UNLABELLED]  # others are distractors, which match nothing
+            if np.unique(labelled, return_counts=True)[1].max(initial=0) < 2:
+                raise InputError(
+                    f"no class of the {role} set{which} has two images, so no query has a match to find: add images, "
+                    "or split by class"
+                )
+        return images
+
+    def _without_images(self, role: str) -> InputError:
+        return InputError(
+            f"{type(self).__name__} has no {role} images: check root and the split, or turn validation off with "
+            "Trainer(limit_val_batches=0)"
+        )
+
+    def _prediction(self) -> EvaluationSets:
+        images = self._evaluation(self.test_set, "test")
+        for each in _by_name(images).values():
+            if len(each) < distributed.world_size():
+                raise InputError(
+                    f"the test set has {len(each)} image(s) for {distributed.world_size()} ranks, and predict takes "
+                    "each image once: use fewer ranks"
+                )
         return images
 
     def _train_sampler(self, train_set: LabelledImages) -> PKBatchSampler:
@@ -171,8 +198,10 @@ class RetrievalDataModule(LightningDataModule):
             drop_small_classes=self.drop_small_classes,
         )
 
-    def _eval_loader(self, images: LabelledImages) -> DataLoader[Any]:
-        sampler = UnpaddedDistributedSampler(len(images))
+    def _eval_loaders(self, images: EvaluationSets, at_least_one: bool = True) -> Any:
+        if isinstance(images, Mapping):
+            return {name: self._eval_loaders(each, at_least_one) for name, each in images.items()}
+        sampler = UnpaddedDistributedSampler(len(images), at_least_one=at_least_one)
         return DataLoader(images, batch_size=self.eval_batch_size, sampler=sampler, **self._options())
 
     def _options(self) -> dict[str, Any]:
@@ -187,3 +216,10 @@ class RetrievalDataModule(LightningDataModule):
 
     def _name(self, label: int) -> str:
         return repr(self.class_names[label]) if self.class_names is not None else str(label)
+
+
+def _by_name(images: EvaluationSets | None) -> dict[str, LabelledImages]:
+    """The sets by name; a single one has none."""
+    if isinstance(images, Mapping):
+        return dict(images)
+    return {} if images is None else {"": images}

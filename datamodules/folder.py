@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning_dml.datamodules.images import ImageFileDataset
 from lightning_dml.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+OWN = "val"  # what the own validation set is called where there are others
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -39,12 +40,16 @@ class FolderDataModule(RetrievalDataModule):
         train_transform: PIL image -> float (3, H, W), instead of resize, random crop, flip and normalisation.
         eval_transform: PIL image -> float (3, H, W), instead of resize, centre crop and normalisation.
         crop_scale: smallest and largest share of the image's area in a random crop, within (0, 1].
-        allow_shared_classes: let classes appear in `root/train` and in another split.
+        allow_shared_classes: let classes appear in `root/train` and in another split, or in training and in one of
+            `val_roots`.
+        val_roots: further folders `<val_root>/<class>/*.jpg` by name, each validated as a set of its own beside that of
+            `root`, which comes first and is called `val`. Classes are the same where their folders have one name.
         options: of `RetrievalDataModule`.
 
     Raises:
-        InputError: for an option out of range. From `setup`: for a missing root, no images, an empty class folder,
-            a class in several splits, or anything that `RetrievalDataModule` checks.
+        InputError: for an option out of range, or a name in `val_roots` that is empty or `val`. From `setup`: for a
+            missing root, no images, an empty class folder, a class in several splits, or anything that
+            `RetrievalDataModule` checks.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class FolderDataModule(RetrievalDataModule):
         eval_transform: Callable[[Any], Any] | None = None,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         allow_shared_classes: bool = False,
+        val_roots: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
         """Builds the transforms; see the class for the options."""
@@ -76,10 +82,15 @@ class FolderDataModule(RetrievalDataModule):
             )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise InputError(f"crop_scale must be two ascending numbers in (0, 1], got {crop_scale}")
+        if wrong := {"", OWN} & set(val_roots or {}):
+            raise InputError(
+                f"val_roots must not have a set called {wrong.pop()!r}: {OWN!r} is the set of root, choose another name"
+            )
         self.root = Path(root)
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.allow_shared_classes = allow_shared_classes
+        self.val_roots = {name: Path(folder) for name, folder in (val_roots or {}).items()}
         to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
         self.train_transform = train_transform or v2.Compose(
             [
@@ -101,13 +112,16 @@ class FolderDataModule(RetrievalDataModule):
                 f"root {self.root} has no class folders with images: expected root/<class>/*.jpg or "
                 "root/train/<class>/*.jpg and root/val/<class>/*.jpg"
             )
+        others = {name: self._val_root(name, splits["train"]) for name in self.val_roots}
         first = sorted(splits["train"])
-        rest = sorted({name for split in splits.values() for name in split} - set(first))
+        rest = sorted({name for classes in (*splits.values(), *others.values()) for name in classes} - set(first))
         self.class_names = first + rest
         label = {name: number for number, name in enumerate(self.class_names)}
         self.train_set = _data_set(splits["train"], label, self.train_transform)
-        self.val_set = _data_set(splits["val"], label, self.eval_transform)
-        self.test_set = _data_set(splits["test"], label, self.eval_transform) if "test" in splits else self.val_set
+        own = _data_set(splits["val"], label, self.eval_transform)
+        self.test_set = _data_set(splits["test"], label, self.eval_transform) if "test" in splits else own
+        further = {name: _data_set(classes, label, self.eval_transform) for name, classes in others.items()}
+        self.val_set = {OWN: own, **further} if further else own
         super().setup(stage)
 
     def _splits(self) -> dict[str, dict[str, list[Path]]]:
@@ -119,14 +133,27 @@ class FolderDataModule(RetrievalDataModule):
         if not splits["test"]:
             del splits["test"]
         for split in splits.keys() - {"train"}:
-            shared = sorted(splits["train"].keys() & splits[split].keys())
-            if shared and not self.allow_shared_classes:
-                raise InputError(
-                    f"class {shared[0]!r} ({len(shared)} such class(es)) is in {self.root / 'train'} and in "
-                    f"{self.root / split}: retrieval is evaluated on unseen classes; move one, or set "
-                    "allow_shared_classes=true"
-                )
+            self._check_unseen(splits["train"], splits[split], self.root / split)
         return splits
+
+    def _val_root(self, name: str, training: Container[str]) -> dict[str, list[Path]]:
+        """Class -> files of one of `val_roots`."""
+        folder = self.val_roots[name]
+        if not folder.is_dir():
+            raise InputError(f"val_roots[{name!r}] {folder} is not a folder: give the folder that holds class folders")
+        classes = _scan(folder)
+        if not classes:
+            raise InputError(f"val_roots[{name!r}] {folder} has no class folders with images: expected <class>/*.jpg")
+        self._check_unseen(training, classes, folder)
+        return classes
+
+    def _check_unseen(self, training: Container[str], classes: Iterable[str], folder: Path) -> None:
+        shared = sorted(name for name in classes if name in training)
+        if shared and not self.allow_shared_classes:
+            raise InputError(
+                f"class {shared[0]!r} ({len(shared)} such class(es)) is in the training set and in {folder}: retrieval "
+                "is evaluated on unseen classes; move one, or set allow_shared_classes=true"
+            )
 
     def _split_by_class(self, classes: Mapping[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
         names = sorted(classes)

@@ -22,7 +22,7 @@ from PIL import __version__ as pillow_version
 from torchvision.transforms import v2
 
 from lightning_dml.datamodules.base import RetrievalDataModule
-from lightning_dml.datamodules.images import ArrayDataset
+from lightning_dml.datamodules.images import ArrayDataset, LabelledImages
 from lightning_dml.datamodules.samplers import IntArray
 from lightning_dml.errors import InputError
 
@@ -61,6 +61,8 @@ class GlyphsDataModule(RetrievalDataModule):
     Raises:
         InputError: for an `image_size` below 1. From `prepare_data`: if the installed fonts have too few characters.
     """
+
+    val_set: LabelledImages | None = None
 
     def __init__(
         self, root: str | Path | None = None, image_size: int = SIDE, augment: bool = True, **options: Any

@@ -247,6 +247,8 @@ class UnpaddedDistributedSampler(Sampler[int]):
         length: number of samples.
         num_replicas: W; None means the ranks of the process group at the time of iteration.
         rank: None means this process's rank at the time of iteration.
+        at_least_one: where there are fewer samples than ranks, give one of them again to each rank that would have
+            none; for evaluation, which drops repeats by index.
 
     Raises:
         InputError: for a negative length or a rank out of range.
@@ -256,7 +258,9 @@ class UnpaddedDistributedSampler(Sampler[int]):
         [[0, 2, 4], [1, 3]]
     """
 
-    def __init__(self, length: int, num_replicas: int | None = None, rank: int | None = None) -> None:
+    def __init__(
+        self, length: int, num_replicas: int | None = None, rank: int | None = None, at_least_one: bool = False
+    ) -> None:
         """Checks the options; see the class."""
         super().__init__()
         if length < 0:
@@ -265,6 +269,7 @@ class UnpaddedDistributedSampler(Sampler[int]):
         self.length = length
         self.num_replicas = num_replicas
         self.rank = rank
+        self.at_least_one = at_least_one
 
     def __iter__(self) -> Iterator[int]:
         """Yields this rank's indices in ascending order."""
@@ -276,7 +281,10 @@ class UnpaddedDistributedSampler(Sampler[int]):
 
     def _indices(self) -> range:
         replicas = distributed.world_size() if self.num_replicas is None else self.num_replicas
-        return range(distributed.rank() if self.rank is None else self.rank, self.length, replicas)
+        rank = distributed.rank() if self.rank is None else self.rank
+        if self.at_least_one and 0 < self.length <= rank:
+            return range(rank % self.length, rank % self.length + 1)
+        return range(rank, self.length, replicas)
 
 
 def _check_replicas(num_replicas: int | None, rank: int | None) -> None:

@@ -71,6 +71,8 @@ class _TrainingSet(LightningDataModule):
     def __init__(self, inner: LightningDataModule) -> None:
         super().__init__()
         self.inner = inner
+        # Lightning would raise on a rank without a batch, and only there; `bank` has an error for all ranks.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def prepare_data(self) -> None:
         """Downloads what the data module downloads."""

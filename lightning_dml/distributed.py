@@ -5,7 +5,7 @@ Every function is the identity when no process group is up, so callers need no b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,94 @@ def reduce_rows(tensor: Tensor, counts: list[int]) -> Tensor:
         block[:count] = tensor[start : start + count].detach()
         start += count
     return exchange(padded).sum(dim=0)[: counts[rank()]]
+
+
+def collective_device() -> torch.device:
+    """Where the process group can carry tensors: NCCL the current CUDA device only, else the CPU."""
+    if is_distributed() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def map_rows(count: int, function: Callable[[Tensor], tuple[Tensor, ...]], block: int) -> tuple[Tensor, ...]:
+    """The results of `function` for all of `count` rows, of which every rank computes a share.
+
+    The ranks work block by block and wait for each other after each, so that none waits for longer than a block
+    takes: a process group's time-out is for one collective, and a share may take many times as long. Where
+    `function` raises on one rank, all ranks raise at the end of that block.
+
+    Args:
+        count: how many rows there are, the same on every rank.
+        function: gets row numbers (m,) int64, perhaps none, and returns tensors on the CPU; where it has none to
+            work on, they must still have the dtype and the trailing shape of the others.
+        block: the most rows that it is given at a time.
+
+    Returns:
+        Each tensor of `function` concatenated over all blocks of all ranks, on the CPU; blocks and ranks are in the
+        order of the rows, so ragged results are possible.
+
+    Raises:
+        RuntimeError: where `function` raised on another rank only.
+    """
+    shares = torch.arange(count).tensor_split(world_size())
+    steps = max(1, -(-len(shares[0]) // block))  # the first share is the longest
+    blocks = []
+    for step in range(steps):
+        mine = shares[rank()][step * block : (step + 1) * block]
+        failure: Exception | None = None
+        try:
+            blocks.append(function(mine))
+        except Exception as error:
+            failure = error
+        _fail_together(failure)
+    device = collective_device()
+    columns = [torch.cat(column).to(device) for column in zip(*blocks, strict=True)]
+    return tuple(gather_rows(column).cpu() for column in columns)
+
+
+def on_first_rank(function: Callable[[Callable[[], None]], Tensor]) -> Tensor:
+    """What `function` returns on rank 0, which alone runs it, on every rank.
+
+    Args:
+        function: gets a callback to call every now and then, well within the time-out of the process group: the other
+            ranks wait from one call to the next. Returns a tensor on the CPU.
+
+    Raises:
+        RuntimeError: on the other ranks, where `function` raised on rank 0.
+    """
+    if not is_distributed():
+        return function(lambda: None)
+    device = collective_device()
+    result = torch.empty(0)
+    failure: Exception | None = None
+
+    def beat() -> None:
+        dist.broadcast(torch.ones((), device=device), 0)
+
+    if rank() == 0:
+        try:
+            result = function(beat)
+        except Exception as error:
+            failure = error
+        dist.broadcast(torch.zeros((), device=device), 0)
+    else:
+        going_on = torch.ones((), device=device)
+        while going_on:
+            dist.broadcast(going_on, 0)
+    _fail_together(failure)
+    parts: list[Any] = [result]
+    dist.broadcast_object_list(parts, 0, device=device)
+    shared: Tensor = parts[0]
+    return shared
+
+
+def _fail_together(failure: Exception | None) -> None:
+    """Raises `failure` where there is one, and an error on all ranks where any has one."""
+    failed = [] if not is_distributed() else gather_numbers([failure is not None], collective_device())
+    if failure is not None:
+        raise failure
+    if [1] in failed:
+        raise RuntimeError(f"rank {failed.index([1])} failed at this point; its own error says why")
 
 
 class _GatherRowsWithGrad(torch.autograd.Function):

@@ -17,8 +17,10 @@ from lightning_dml.errors import InputError
 from lightning_dml.losses import PairWeightingLoss
 from lightning_dml.losses.labels import UNLABELLED
 from lightning_dml.memory import MemoryBank
+from lightning_dml.modules.evaluation import SetMetrics, evaluate_on_every_rank, named_loaders
 from lightning_dml.retrieval import RetrievalMetrics
 
+DEFAULT_KS = (1, 2, 4, 8)
 DEFAULT_LR = 1e-4
 DEFAULT_WEIGHT_DECAY = 5e-4
 
@@ -28,11 +30,16 @@ class MetricLearningModule(LightningModule):
 
     The total is `batch_weight * loss(batch) + memory_weight * bank.weight * memory_loss(batch, bank)`, as in XBM's
     released code. The bank, and its weight, which may warm up, are what a `MemoryBankCallback` puts into `memory_bank`;
-    without one, only the batch counts. Evaluation
-    computes retrieval metrics over the whole set, logged as `val/recall@1` and so on, equal on all ranks.
+    without one, only the batch counts.
+
+    Evaluation computes retrieval metrics over the whole set, logged as `val/recall@1` and so on, equal on all ranks.
+    Where there are several sets, a list or a dict of dataloaders, each is evaluated by itself and logged as
+    `val/NAME/recall@1`, NAME being its key or its position; the first also as `val/recall@1`. A rank may be without
+    batches. Values are NaN, with a warning, where no query has a match; Lightning's ModelCheckpoint takes that for the
+    worst value, its EarlyStopping stops.
 
     Batches are dicts: `image` (B, C, H, W), `label` (B,) and `index` (B,) int64; for evaluation also, optionally,
-    `is_query` and `is_gallery` (B,) bool.
+    `is_query` and `is_gallery` (B,) bool, and `group` (B,) int64, the camera or sequence.
 
     Args:
         embedder: images to (B, D) embeddings with unit rows, such as `Embedder`.
@@ -48,14 +55,16 @@ class MetricLearningModule(LightningModule):
         loss_lr: learning rate of the parameters of the losses themselves, such as a margin's beta or another library's
             proxies; None is the embedder's.
         lr_interval: whether the scheduler steps per `epoch` or per `step`.
-        ks: the K of the Recall@K that evaluation logs.
+        ks: the K of the Recall@K that evaluation logs, short for `metrics=RetrievalMetrics(ks=ks)`; None is
+            (1, 2, 4, 8).
+        metrics: what evaluation computes; every data set of validation and test gets a copy of its own.
 
     Attributes:
         memory_bank: the `MemoryBank` in use, or None.
 
     Raises:
-        InputError: for weights that are negative or both 0, a `loss_lr` that is not positive, or an unknown
-            `lr_interval`.
+        InputError: for weights that are negative or both 0, a `loss_lr` that is not positive, an unknown
+            `lr_interval`, or both of `ks` and `metrics`.
     """
 
     memory_bank: MemoryBank | None
@@ -71,13 +80,14 @@ class MetricLearningModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         loss_lr: float | None = None,
         lr_interval: str = "epoch",
-        ks: Sequence[int] = (1, 2, 4, 8),
+        ks: Sequence[int] | None = None,
+        metrics: RetrievalMetrics | None = None,
     ) -> None:
         super().__init__()
         # From the command line the arguments are plain class paths and travel in the checkpoint, so that
         # load_from_checkpoint needs no arguments. Built in Python, the parts are objects that no checkpoint should
         # pickle: give them again when loading.
-        objects = ["embedder", "loss", "memory_loss", "optimizer", "lr_scheduler"]
+        objects = ["embedder", "loss", "memory_loss", "optimizer", "lr_scheduler", "metrics"]
         self.save_hyperparameters(ignore=[] if hparams_mixin._given_hyperparameters.get() else objects)
         for name, weight in (("batch_weight", batch_weight), ("memory_weight", memory_weight)):
             if weight < 0:
@@ -88,6 +98,11 @@ class MetricLearningModule(LightningModule):
             raise InputError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
         if loss_lr is not None and loss_lr <= 0:
             raise InputError(f"loss_lr must be positive, or None for the embedder's rate, got {loss_lr}")
+        if ks is not None and metrics is not None:
+            raise InputError(
+                f"ks={tuple(ks)} and metrics={type(metrics).__name__}(...) both say what to evaluate: leave ks out "
+                "(None), and give it to RetrievalMetrics(ks=...)"
+            )
         self.embedder = embedder
         self.loss = loss
         self.memory_loss = memory_loss
@@ -98,8 +113,13 @@ class MetricLearningModule(LightningModule):
         self.loss_lr = loss_lr
         self.lr_interval = lr_interval
         self.memory_bank = None
-        self.val_metrics = RetrievalMetrics(ks=tuple(ks))
-        self.test_metrics = RetrievalMetrics(ks=tuple(ks))
+        template = RetrievalMetrics(ks=DEFAULT_KS if ks is None else tuple(ks)) if metrics is None else metrics
+        self.val_metrics = SetMetrics("val", template)
+        self.test_metrics = SetMetrics("test", template)
+
+    def setup(self, stage: str) -> None:
+        """Makes the ranks evaluate together where some have no batches."""
+        evaluate_on_every_rank(self.trainer, self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, D) of images (B, C, H, W)."""
@@ -128,23 +148,31 @@ class MetricLearningModule(LightningModule):
         self._log_train("train/loss", total, len(labels), prog_bar=True)
         return {"loss": total, "embeddings": embeddings.detach(), "labels": labels, "indices": indices}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def on_validation_epoch_start(self) -> None:
+        """Begins anew, also after an evaluation that did not end."""
+        self.val_metrics.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collects the embeddings of a validation batch."""
-        self._collect(self.val_metrics, batch)
+        self.val_metrics.update(dataloader_idx, self(batch["image"]), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Computes and logs `val/...`."""
-        self._log_metrics("val", self.val_metrics)
+        self._log_metrics(self.val_metrics, self.trainer.val_dataloaders)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def on_test_epoch_start(self) -> None:
+        """Begins anew, also after an evaluation that did not end."""
+        self.test_metrics.reset()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collects the embeddings of a test batch."""
-        self._collect(self.test_metrics, batch)
+        self.test_metrics.update(dataloader_idx, self(batch["image"]), batch)
 
     def on_test_epoch_end(self) -> None:
         """Computes and logs `test/...`."""
-        self._log_metrics("test", self.test_metrics)
+        self._log_metrics(self.test_metrics, self.trainer.test_dataloaders)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Embeddings, labels and indices of a batch; `enqueue` as well where the batch has it."""
         outputs = {"embeddings": self(batch["image"]), "labels": batch["label"], "indices": batch["index"]}
         return outputs | ({"enqueue": batch["enqueue"]} if "enqueue" in batch else {})
@@ -187,17 +215,14 @@ class MetricLearningModule(LightningModule):
     def _log_train(self, name: str, value: Tensor, batch_size: int, prog_bar: bool = False) -> None:
         self.log(name, value.detach(), on_step=True, on_epoch=False, prog_bar=prog_bar, batch_size=batch_size)
 
-    def _collect(self, metrics: RetrievalMetrics, batch: dict[str, Tensor]) -> None:
-        metrics.update(
-            self(batch["image"]), batch["label"], batch["index"], batch.get("is_query"), batch.get("is_gallery")
-        )
-
-    def _log_metrics(self, stage: str, metrics: RetrievalMetrics) -> None:
-        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+    def _log_metrics(self, metrics: SetMetrics, loaders: Any) -> None:
+        # The few batches of a sanity check often hold no two images of a class, which is nothing to warn of.
+        values = metrics.compute(list(named_loaders(loaders)), quiet=self.trainer.sanity_checking)
         metrics.reset()
+        in_bar = {f"{metrics.stage}/{name}" for name in ("recall@1", "map@r")}
         for name, value in values.items():
             # The ranks agree already; the maximum of equal values is that value, which a mean of three need not be.
-            self.log(name, value, prog_bar=name.endswith(("recall@1", "map@r")), sync_dist=True, reduce_fx="max")
+            self.log(name, value, prog_bar=name in in_bar, sync_dist=True, reduce_fx="max")
 
 
 def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Tensor, bank: MemoryBank | None) -> Tensor:

@@ -1,24 +1,17 @@
-"""Exact nearest neighbours: faiss for tensors on the CPU, blocked torch top-k for all others."""
+"""`knn`: the nearest gallery rows of each query, for anybody's tensors."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import get_args
 
-import faiss
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dml.errors import InputError
 from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers
-
-SimilarityName = Literal["inner_product", "cosine", "l2"]
-
-# Similarities that the torch search holds at a time: 64 MiB of float32.
-_BLOCK_ENTRIES = 2**24
+from lightning_dml.retrieval.exclusion import combined_keys, match_counts
+from lightning_dml.retrieval.search import Exclusions, SimilarityName, nearest, unit_rows
 
 
 @torch.no_grad()
@@ -30,17 +23,23 @@ def knn(
     metric: SimilarityName = "inner_product",
     query_indices: Tensor | None = None,
     gallery_indices: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    gallery_groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `k` nearest gallery rows of each query, best first, by exhaustive search in float32.
 
     A gallery row whose index equals the query's (and is not negative) is the query itself and is left out: by
     index, never by similarity, so that the true twin of an item still counts and a noisy copy of it does not.
+    Rows of the query's group are left out in the same way.
     All rows of the answer have the same length: where `k` is more than the query with the fewest candidates
-    has (gallery rows less its own copies), it is reduced to that number for all queries, with a warning.
+    has (gallery rows less those left out), it is reduced to that number for all queries, with a warning.
 
     Distances are computed in float32 as the field does; neighbours whose values differ by less than its rounding
-    may change places. "l2" values are *squared* Euclidean distances, computed as |q|^2 + |g|^2 - 2 q.g, so far from
-    the origin it is best to centre the rows first.
+    may change places, and those of equal value come in the order of their rows. "l2" values are *squared* Euclidean
+    distances, computed as |q|^2 + |g|^2 - 2 q.g, so far from the origin it is best to centre the rows first.
+
+    Tensors on the CPU are searched with faiss, others in blocks with torch. For an index that is built once and
+    searched often, or that is approximate, see `ApproximateIndex`.
 
     Args:
         queries: (Nq, D) floating point; computed in float32.
@@ -49,6 +48,9 @@ def knn(
         metric: "inner_product", "cosine" (rows are normalised first; a row of zeros has similarity 0 to all) or "l2".
         query_indices: (Nq,) integers that say which item each query is; negative means none.
         gallery_indices: (Ng,) integers, given together with `query_indices`.
+        query_groups: (Nq,) integers, the group (camera, sequence, class) whose items a query passes over; negative
+            means none.
+        gallery_groups: (Ng,) integers, given together with `query_groups`.
 
     Returns:
         values: (Nq, k) float32; similarities descending, or for "l2" squared distances ascending.
@@ -56,7 +58,7 @@ def knn(
 
     Raises:
         InputError: wrong shapes, dtypes, devices or lengths, nothing to search, `k` < 1, rows that hold NaN or
-            infinity or whose products overflow, or a query that has no candidate but itself.
+            infinity or whose products overflow, or a query that has no candidate.
 
     Examples:
         >>> gallery = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
@@ -66,122 +68,62 @@ def knn(
         [1, 0, 1]
     """
     _check_request(queries, gallery, k, metric)
-    most_copies = 0
-    if query_indices is not None and gallery_indices is not None:
-        check_integers("query_indices", query_indices, len(queries))
-        check_integers("gallery_indices", gallery_indices, len(gallery))
-        most_copies = int(_copies(query_indices, gallery_indices).max())
-    elif query_indices is not None or gallery_indices is not None:
-        missing = "query_indices" if query_indices is None else "gallery_indices"
-        raise InputError(f"{missing} is missing; self is left out by comparing both indices, so give both or neither")
-    available = len(gallery) - most_copies
+    exclude: list[tuple[Tensor, Tensor]] = []
+    for name, of_queries, of_gallery in (
+        ("indices", query_indices, gallery_indices),
+        ("groups", query_groups, gallery_groups),
+    ):
+        exclude += _key_pair(name, of_queries, of_gallery, queries, gallery)
+    available = len(gallery) - _most_excluded(exclude)
     if available < 1:
         raise InputError(
-            f"gallery has {len(gallery)} rows, all of them copies of one query by index; give it other items, or "
-            "leave the indices out to let queries find themselves"
+            f"gallery has {len(gallery)} rows, all of them copies of one query by index or of its group; give it other "
+            "items, or leave the indices out to let queries find themselves"
         )
     if k > available:
         warnings.warn(f"k={k} is more than the {available} candidates of a query; it is now {available}", stacklevel=2)
     queries, gallery = queries.float(), gallery.float()
     if metric == "cosine":
-        queries, gallery, metric = unit_rows(queries), unit_rows(gallery), "inner_product"
-    return nearest(queries, gallery, min(k, available), metric, query_indices, gallery_indices)
+        queries, gallery = unit_rows(queries), unit_rows(gallery)
+    found = nearest(queries, gallery, min(k, available), "l2" if metric == "l2" else "inner_product", exclude)
+    return _in_row_order(*found, descending=metric != "l2")
 
 
-def nearest(
-    queries: Tensor,
-    gallery: Tensor,
-    k: int,
-    metric: Literal["inner_product", "l2"],
-    query_indices: Tensor | None = None,
-    gallery_indices: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`knn` for input that is already checked (float32, 1 <= k <= Ng, at least one query), without clamping.
-
-    A query with fewer than `k` candidates left keeps those that it has; the rest of its positions are -1 and of
-    its values the worst possible.
-    """
-    if query_indices is None or gallery_indices is None:
-        return _search(queries, gallery, k, metric)
-    most_copies = int(_copies(query_indices, gallery_indices).max())
-    if most_copies == 0:
-        return _search(queries, gallery, k, metric)
-    # Among so many neighbours, at most `most_copies` of a query are dropped: k remain, or all that there are.
-    values, positions = _search(queries, gallery, min(k + most_copies, len(gallery)), metric)
-    query_column = query_indices[:, None]
-    keep = (gallery_indices[positions] != query_column) | (query_column < 0)
-    # The i-th kept neighbour moves to column i; what is dropped goes to a spare column that is cut off.
-    order = keep.cumsum(dim=1)
-    column = torch.where(keep & (order <= k), order - 1, k)
-    worst = float("inf") if metric == "l2" else float("-inf")
-    kept_values = values.new_full((len(queries), k + 1), worst).scatter_(1, column, values)
-    kept_positions = positions.new_full((len(queries), k + 1), -1).scatter_(1, column, positions)
-    return kept_values[:, :k].contiguous(), kept_positions[:, :k].contiguous()
+def _key_pair(
+    name: str, of_queries: Tensor | None, of_gallery: Tensor | None, queries: Tensor, gallery: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """The keys as int64 on the device of the rows, or nothing where there are none."""
+    if of_queries is None and of_gallery is None:
+        return []
+    if of_queries is None or of_gallery is None:
+        missing = f"query_{name}" if of_queries is None else f"gallery_{name}"
+        raise InputError(f"{missing} is missing; items are left out by comparing both {name}, so give both or neither")
+    check_integers(f"query_{name}", of_queries, len(queries))
+    check_integers(f"gallery_{name}", of_gallery, len(gallery))
+    return [(of_queries.to(queries.device, torch.int64), of_gallery.to(queries.device, torch.int64))]
 
 
-def unit_rows(rows: Tensor) -> Tensor:
-    """`rows` (N, D) float32 divided by their Euclidean norms; rows of zeros stay zeros."""
-    # Scaled by the largest entry first, so that squares of very large or small entries do not leave float32.
-    largest = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return F.normalize(rows / largest, dim=1)
+def _most_excluded(exclude: Exclusions) -> int:
+    """The most gallery rows that any query passes over."""
+    if not exclude:
+        return 0
+    counts = [match_counts(*keys) for keys in exclude]
+    if len(exclude) == 2:  # a row that has both the index and the group of the query is passed over once
+        (first, second), (third, fourth) = exclude
+        both = combined_keys(torch.cat([first, second]), torch.cat([third, fourth]))
+        counts.append(-match_counts(both[: len(first)], both[len(first) :]))
+    return int(torch.stack(counts).sum(dim=0).max())
 
 
-def _search(queries: Tensor, gallery: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    search = _search_faiss if queries.device.type == "cpu" else _search_torch
-    values, positions = search(queries, gallery, k, metric)
-    # faiss answers -1 where it could compare nothing, both answer inf or NaN where a product overflowed.
-    broken = ~torch.isfinite(values).all(dim=1) | (positions < 0).any(dim=1)
-    if broken.any():
-        raise InputError(
-            f"queries: {int(broken.sum())} rows, the first is row {int(broken.nonzero()[0])}, have products with the "
-            "gallery that overflow float32; scale the rows down or search with metric='cosine'"
-        )
+def _in_row_order(values: Tensor, positions: Tensor, descending: bool) -> tuple[Tensor, Tensor]:
+    """Neighbours of equal value by ascending row."""
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=1).nonzero().flatten()
+    if len(tied):
+        some, order = positions[tied].sort(dim=1)
+        # A stable sort by value keeps the order of the rows among equals.
+        by_value = values[tied].gather(1, order).sort(dim=1, descending=descending, stable=True)
+        positions[tied] = some.gather(1, by_value.indices)
     return values, positions
-
-
-def _search_faiss(queries: Tensor, gallery: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    # The flat index is measured a little faster than faiss.knn; both are exhaustive.
-    index = (faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP)(gallery.shape[1])
-    index.add(gallery.contiguous().numpy())
-    values, positions = index.search(queries.contiguous().numpy(), k)
-    return torch.from_numpy(values), torch.from_numpy(positions)
-
-
-def _search_torch(
-    queries: Tensor, gallery: Tensor, k: int, metric: str, block_entries: int = _BLOCK_ENTRIES
-) -> tuple[Tensor, Tensor]:
-    blocks = []
-    gallery_squares = gallery.square().sum(dim=1) if metric == "l2" else None
-    with _full_float32(queries.device.type):
-        for block in torch.split(queries, max(1, block_entries // len(gallery))):
-            similarities = block @ gallery.T
-            if gallery_squares is not None:
-                squares = block.square().sum(dim=1, keepdim=True) + gallery_squares
-                similarities = squares.sub_(similarities, alpha=2).clamp_min_(0)
-            blocks.append(torch.topk(similarities, k, dim=1, largest=gallery_squares is None))
-    return torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks])
-
-
-@contextmanager
-def _full_float32(device_type: str) -> Iterator[None]:
-    """Products in true float32: neither an autocast region around us nor a TF32 setting may round them."""
-    matmul = torch.backends.cuda.matmul
-    # torch 2.9 renamed the switch, and reading the old one raises where a program has set the new one.
-    switch, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, switch)
-    setattr(matmul, switch, exact)
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        setattr(matmul, switch, before)
-
-
-def _copies(query_indices: Tensor, gallery_indices: Tensor) -> Tensor:
-    """How many gallery rows each query is left out of, (Nq,) int64."""
-    items = gallery_indices[gallery_indices >= 0].sort().values
-    # Negative queries sort before every item, so both searches give 0 for them.
-    return torch.searchsorted(items, query_indices, right=True) - torch.searchsorted(items, query_indices)
 
 
 def _check_request(queries: Tensor, gallery: Tensor, k: int, metric: str) -> None:

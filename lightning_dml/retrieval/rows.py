@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dml.distributed import gather_rows, is_distributed, world_size
+from lightning_dml.distributed import collective_device, gather_numbers, gather_padded, gather_rows, is_distributed
 from lightning_dml.errors import InputError
+
+# Entries of the embeddings that each rank sends at a time: 16 MiB of float32, and as much for every rank to receive.
+_SENT_ENTRIES = 2**22
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,12 @@ class Rows:
     """Embedded items and their roles, on the CPU.
 
     Attributes:
-        embeddings: (N, D) float32; D may be 0 when N is 0.
+        embeddings: (N, D) float32 or float16; D may be 0 when N is 0.
         labels: (N,) int64.
         indices: (N,) int64, which item each row is.
         is_query: (N,) bool.
         is_gallery: (N,) bool.
+        groups: (N,) int64, the camera or sequence of each item; -1 for none.
     """
 
     embeddings: Tensor
@@ -29,96 +32,97 @@ class Rows:
     indices: Tensor
     is_query: Tensor
     is_gallery: Tensor
+    groups: Tensor
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.labels)
 
-    def take(self, selection: Tensor) -> Rows:
-        """The rows that `selection` names by position (int64) or mask (bool)."""
-        return Rows(
-            self.embeddings[selection],
-            self.labels[selection],
-            self.indices[selection],
-            self.is_query[selection],
-            self.is_gallery[selection],
-        )
 
+def gather_items(local: Rows, with_indices: bool, with_groups: bool) -> Rows:
+    """The items of all ranks by ascending index, each once, the same on every rank; every rank must call it.
 
-def gather(local: Rows, with_indices: bool) -> Rows:
-    """The rows of all ranks in rank order, the same on every rank; every rank must call it.
+    A distributed sampler that pads the last batches makes duplicates, and as perfect matches of each other they would
+    raise every metric: of the rows with one index the first stays, in rank order. The embeddings of a single process
+    that come in order are not copied.
 
     Args:
         local: this rank's rows, possibly none.
         with_indices: whether `local.indices` is the caller's; otherwise rows get running numbers over all ranks.
+        with_groups: whether `local.groups` is the caller's.
 
     Raises:
-        InputError: on all ranks alike, when none has any rows, their dimensions differ, or only some have indices.
+        InputError: on all ranks alike, when none has any rows, when dimensions or the use of indices or groups differ,
+            or when one index came with different labels, roles or groups.
     """
-    device = _collective_device()
+    device = collective_device()
     # What the ranks must agree on comes first: the rows can only be gathered, and errors only be raised by all
     # ranks together, once each knows what the others hold.
-    header = torch.tensor([[len(local), local.embeddings.shape[1], int(with_indices)]], device=device)
-    table = gather_rows(header, [1] * world_size()).cpu()
-    dim, numbered = _agreement(table[table[:, 0] > 0])
-    counts = [int(count) for count in table[:, 0]]
+    header = [len(local), local.embeddings.shape[1], int(with_indices), int(with_groups)]
+    table = gather_numbers(header, device)
+    dim, numbered = _agreement([line for line in table if line[0]])
+    counts = [line[0] for line in table]
 
-    embeddings = local.embeddings if len(local) else local.embeddings.new_zeros((0, dim))
-    embeddings = gather_rows(embeddings.to(device), counts).cpu()
-    columns = [local.labels, local.indices, local.is_query.long(), local.is_gallery.long()]
-    labels, indices, is_query, is_gallery = gather_rows(torch.stack(columns, dim=1).to(device), counts).cpu().unbind(1)
+    columns = [local.labels, local.indices, local.is_query.long(), local.is_gallery.long(), local.groups]
+    features = gather_rows(torch.stack(columns, dim=1).to(device), counts).cpu()
     if not numbered:
-        indices = torch.arange(len(labels))
-    return Rows(embeddings, labels, indices, is_query.bool(), is_gallery.bool())
+        features[:, 1] = torch.arange(len(features))
+    kept = _first_of_each(features)
+    embeddings = _gather_embeddings(local.embeddings, dim, counts, kept)
+    labels, indices, is_query, is_gallery, groups = features[kept].unbind(dim=1)
+    return Rows(embeddings, labels, indices, is_query.bool(), is_gallery.bool(), groups)
 
 
-def in_index_order(rows: Rows) -> Rows:
-    """`rows` sorted by index, each index once; of duplicates the first stays.
+def _agreement(seen: list[list[int]]) -> tuple[int, bool]:
+    """Dimension and whether indices were given, from the headers of the ranks that have rows."""
+    if not seen:
+        raise InputError("embeddings: RetrievalMetrics has seen none on any rank; call update() before compute()")
+    dims, numbered, grouped = (sorted({line[column] for line in seen}) for column in (1, 2, 3))
+    if len(dims) > 1:
+        raise InputError(f"embeddings have {dims} dimensions on different ranks; embed all rows with one model")
+    for name, flags in (("indices", numbered), ("groups", grouped)):
+        if len(flags) > 1:
+            raise InputError(f"{name} were given on some ranks only; give them to every update() or to none")
+    return dims[0], bool(numbered[0])
 
-    A distributed sampler that pads the last batches makes such duplicates, and as perfect matches of each other
-    they would raise every metric.
 
-    Raises:
-        InputError: rows with one index differ in label or role, so they are not the same item.
-    """
-    indices, order = rows.indices.sort(stable=True)
-    rows = rows.take(order)
-    repeated = torch.zeros(len(rows), dtype=torch.bool)
+def _first_of_each(features: Tensor) -> Tensor:
+    """Positions of the first row of each index, by ascending index; (n,) int64."""
+    indices, order = features[:, 1].sort(stable=True)
+    repeated = torch.zeros(len(order), dtype=torch.bool)
     repeated[1:] = indices[1:] == indices[:-1]
     if not repeated.any():
-        return rows
-    features = torch.stack([rows.labels, rows.is_query.long(), rows.is_gallery.long()], dim=1)
+        return order
+    ordered = features[order]
     differs = torch.zeros_like(repeated)
-    differs[1:] = (features[1:] != features[:-1]).any(dim=1)
+    differs[1:] = (ordered[1:] != ordered[:-1]).any(dim=1)
     clashes = (repeated & differs).nonzero().flatten()
     if len(clashes):
         raise InputError(
-            f"indices must name one item each, but index {int(indices[clashes[0]])} came with different labels or "
-            f"roles ({len(clashes)} such rows); number the items of all dataloaders in one sequence, and give an item "
-            "that is both query and gallery as one row with both flags"
+            f"indices must name one item each, but index {int(indices[clashes[0]])} came with different labels, roles "
+            f"or groups ({len(clashes)} such rows); number the items of all dataloaders in one sequence, and give an "
+            "item that is both query and gallery as one row with both flags"
         )
-    return rows.take(~repeated)
+    return order[~repeated]
 
 
-def to_collective_device(tensor: Tensor) -> Tensor:
-    """`tensor` where the process group can carry it; call .cpu() on what was gathered."""
-    return tensor.to(_collective_device())
-
-
-def _agreement(seen: Tensor) -> tuple[int, bool]:
-    """Dimension and whether indices were given, of a (ranks, 3) table of rows, dimension and that flag."""
-    if len(seen) == 0:
-        raise InputError("embeddings: RetrievalMetrics has seen none on any rank; call update() before compute()")
-    dims, flags = sorted(set(seen[:, 1].tolist())), set(seen[:, 2].tolist())
-    if len(dims) > 1:
-        raise InputError(f"embeddings have {dims} dimensions on different ranks; embed all rows with one model")
-    if len(flags) > 1:
-        raise InputError("indices were given on some ranks only; give them to every update() or to none")
-    return int(dims[0]), bool(flags.pop())
-
-
-def _collective_device() -> torch.device:
-    # NCCL carries CUDA tensors only; the device is the one that the caller (or Lightning) set for this process.
-    if is_distributed() and dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _gather_embeddings(local: Tensor, dim: int, counts: list[int], kept: Tensor) -> Tensor:
+    """The rows `kept` of all ranks' embeddings, each put straight where it belongs so that there is one copy."""
+    if not is_distributed():
+        in_order = len(kept) == len(local) and torch.equal(kept, torch.arange(len(kept)))
+        return local if in_order else local[kept]
+    destination = torch.full((sum(counts),), -1)
+    destination[kept] = torch.arange(len(kept))
+    gathered = local.new_empty((len(kept), dim))
+    local = local if len(local) else local.new_empty((0, dim))
+    device = collective_device()
+    starts = torch.tensor([0, *counts]).cumsum(dim=0)[:-1]
+    step = max(1, _SENT_ENTRIES // dim)
+    for start in range(0, max(counts), step):
+        sent = local[start : start + step].to(device)
+        parts = gather_padded(sent, min(step, max(counts) - start)).cpu()
+        for part, count, first in zip(parts, counts, starts.tolist(), strict=True):
+            rows = part[: max(0, min(step, count - start))]
+            to = destination[first + start : first + start + len(rows)]
+            gathered[to[to >= 0]] = rows[to >= 0]
+    return gathered

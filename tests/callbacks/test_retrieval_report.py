@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from pytorch_lightning import Trainer
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from lightning_dml.callbacks import RetrievalReport
+from lightning_dml.datamodules.images import ArrayDataset
 from lightning_dml.errors import InputError
 from tests.tiny import QUIET, TinyData, tiny_module
 
@@ -35,6 +37,65 @@ def test_the_table_holds_the_values_before_and_after(tmp_path: Path, capsys: pyt
     untrained = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("untrained")).split()
     assert float(untrained[1]) == pytest.approx(100 * before["val/recall@1"], abs=0.06)
     assert float(untrained[5]) == pytest.approx(100 * before["val/map@r"], abs=0.06)
+
+
+@pytest.mark.parametrize("form", [dict, list])
+def test_the_first_of_several_sets_is_reported(tmp_path: Path, form: type) -> None:
+    """The table is for one set; taken over all of them, its numbers would be those of none."""
+    data = TinyData()
+    data.setup("fit")
+    assert isinstance(data.val_set, ArrayDataset)
+    small = DataLoader(ArrayDataset(data.val_set.images[:10], data.val_set.labels[:10], data.val_set.transform), 7)
+    loaders: Any = [data.val_dataloader(), small] if form is list else {"own": data.val_dataloader(), "small": small}
+    report = RetrievalReport(path=str(tmp_path / "figure.png"))
+    module = tiny_module()
+    Trainer(max_steps=2, callbacks=[report], **QUIET).fit(module, data.train_dataloader(), loaders)
+    after = Trainer(**QUIET).validate(module, data.val_dataloader(), verbose=False)[0]
+    assert {f"val/{name}": value for name, value in report.rows[1][1].items()} == pytest.approx(after, abs=1e-6)
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_an_image_that_is_not_in_its_place_stays_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader over part of a set numbers its images otherwise; another image in their place would be a lie."""
+    from lightning_dml.callbacks import retrieval_report
+
+    grey: list[bool] = []
+    original = retrieval_report._show
+
+    def show(axes: Any, picture: Any, hit: bool | None) -> None:
+        grey.append(picture.shape == (1, 1, 3))
+        original(axes, picture, hit)
+
+    monkeypatch.setattr(retrieval_report, "_show", show)
+    data = TinyData()
+    data.setup("fit")
+    assert isinstance(data.val_set, ArrayDataset)
+    later = DataLoader(Subset(data.val_set, range(20, 60)), 7)
+    report = RetrievalReport(queries=2, neighbours=3, path=str(tmp_path / "figure.png"))
+    Trainer(max_steps=1, callbacks=[report], **QUIET).fit(tiny_module(), data.train_dataloader(), later)
+    assert grey == [True] * 8
+
+
+def test_groups_count_and_distractors_are_no_hits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table must agree with what validation logs, and two images of nobody are no match."""
+    from lightning_dml.callbacks import retrieval_report
+
+    hits: list[bool | None] = []
+    monkeypatch.setattr(retrieval_report, "_show", lambda axes, picture, hit: hits.append(hit))
+    data = TinyData()
+    data.setup("fit")
+    assert isinstance(data.val_set, ArrayDataset)
+    samples: list[Any] = [{**data.val_set[place], "group": place % 2} for place in range(8)]
+    for sample in samples[::3]:
+        sample["label"] = -1
+    report = RetrievalReport(queries=8, neighbours=7, path=str(tmp_path / "figure.png"))
+    module = tiny_module()
+    loader: DataLoader[Any] = DataLoader(samples, 7)  # type: ignore[arg-type]
+    Trainer(max_steps=1, callbacks=[report], **QUIET).fit(module, data.train_dataloader(), loader)
+    after = Trainer(**QUIET).validate(module, loader, verbose=False)[0]
+    assert {f"val/{name}": value for name, value in report.rows[1][1].items()} == pytest.approx(after, abs=1e-6)
+    classes = [sample["label"] for sample in samples if sample["label"] >= 0]
+    assert hits.count(True) == sum(classes.count(label) - 1 for label in classes)
 
 
 def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
@@ -66,7 +127,7 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             centres = TinyData()
             centres.setup("validate")
-            assert centres.val_set is not None
+            assert isinstance(centres.val_set, ArrayDataset)
             gallery = torch.stack([centres.val_set[i]["image"] for i in range(60)]).flatten(1)
             nearest = torch.cdist(images.flatten(1), gallery).argmin(dim=1)
             return nn.functional.one_hot(nearest // 5, 12).float() + 1e-3 * torch.rand(len(images), 12)

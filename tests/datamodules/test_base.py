@@ -132,10 +132,68 @@ def test_a_fit_may_do_without_validation() -> None:
 
 
 def test_more_ranks_than_evaluation_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank without images would leave the others waiting."""
+    """A small set must not cost the run its ranks; each takes part, and repeats are known by their index."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 5)
+    data = Module(val=[2], test=[2])
+    for stage, make in (("validate", data.val_dataloader), ("test", data.test_dataloader)):
+        data.setup(stage)
+        seen = []
+        for rank in range(5):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            (batch,) = make()
+            seen.append(batch["index"].tolist())
+        assert seen == [[0], [1], [0], [1], [0]]
+
+
+def test_predict_refuses_more_ranks_than_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who exports embeddings gets each image once, so some rank would have none, which Lightning cannot do."""
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    with pytest.raises(InputError, match=r"the validation set has 2 image\(s\) for 3 ranks"):
-        Module(val=[2]).setup("validate")
+    with pytest.raises(InputError, match=r"the test set has 2 image\(s\) for 3 ranks, and predict .*use fewer ranks"):
+        Module(test=[2]).setup("predict")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert list(Module(test=[2]).predict_dataloader().sampler) == [1]
+
+
+def test_several_sets_have_a_loader_each() -> None:
+    """A set that gets lost, or another's loader, would show as wrong numbers under a right name."""
+    data = Module(GOOD)
+    data.val_set = {"day": data_set([2, 3]), "night": data_set([4])}
+    data.test_set = {"dusk": data_set([2])}
+    for stage in ("fit", "validate", "test", "predict"):
+        data.setup(stage)
+    sizes = {name: sum(len(batch["label"]) for batch in loader) for name, loader in data.val_dataloader().items()}
+    assert sizes == {"day": 5, "night": 4} and list(sizes) == ["day", "night"]
+    assert list(data.test_dataloader()) == list(data.predict_dataloader()) == ["dusk"]
+    assert data.eval_image(4).tolist() == [[16, 17], [18, 19]]  # of the first set, which the report shows
+    with pytest.raises(InputError, match="less than 5, got 5"):
+        data.eval_image(5)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({}, "has no validation images: "),
+        ({"day": [4], "night": []}, "has no validation 'night' images"),
+        ({"day": [4], "night": [1, 1]}, "no class of the validation set 'night' has two images"),
+    ],
+)
+def test_each_of_several_sets_is_checked(sets: dict[str, list[int]], message: str) -> None:
+    """Of several folders it is the second that has the mistake, so the message must name it."""
+    data = Module(GOOD)
+    data.val_set = {name: data_set(counts) for name, counts in sets.items()}
+    for stage in ("fit", "validate"):
+        with pytest.raises(InputError, match=message):
+            data.setup(stage)
+
+
+def test_distractors_are_no_class() -> None:
+    """Images with the label -1 match nothing, so two of them are no pair to find."""
+    data = Module(GOOD)
+    pictures = data_set([2, 1]).images
+    data.val_set = ArrayDataset(pictures, [-1, -1, 0], lambda image: image / 255)
+    with pytest.raises(InputError, match="no class of the validation set has two images"):
+        data.setup("validate")
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_dml.datamodules import FolderDataModule
+from lightning_dml.datamodules.images import LabelledImages
 from lightning_dml.errors import InputError
 
 Maker = Callable[[dict[str, int]], Path]
@@ -107,7 +108,7 @@ def test_other_and_hidden_files_are_passed_over(make: Maker) -> None:
 def test_transforms(make: Maker) -> None:
     """A wrong normalisation or resize shows in no error, only in poor results; the pixel is computed by hand."""
     data = module(make({"train/a": 2, "train/b": 2, "val/c": 3}), mean=(0, 0, 0), std=(1, 1, 0.5))
-    assert data.train_set is not None and data.val_set is not None
+    assert data.train_set is not None and isinstance(data.val_set, LabelledImages)
     for sample in (data.train_set[0], data.val_set[2]):
         assert sample["image"].shape == (3, 16, 16) and type(sample["image"]) is Tensor
         assert sample["image"].dtype == torch.float32
@@ -140,7 +141,7 @@ def test_own_transforms_replace_ours(make: Maker) -> None:
     """Ours on top of the user's would augment twice."""
     root = make({"train/a": 2, "train/b": 2, "val/c": 3})
     data = module(root, train_transform=lambda image: torch.zeros(3, 2, 2), eval_transform=lambda image: torch.ones(1))
-    assert data.train_set is not None and data.val_set is not None
+    assert data.train_set is not None and isinstance(data.val_set, LabelledImages)
     assert data.train_set[0]["image"].shape == (3, 2, 2) and data.val_set[0]["image"].shape == (1,)
 
 
@@ -150,8 +151,50 @@ def test_shared_classes(make: Maker) -> None:
     with pytest.raises(InputError, match=r"class 'b' \(1 such .*unseen classes.*allow_shared_classes=true"):
         module(root)
     data = module(root, allow_shared_classes=True)
-    assert data.class_names == ["a", "b", "c"] and data.val_set is not None
+    assert data.class_names == ["a", "b", "c"] and isinstance(data.val_set, LabelledImages)
     assert data.val_set.labels.tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("own", [{"train/a": 2, "train/b": 2, "val/c": 2}, {"a": 2, "b": 2, "c": 2, "d": 2}])
+def test_further_folders_are_sets_of_their_own(make: Maker, tmp_path: Path, own: dict[str, int]) -> None:
+    """A model is judged on several collections; each must keep its images, and a class its one label."""
+    others = {"night": make({"more/night/x": 3, "more/night/y": 2}) / "more/night", "rain": tmp_path / "more/rain"}
+    make({"more/rain/x": 2})
+    (tmp_path / "own").mkdir()
+    root = make({f"own/{name}": count for name, count in own.items()}) / "own"
+    data = module(root, val_roots={name: str(folder) for name, folder in others.items()})
+    plain = module(root)
+    assert isinstance(data.val_set, dict) and list(data.val_set) == ["val", "night", "rain"]
+    assert classes(data, data.val_set["val"]) == classes(plain, plain.val_set)
+    assert classes(data, data.val_set["night"]) == ["x", "y"] and len(data.val_set["night"]) == 5
+    assert classes(data, data.val_set["rain"]) == ["x"] and len(data.val_set["rain"]) == 2
+    assert data.test_set is data.val_set["val"] and data.class_names is not None
+    assert data.train_set is not None and plain.train_set is not None
+    assert data.train_set.labels.tolist() == plain.train_set.labels.tolist()
+    assert data.val_set["night"][0]["image"].shape == (3, 16, 16)
+    assert len(data.class_names) == len(set(data.class_names)) == len(own) + 2
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ({}, r"val_roots\['night'\] .*night is not a folder"),
+        ({"night/.hidden": 1}, r"val_roots\['night'\] .*night has no class folders with images"),
+        ({"night/x": 2, "night/y": 0}, r"class folder .*y has no images"),
+        ({"night/x": 1, "night/y": 1}, "no class of the validation set 'night' has two images"),
+        (
+            {"night/x": 2, "night/a": 2},
+            r"class 'a' \(1 such .*training set and .*night: .*allow_shared_classes=true",
+        ),
+    ],
+)
+def test_further_folders_are_checked(make: Maker, folders: dict[str, int], message: str) -> None:
+    """Of several folders the message must show the one that has the mistake, before training."""
+    root = make({"train/a": 2, "train/b": 2, "val/c": 2, **folders})
+    with pytest.raises(InputError, match=message):
+        module(root, val_roots={"night": str(root / "night")})
+    if "night/a" in folders:
+        module(root, val_roots={"night": str(root / "night")}, allow_shared_classes=True)
 
 
 def test_evaluation_needs_no_training_folder(make: Maker) -> None:
@@ -196,6 +239,8 @@ def test_a_missing_root(stage: str, tmp_path: Path) -> None:
         ({"image_size": 32, "resize": 20}, "image_size=32 and resize=20"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale must be .* got \(0.0, 1.0\)"),
         ({"crop_scale": (0.8, 0.4)}, "crop_scale must be two ascending"),
+        ({"val_roots": {"val": "x"}}, "val_roots must not have a set called 'val'"),
+        ({"val_roots": {"": "x"}}, "val_roots must not have a set called ''"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str, tmp_path: Path) -> None:

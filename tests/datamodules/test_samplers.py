@@ -287,6 +287,21 @@ def test_unpadded_sampler_has_every_index_once(length: int, replicas: int) -> No
     assert all(list(rank) == list(islice(range(length), number, None, replicas)) for number, rank in enumerate(ranks))
 
 
+@given(st.integers(0, 12), st.integers(1, 20))
+def test_a_rank_has_at_least_one_index_where_asked(length: int, replicas: int) -> None:
+    """Only where images are fewer than ranks may one come twice: a repeat too many is work for nothing."""
+    plain = [list(UnpaddedDistributedSampler(length, replicas, rank)) for rank in range(replicas)]
+    samplers = [UnpaddedDistributedSampler(length, replicas, rank, at_least_one=True) for rank in range(replicas)]
+    filled = [list(sampler) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(each) for each in filled]
+    if length >= replicas or length == 0:
+        assert filled == plain
+    else:
+        assert all(len(each) == 1 for each in filled) and filled[:length] == plain[:length]
+        times = Counter(index for each in filled for index in each)
+        assert sorted(times) == list(range(length)) and max(times.values()) - min(times.values()) <= 1
+
+
 def test_unpadded_sampler_refuses_a_negative_length() -> None:
     """A negative length would look like an empty data set."""
     with pytest.raises(InputError, match="length must not be negative, got -1"):

@@ -13,7 +13,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ReduceLROnPlateau
 from torch import nn
 
-from lightning_dml import MemoryBank, MetricLearningModule
+from lightning_dml import MemoryBank, MetricLearningModule, RetrievalMetrics
 from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss, MarginLoss, MultiSimilarityLoss
@@ -135,11 +135,12 @@ def test_evaluation_logs_and_the_numbers_are_those_of_the_metric() -> None:
     module, data = tiny_module(ks=(1, 3)), TinyData()
     trainer = Trainer(**QUIET)
     values = trainer.validate(module, data, verbose=False)[0]
+    metrics = RetrievalMetrics(ks=(1, 3))
     module.eval()
     with torch.no_grad():
         for batch in data.val_dataloader():
-            module.val_metrics.update(module(batch["image"]), batch["label"], batch["index"])
-    expected = module.val_metrics.compute()
+            metrics.update(module(batch["image"]), batch["label"], batch["index"])
+    expected = metrics.compute()
     assert values == pytest.approx({f"val/{name}": value for name, value in expected.items()}, abs=1e-6)
     assert {"val/recall@1", "val/recall@3", "val/map@r", "val/r_precision"} <= set(values)
     tested = trainer.test(module, data, verbose=False)[0]
@@ -169,6 +170,32 @@ def test_a_checkpoint_loads_with_the_parts_given_again(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+def test_evaluators_are_in_no_checkpoint(tmp_path: Path) -> None:
+    """Checkpoints are shared: one from before the choice of an evaluator loads, and with another evaluator too."""
+    module = tiny_module(metrics=RetrievalMetrics(ks=(5,)))
+    trainer = Trainer(max_steps=2, num_sanity_val_steps=1, **QUIET)
+    trainer.fit(module, TinyData())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == {f"embedder.net.{n}.{part}" for n in (1, 3) for part in ("weight", "bias")}
+    assert "metrics" not in saved["hyper_parameters"]
+    saved["hyper_parameters"]["ks"] = (1, 2, 4, 8)  # as it was saved when that was the default
+    torch.save(saved, tmp_path / "before.ckpt")
+    parts: dict[str, Any] = {"embedder": TinyEmbedder(seed=5), "loss": ContrastiveLoss()}
+    loaded = MetricLearningModule.load_from_checkpoint(tmp_path / "before.ckpt", **parts)
+    assert loaded.val_metrics[0].ks == (1, 2, 4, 8)
+    other = MetricLearningModule.load_from_checkpoint(
+        tmp_path / "before.ckpt", **parts, ks=None, metrics=RetrievalMetrics(ks=(3,))
+    )
+    assert other.val_metrics[0].ks == other.test_metrics[1].ks == (3,)
+
+
+def test_the_default_ks_are_those_of_the_field() -> None:
+    """Recall@1, 2, 4 and 8 is what papers print."""
+    assert tiny_module().val_metrics[0].ks == (1, 2, 4, 8)
+    assert tiny_module(ks=[2]).val_metrics[0].ks == (2,)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -177,6 +204,7 @@ def test_a_checkpoint_loads_with_the_parts_given_again(tmp_path: Path) -> None:
         ({"loss_lr": 0.0}, "loss_lr.*0"),
         ({"lr_interval": "batch"}, "lr_interval.*'batch'"),
         ({"ks": (0,)}, "ks.*0"),
+        ({"ks": [1], "metrics": RetrievalMetrics()}, r"ks=\(1,\) and metrics=.*leave ks out"),
     ],
 )
 def test_wrong_input_is_named(options: dict[str, Any], words: str) -> None:

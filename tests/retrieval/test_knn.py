@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval import knn
-from lightning_dml.retrieval.knn import _full_float32, _search_faiss, _search_torch, nearest, unit_rows
+from lightning_dml.retrieval import knn, search
+from lightning_dml.retrieval.search import _full_float32, _search_faiss, _search_torch, nearest, unit_rows
 
 METRICS = ("inner_product", "cosine", "l2")
 
@@ -75,7 +75,7 @@ def test_equals_a_sort_of_all_pairs(
 @pytest.mark.parametrize("metric", ["inner_product", "l2"])
 @pytest.mark.parametrize("n_queries", [3, 100])  # faiss has another code path below 20 queries
 @pytest.mark.parametrize("block_entries", [1, 700, 2**24])
-def test_torch_search_equals_faiss(metric: str, n_queries: int, block_entries: int) -> None:
+def test_torch_search_equals_faiss(metric: Any, n_queries: int, block_entries: int) -> None:
     """The GPU searches with torch and the CPU with faiss; results must not depend on the machine."""
     queries, gallery = torch.randn(n_queries, 16), torch.randn(150, 16)
     values, positions = _search_faiss(queries, gallery, 7, metric)
@@ -143,7 +143,7 @@ def test_nearest_fills_up_with_minus_one(metric: Any) -> None:
     """A place without a candidate must never look like gallery row 0."""
     gallery = torch.tensor([[1.0], [2.0], [3.0]])
     queries = torch.tensor([[2.0], [9.0]])
-    values, positions = nearest(queries, gallery, 3, metric, torch.tensor([1, 7]), torch.tensor([0, 1, 2]))
+    values, positions = nearest(queries, gallery, 3, metric, [(torch.tensor([1, 7]), torch.tensor([0, 1, 2]))])
     assert positions[0].sort().values.tolist() == [-1, 0, 2]
     assert positions.tolist()[0][2] == -1 and positions.tolist()[1] == [2, 1, 0]
     assert values[0, 2] == (float("inf") if metric == "l2" else float("-inf"))
@@ -251,3 +251,59 @@ def test_rows_whose_sum_overflows_are_not_called_broken() -> None:
     rows = torch.full((2, 4), 3e38)
     values, _ = knn(rows, rows, 1, metric="cosine")
     assert values.flatten().tolist() == pytest.approx([1.0, 1.0])
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    n_queries=st.integers(0, 30),
+    n_gallery=st.integers(1, 60),
+    k=st.integers(1, 70),
+    groups=st.integers(1, 6),
+    metric=st.sampled_from(["inner_product", "l2"]),
+    half=st.booleans(),
+)
+def test_nearest_passes_over_large_groups(
+    seed: int, n_queries: int, n_gallery: int, k: int, groups: int, metric: Any, half: bool
+) -> None:
+    """Queries pass over different numbers of items; each must still get its k nearest of the others, or all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(n_queries, 4, generator=generator)
+    gallery = torch.randn(n_gallery, 4, generator=generator).to(torch.float16 if half else torch.float32)
+    # Groups of very different size: the first holds about half of all items.
+    query_keys = torch.randint(-1, groups, (n_queries,), generator=generator)
+    gallery_keys = torch.randint(-1, groups, (n_gallery,), generator=generator)
+    gallery_keys[torch.rand(n_gallery, generator=generator) < 0.5] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_CONVERTED_ENTRIES", 40)  # half precision in blocks of ten rows, or k
+        values, positions = nearest(queries, gallery, k, metric, [(query_keys, gallery_keys)])
+    assert values.shape == positions.shape == (n_queries, k)
+    expected = slow_knn(queries, gallery.float(), k, metric, query_keys, gallery_keys)[1]
+    found = [[position for position in row if position >= 0] for row in positions.tolist()]
+    assert found == expected
+    assert torch.equal(values.isinf(), positions < 0)
+
+
+def test_groups_are_passed_over_beside_the_query_itself() -> None:
+    """In re-identification a camera finds its own pictures too easily; they must not count."""
+    gallery = torch.arange(6.0)[:, None] + 1
+    _, positions = knn(
+        gallery[:2],
+        gallery,
+        3,
+        query_indices=torch.tensor([5, 1]),
+        gallery_indices=torch.arange(6),
+        query_groups=torch.tensor([7, -1]),
+        gallery_groups=torch.tensor([0, -1, 7, 7, 3, 7]),
+    )
+    # Item 5 has the index and the group of the first query; it is one item fewer, not two.
+    assert positions.tolist() == [[4, 1, 0], [5, 4, 3]]
+    with pytest.raises(InputError, match="gallery_groups is missing; items are left out by comparing both groups"):
+        knn(gallery, gallery, 1, query_groups=torch.arange(6))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_values_come_in_the_order_of_rows(metric: Any) -> None:
+    """Otherwise the same search shows other pictures on another machine."""
+    gallery = torch.eye(3)[torch.tensor([2, 0, 1, 0, 2, 0, 1])]
+    _, positions = knn(torch.eye(3)[:2], gallery, 7, metric=metric)
+    assert positions.tolist() == [[1, 3, 5, 0, 2, 4, 6], [2, 6, 0, 1, 3, 4, 5]]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dml.retrieval import RetrievalMetrics
+from lightning_dml.retrieval import DatabaseAugmentation, KReciprocal, QueryExpansion, RetrievalMetrics
 from tests.helpers import run_ranks
 
 N = 47  # a prime: no rank count divides it
 KS = (1, 2, 4)
 
 
-def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same rows on every rank, of which each takes its share."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(9, (N,), generator=generator)
@@ -26,19 +26,20 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     indices = torch.randperm(10 * N, generator=generator)[:N]
     is_query = torch.rand(N, generator=generator) < 0.5
     is_gallery = ~is_query | (torch.rand(N, generator=generator) < 0.3)
-    return embeddings, labels, indices, is_query, is_gallery
+    groups = torch.randint(-1, 6, (N,), generator=generator)
+    return embeddings, labels, indices, is_query, is_gallery, groups
 
 
-def evaluate(batches: list[list[Tensor]]) -> tuple[dict[str, float] | str, list[str]]:
+def evaluate(batches: list[list[Tensor]], options: dict[str, Any]) -> tuple[dict[str, float] | str, list[str]]:
     """The values or the error, and the warnings."""
-    metrics = RetrievalMetrics(ks=KS)
+    metrics = RetrievalMetrics(ks=KS, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for batch in batches:
             metrics.update(*batch)
         try:
             outcome: dict[str, float] | str = metrics.compute()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             outcome = f"{type(error).__name__}: {error}"
     return outcome, [str(warning.message) for warning in caught if "before the" not in str(warning.message)]
 
@@ -83,6 +84,26 @@ def unlike(rank: int, what: str) -> list[list[Tensor]]:
     return [[embeddings, labels] if what == "indices" and rank == 1 else [embeddings, labels, indices + N * rank]]
 
 
+def huge(rank: int, ranks: int) -> list[list[Tensor]]:
+    """Rows of which the last query overflows in the search, which only the last rank sees."""
+    embeddings, labels, indices, is_query, is_gallery = (column.clone() for column in data()[:5])
+    last = indices.argmax()
+    embeddings[last] *= 1e38
+    is_query[last], is_gallery[last] = True, False
+    return [[column[share(rank, ranks)] for column in (embeddings, labels, indices, is_query, is_gallery)]]
+
+
+EVERY_METRIC = ("recall", "precision", "ndcg", "map@r", "r_precision", "map", "mrr", "nmi", "ami")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "every metric": {"include": EVERY_METRIC, "average": "macro", "confidence": 0.9, "bootstrap_draws": 50},
+    "half precision and l2": {"dtype": "float16", "metric": "l2", "include": ("recall", "map@r", "map")},
+    "draws": {"gallery_draws": 3, "include": ("recall", "map@r", "mrr")},
+    "expansion": {"reranking": [DatabaseAugmentation(k=3), QueryExpansion(k=2)], "include": ("map@r", "map", "recall")},
+    "k-reciprocal": {"reranking": [KReciprocal(k1=6, k2=3)]},
+    "index": {"index": "IVF4,Flat", "index_parameters": "nprobe=2"},
+}
+
+
 def scenarios(rank: int, ranks: int) -> dict[str, Any]:
     """All cases in one set of processes, since starting them takes longer than the cases."""
     everything = torch.arange(N)
@@ -98,7 +119,11 @@ def scenarios(rank: int, ranks: int) -> dict[str, Any]:
         "indices": lambda: unlike(rank, "indices"),
         "clash": lambda: [[torch.eye(2), torch.tensor([rank, 1]), torch.tensor([0, 1])]],
     }
-    results: dict[str, Any] = {name: evaluate(make()) for name, make in cases.items()}
+    results: dict[str, Any] = {name: evaluate(make(), {}) for name, make in cases.items()}
+    for name, options in OPTIONS.items():
+        results[name] = evaluate(batches_of(share(rank, ranks), 3), options)
+    results["groups"] = evaluate(batches_of(share(rank, ranks), 6), {"ignore": "group"})
+    results["failure"] = evaluate(huge(rank, ranks), {"metric": "inner_product"})
     results["late update"] = late_update(rank, ranks)
     return results
 
@@ -115,7 +140,10 @@ def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(request.param, scenarios)
 
 
-@pytest.mark.parametrize("case", ["self retrieval", "roles", "padded", "all on the last rank", "without indices"])
+PLAIN = ["self retrieval", "roles", "padded", "all on the last rank", "without indices", "groups"]
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *OPTIONS])
 def test_any_number_of_ranks_gives_the_same_numbers(
     alone: dict[str, Any], together: list[dict[str, Any]], case: str
 ) -> None:
@@ -162,3 +190,10 @@ def test_all_ranks_raise_the_same_error(together: list[dict[str, Any]], case: st
     errors = {results[case][0] for results in together}
     assert len(errors) == 1
     assert errors.pop().startswith(message)
+
+
+def test_a_search_that_fails_on_one_rank_fails_on_all(together: list[dict[str, Any]]) -> None:
+    """The others would wait for its values until the process group times out, without a word of the cause."""
+    *others, last = (results["failure"][0] for results in together)
+    assert last.startswith("InputError: queries: 1 rows, ") and "overflow float32" in last
+    assert set(others) == {f"RuntimeError: rank {len(others)} failed at this point; its own error says why"}

@@ -98,5 +98,5 @@ def test_one_index_for_two_items_is_refused(what: str) -> None:
     metrics.update(torch.eye(3), labels, torch.tensor([7, 4, 5]), is_query, is_gallery)
     {"label": labels, "query": is_query, "gallery": is_gallery}[what][1] ^= True
     metrics.update(torch.eye(3), labels, torch.tensor([7, 4, 5]), is_query, is_gallery)
-    with pytest.raises(InputError, match=r"index 4 came with different labels or roles \(1 such rows\)"):
+    with pytest.raises(InputError, match=r"index 4 came with different labels, roles or groups \(1 such"):
         metrics.compute()

@@ -118,9 +118,9 @@ class Module(MetricLearningModule):
         super().optimizer_step(*args, **options)
         self.interruptions.visit("optimizer_step")
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """A part of the validation images is in the metric."""
-        super().validation_step(batch, batch_idx)
+        super().validation_step(batch, batch_idx, dataloader_idx)
         self.interruptions.visit("validation_step")
         time.sleep(self.pause)
 

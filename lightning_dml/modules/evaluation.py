@@ -1,0 +1,179 @@
+"""What evaluation adds to a module: a metric for each data set, and ranks of which some may have no batches."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_dml import distributed
+from lightning_dml.errors import InputError
+from lightning_dml.retrieval import RetrievalMetrics, RetrievalResult
+
+
+class SetMetrics:
+    """One evaluator for each of the data sets that a stage evaluates, all of them made after one.
+
+    Args:
+        stage: `val` or `test`, which the keys begin with.
+        template: the evaluator that each set gets a copy of, without the rows that it may hold.
+
+    Attributes:
+        results: of the last evaluation, with values per class, by the name of the set; "0" where there is one only.
+    """
+
+    def __init__(self, stage: str, template: RetrievalMetrics) -> None:
+        self.stage = stage
+        self.template = template
+        self.results: dict[str, RetrievalResult] = {}
+        self._evaluators: dict[int, RetrievalMetrics] = {}
+
+    def __getitem__(self, number: int) -> RetrievalMetrics:
+        """The evaluator of the set in that place, made when it is first asked for."""
+        if number not in self._evaluators:
+            self._evaluators[number] = empty_copy(self.template)
+        return self._evaluators[number]
+
+    def reset(self) -> None:
+        """Forgets every row, those of an evaluation that was interrupted included."""
+        self._evaluators.clear()
+
+    def update(self, number: int, embeddings: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Adds a batch of the set in that place.
+
+        Args:
+            number: place of the set among those of the stage.
+            embeddings: (B, D) floating point.
+            batch: `label` and `index` (B,) int64; if there, `is_query` and `is_gallery` (B,) bool, `group` (B,) int64.
+        """
+        groups = {"groups": batch["group"]} if "group" in batch else {}
+        self[number].update(
+            embeddings, batch["label"], batch["index"], batch.get("is_query"), batch.get("is_gallery"), **groups
+        )
+
+    def compute(self, names: Sequence[str], quiet: bool = False) -> dict[str, float]:
+        """The metrics of every set, by the keys that are logged; a collective that every rank must call.
+
+        Args:
+            names: of the sets, by place.
+            quiet: leave out what the evaluators warn of.
+
+        Returns:
+            `STAGE/METRIC` for the first set; where there are several, also `STAGE/NAME/METRIC` for each of them.
+        """
+        values: dict[str, float] = {}
+        self.results = {}
+        for number, name in enumerate(names):
+            prefix = f"{self.stage}/{name}" if len(names) > 1 else self.stage
+            of_set = self._compute_one(number, prefix, quiet)
+            if (result := self[number].result) is not None:
+                self.results[name] = result
+            if number == 0:
+                values |= {f"{self.stage}/{metric}": value for metric, value in of_set.items()}
+            values |= {f"{prefix}/{metric}": value for metric, value in of_set.items()}
+        return values
+
+    def _compute_one(self, number: int, prefix: str, quiet: bool) -> dict[str, float]:
+        # Without its set in it, a warning of the second set would often be the same as that of the first, and Python
+        # shows equal ones once.
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            values = self[number].compute()
+        for each in caught:
+            if not (quiet and issubclass(each.category, UserWarning)):
+                warnings.warn(f"{prefix}: {each.message}", each.category, stacklevel=4)
+        return values
+
+
+def empty_copy(evaluator: RetrievalMetrics) -> RetrievalMetrics:
+    """A copy without rows, which may be computed on a rank that adds none."""
+    copied = copy.deepcopy(evaluator)
+    copied.reset()
+    # torchmetrics warns of a compute() before the first update().
+    copied.update(torch.empty(0, 1), torch.empty(0, dtype=torch.int64))
+    return copied
+
+
+def named_loaders(loaders: Any) -> dict[str, Any]:
+    """The loaders of a stage by name, in the order in which Lightning numbers them.
+
+    Args:
+        loaders: one loader, or a list or a dict of them, which may be nested, as `trainer.val_dataloaders` has them.
+
+    Returns:
+        Keys of dicts and positions in lists; of nested ones, joined by a slash.
+
+    Raises:
+        InputError: if two of them have one name.
+    """
+    if not isinstance(loaders, Mapping | list | tuple):
+        return {"0": loaders}
+    named: dict[str, Any] = {}
+    for key, inner in loaders.items() if isinstance(loaders, Mapping) else enumerate(loaders):
+        nested = isinstance(inner, Mapping | list | tuple)
+        for name, loader in (named_loaders(inner) if nested else {"": inner}).items():
+            full = f"{key}/{name}" if nested else str(key)
+            if full in named:
+                raise InputError(f"dataloaders: two data sets are called {full!r}; give each a name of its own")
+            named[full] = loader
+    return named
+
+
+def evaluate_on_every_rank(trainer: Trainer, module: LightningModule) -> None:
+    """Makes the ranks evaluate together where some have no batches; to be called from the module's `setup`.
+
+    On a rank whose loaders are all empty Lightning (2.6, observed) raises, and where it is allowed to go on
+    (`allow_zero_length_dataloader_with_multiple_devices`) it leaves the evaluation out there: hooks and callbacks of
+    that rank are not called, and the others wait for it in theirs. With this, such a rank passes through the loop
+    without a batch.
+    """
+    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+        loop.setup_data = partial(_set_up_data, loop, module)  # type: ignore[method-assign]
+
+
+class _Loop(Protocol):
+    """What is used of Lightning's evaluation loop."""
+
+    trainer: Trainer
+    _max_batches: list[int | float]
+
+    def setup_data(self) -> None:
+        """Makes the loaders and counts their batches."""
+
+
+def _set_up_data(loop: _Loop, module: LightningModule) -> None:
+    set_up = partial(type(loop).setup_data, loop)
+    if loop.trainer.lightning_module is not module or not distributed.is_distributed():
+        set_up()
+        return
+    # Not for good: a rank whose *training* loader is empty would no longer raise but let the others wait for it.
+    before = module.allow_zero_length_dataloader_with_multiple_devices
+    module.allow_zero_length_dataloader_with_multiple_devices = True
+    try:
+        set_up()
+    finally:
+        module.allow_zero_length_dataloader_with_multiple_devices = before
+    if loop._max_batches:
+        own = [int(batches > 0) for batches in loop._max_batches]
+        ranks = distributed.gather_numbers(own, loop.trainer.strategy.root_device)
+        # Lightning skips a loop without batches; with a limit of one it looks for the batch and finds none.
+        somewhere = [max(rank) for rank in zip(*ranks, strict=True)]
+        loop._max_batches = [max(pair) for pair in zip(loop._max_batches, somewhere, strict=True)]
+        _share_buffers(loop.trainer.strategy.model)
+
+
+def _share_buffers(model: Any) -> None:
+    """Gives every rank the buffers of rank 0, as DDP does at the next forward pass, which not every rank may run."""
+    ddp: Any = model if isinstance(model, DistributedDataParallel) else None
+    if ddp is not None and ddp.will_sync_module_buffers():
+        for buffer in ddp.modules_buffers:
+            dist.broadcast(buffer, 0, group=ddp.process_group)
+        ddp.require_forward_param_sync = False

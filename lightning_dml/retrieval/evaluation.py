@@ -1,0 +1,247 @@
+"""What each query scores: rankings in which ties are known, and every metric of them, for a block of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_dml.retrieval.exclusion import combined_keys, match_counts, matching_pairs
+from lightning_dml.retrieval.functional import map_at_r, ndcg_at_k, precision_at_k, r_precision, recall_at_k
+from lightning_dml.retrieval.ranks import average_precision, reciprocal_rank
+from lightning_dml.retrieval.search import BLOCK_ENTRIES, SearchName, similarities
+from lightning_dml.retrieval.ties import RESOLUTION, Ties, tie_runs, tied_with_next, with_last_run
+
+# Positives of a query up to which their ranks are counted one after the other; for more, the whole row is sorted.
+_COUNTED_POSITIVES = 16
+
+
+@dataclass(frozen=True)
+class Items:
+    """One side of a search, on one device.
+
+    Attributes:
+        embeddings: (N, D) float32; a gallery may be float16.
+        classes: (N,) int64 from 0 on; -1 for an item that matches nothing.
+        keys: (N,) int64 from 0 on; items with equal keys do not find each other.
+    """
+
+    embeddings: Tensor
+    classes: Tensor
+    keys: Tensor
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.classes)
+
+    def take(self, rows: Tensor) -> Items:
+        """The items that `rows` (int64 positions) names, in float32."""
+        rows = rows.to(self.classes.device)
+        return Items(self.embeddings[rows].float(), self.classes[rows], self.keys[rows])
+
+    def to(self, device: torch.device) -> Items:
+        """The items on another device."""
+        return Items(self.embeddings.to(device), self.classes.to(device), self.keys.to(device))
+
+    def lengths(self) -> Tensor:
+        """Euclidean norms of the embeddings, (N,) float32."""
+        lengths: Tensor = torch.linalg.vector_norm(self.embeddings, dim=1, dtype=torch.float32)
+        return lengths
+
+
+Search = Callable[[Tensor, Items, int], tuple[Tensor, Tensor]]
+"""Numbers (n,) int64 of queries, those queries, and k -> values and gallery positions (n, k) as of `nearest`."""
+
+
+def count_relevant(items: Items, queries: Tensor, gallery: Tensor) -> Tensor:
+    """R of each query: items of its class in the gallery that it may find; (Nq,) int64.
+
+    Args:
+        items: all of them.
+        queries: (Nq,) int64 rows of the queries.
+        gallery: (Ng,) int64 rows of the gallery.
+    """
+    both = combined_keys(items.classes, items.keys)
+    same_class = match_counts(items.classes[queries], items.classes[gallery])
+    return same_class - match_counts(both[queries], both[gallery])
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The first k places of some queries' rankings.
+
+    Attributes:
+        hits: (Nq, k) bool in rank order.
+        mixed: (n,) int64, the queries in whose runs of tied neighbours hits stand beside others.
+        ties: the runs of those queries.
+    """
+
+    hits: Tensor
+    mixed: Tensor
+    ties: Ties
+
+
+def rank_block(
+    rows: Tensor, queries: Items, gallery: Items, k: int, metric: SearchName, search: Search, lengths: Tensor | None
+) -> Ranking:
+    """The rankings of the queries `rows`.
+
+    Args:
+        rows: (n,) int64, the numbers of the queries, for `search`.
+        queries: those queries.
+        gallery: what is searched.
+        k: places, at most the length of the gallery.
+        metric: of the values that `search` gives.
+        search: for one place more than k, which shows whether a run of ties goes on.
+        lengths: (Ng,) norms of the gallery where `search` is exact, so that such a run can be followed through the
+            gallery; None where the neighbours that it gives are all there is.
+    """
+    values, positions = search(rows, queries, k + 1)
+    hits = (gallery.classes[positions] == queries.classes[:, None]) & (positions >= 0) & (queries.classes >= 0)[:, None]
+    scale = _scale(queries, positions, metric, lengths)
+    tied = tied_with_next(values, scale)
+    goes_on = tied[:, -1] & (lengths is not None)
+    mixed = ((tied & (hits[:, 1:] != hits[:, :-1])).any(dim=1) | goes_on).nonzero().flatten()
+    ties = tie_runs(hits[mixed], tied[mixed])
+    open_runs = goes_on[mixed].nonzero().flatten()
+    if len(open_runs):
+        which = mixed[open_runs]
+        sign = -1 if metric == "l2" else 1
+        floor = sign * values[which, -1] - RESOLUTION * scale.expand_as(values)[which, -1]
+        size, positives = _counts_from(floor, queries.take(which), gallery, metric)
+        start = ties.start[open_runs, -1]
+        before = hits[which].long().cumsum(dim=1) - hits[which].long()
+        # Rounding may differ between the searches, and no run is shorter than what was seen of it.
+        size = torch.maximum(size - start, ties.size[open_runs, -1])
+        positives = positives - before.gather(1, start[:, None]).flatten()
+        positives = torch.minimum(torch.maximum(positives, ties.positives[open_runs, -1]), size)
+        ties = with_last_run(ties, open_runs, size, positives)
+    return Ranking(hits[:, :k], mixed, Ties(*(column[:, :k] for column in ties)))
+
+
+def _scale(queries: Items, positions: Tensor, metric: SearchName, lengths: Tensor | None) -> Tensor:
+    """What the rounding of each value is proportional to."""
+    if lengths is None:
+        return torch.ones(1, 1, device=positions.device)
+    query_lengths = queries.lengths()[:, None]
+    scale = lengths[positions] * query_lengths if metric == "inner_product" else lengths[positions] + query_lengths
+    return scale if metric == "inner_product" else scale.square_()
+
+
+def _counts_from(floor: Tensor, queries: Items, gallery: Items, metric: SearchName) -> tuple[Tensor, Tensor]:
+    """How many gallery items, and how many of the query's class, are at least as similar as `floor`."""
+    sizes, positives = [], []
+    everyone = torch.arange(len(queries), device=floor.device)
+    for rows in torch.split(everyone, max(1, BLOCK_ENTRIES // len(gallery))):
+        block = queries.take(rows)
+        reached = _allowed_similarities(block, gallery, metric) >= floor[rows, None]
+        sizes.append(reached.sum(dim=1))
+        same, columns = matching_pairs(block.classes, gallery.classes)
+        counts = torch.zeros(len(rows), dtype=torch.int64, device=floor.device)
+        positives.append(counts.index_add_(0, same, reached[same, columns].long()))
+    return torch.cat(sizes), torch.cat(positives)
+
+
+def _allowed_similarities(queries: Items, gallery: Items, metric: SearchName) -> Tensor:
+    """All similarities (n, Ng), minus infinity where a query must not find the item."""
+    found = similarities(queries.embeddings, gallery.embeddings, metric)
+    found[matching_pairs(queries.keys, gallery.keys)] = float("-inf")
+    return found
+
+
+def list_metrics(ks: Sequence[int], include: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
+    """The metrics among `include` that need the first places only, as functions of (hits, relevant, ties)."""
+    functions: dict[str, Callable[..., Tensor]] = {}
+    at_k = {"recall": _recall, "precision": _precision, "ndcg": _ndcg}
+    for name in include:
+        if name in at_k:
+            functions.update({f"{name}@{each}": partial(at_k[name], k=each) for each in ks})
+        elif name == "precision@1":
+            functions[name] = partial(_precision, k=1)
+        elif name in ("map@r", "r_precision"):
+            functions[name] = map_at_r if name == "map@r" else r_precision
+    return functions
+
+
+def _recall(hits: Tensor, _relevant: Tensor, ties: Ties | None = None, *, k: int) -> Tensor:
+    return recall_at_k(hits, min(k, hits.shape[1]), ties)
+
+
+def _precision(hits: Tensor, _relevant: Tensor, ties: Ties | None = None, *, k: int) -> Tensor:
+    # A gallery of fewer than k items leaves places empty, and an empty place is no hit.
+    places = min(k, hits.shape[1])
+    return precision_at_k(hits, places, ties) * (places / k)
+
+
+def _ndcg(hits: Tensor, relevant: Tensor, ties: Ties | None = None, *, k: int) -> Tensor:
+    return ndcg_at_k(hits, relevant, min(k, hits.shape[1]), ties)
+
+
+def list_values(ranking: Ranking, relevant: Tensor, functions: Sequence[Callable[..., Tensor]]) -> Tensor:
+    """Each function of each query, (Nq, functions) float64 on the CPU."""
+    columns = [function(ranking.hits, relevant) for function in functions]
+    if len(ranking.mixed):
+        hits, counts = ranking.hits[ranking.mixed], relevant[ranking.mixed]
+        for column, function in zip(columns, functions, strict=True):
+            column[ranking.mixed] = function(hits, counts, ranking.ties)
+    return torch.stack(columns, dim=1).cpu()
+
+
+RANK_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"map": average_precision, "mrr": reciprocal_rank}
+"""The metrics that need the ranks of all positives, as functions of (ranks, tied)."""
+
+
+def positive_ranks(queries: Items, gallery: Items, metric: SearchName, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of each positive in the whole gallery, and how many items are tied with it; see `ranks`.
+
+    Args:
+        queries: few enough for all their similarities.
+        gallery: what is searched.
+        metric: how near a query and an item are.
+        lengths: (Ng,) norms of the gallery.
+
+    Returns:
+        ranks, tied: (Nq, most positives) int64.
+    """
+    found = _allowed_similarities(queries, gallery, metric)
+    rows, columns = matching_pairs(queries.classes, gallery.classes)
+    allowed = queries.keys[rows] != gallery.keys[columns]
+    rows, columns = rows[allowed], columns[allowed]
+    counts = torch.bincount(rows, minlength=len(queries))
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(dim=0) - counts)[rows]
+    most = int(counts.max()) if len(counts) else 0
+    mine = found.new_full((len(queries), most), float("-inf"))
+    mine[rows, place] = found[rows, columns]
+    tolerance = torch.zeros_like(mine)
+    tolerance[rows, place] = RESOLUTION * _scale_of_pairs(queries.lengths()[rows], lengths[columns], metric)
+    mine, order = mine.sort(dim=1, descending=True)
+    tolerance = tolerance.gather(1, order)
+    above, reached = _counts_around(found, mine + tolerance, mine - tolerance)
+    ranks = (above + 1).cummax(dim=1).values if most else above
+    present = torch.arange(most, device=rows.device) < counts[:, None]
+    ranks = torch.where(present, ranks, 0)
+    shared = tie_runs(present, present[:, 1:] & (ranks[:, 1:] == ranks[:, :-1])).positives if most else ranks
+    return ranks, torch.where(present, torch.maximum(reached - above, shared), 0)
+
+
+def _scale_of_pairs(query_lengths: Tensor, gallery_lengths: Tensor, metric: SearchName) -> Tensor:
+    if metric == "inner_product":
+        return query_lengths * gallery_lengths
+    return (query_lengths + gallery_lengths).square_()
+
+
+def _counts_around(found: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each row are above each of `upper`, and how many reach each of `lower`; int64."""
+    if upper.shape[1] <= _COUNTED_POSITIVES:
+        above, reached = torch.empty_like(upper, dtype=torch.int64), torch.empty_like(lower, dtype=torch.int64)
+        for place in range(upper.shape[1]):
+            above[:, place] = (found > upper[:, place, None]).sum(dim=1)
+            reached[:, place] = (found >= lower[:, place, None]).sum(dim=1)
+        return above, reached
+    ascending = found.sort(dim=1).values
+    total = found.shape[1]
+    above = total - torch.searchsorted(ascending, upper.contiguous(), right=True)
+    return above, total - torch.searchsorted(ascending, lower.contiguous())

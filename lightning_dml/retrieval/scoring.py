@@ -1,0 +1,185 @@
+"""A task's values: each query's metrics, computed by all ranks together, each for its share of the queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_dml.distributed import map_rows
+from lightning_dml.retrieval.evaluation import (
+    RANK_METRICS,
+    Items,
+    Search,
+    count_relevant,
+    list_metrics,
+    list_values,
+    positive_ranks,
+    rank_block,
+)
+from lightning_dml.retrieval.exclusion import match_counts
+from lightning_dml.retrieval.expansion import DatabaseAugmentation, QueryExpansion
+from lightning_dml.retrieval.index import ApproximateIndex
+from lightning_dml.retrieval.k_reciprocal import KReciprocal
+from lightning_dml.retrieval.options import metric_names
+from lightning_dml.retrieval.search import BLOCK_ENTRIES, Exclusions, SearchName, nearest
+from lightning_dml.retrieval.tasks import Task
+
+Reranking = QueryExpansion | DatabaseAugmentation | KReciprocal
+
+# Neighbours that are held at a time (a few hundred MiB with all that is derived from them), however large R is.
+_BLOCK_NEIGHBOURS = 2**22
+# Multiplications after which the ranks meet: seconds on a GPU, half a minute on two cores.
+_BLOCK_PRODUCTS = 2**41
+# Queries of a block at most; faiss works on 4,096 at a time, and more would only be copied for nothing.
+_BLOCK_QUERIES = 2**14
+# Queries on which the recall of an approximate index is measured.
+_INDEX_SAMPLE = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a task is scored; see `RetrievalMetrics` for the fields."""
+
+    ks: tuple[int, ...]
+    metric: SearchName
+    include: tuple[str, ...]
+    reranking: tuple[Reranking, ...]
+    index: str | None
+    index_parameters: str
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The values of a task.
+
+    Attributes:
+        answered: (n,) int64 rows of the items, the queries that have a match in the gallery.
+        values: (n, metrics) float64 in the order of `metric_names`.
+        queries: how many queries there were.
+        candidates: the most gallery items that any of them may find.
+        index_recall: measured share of the exact neighbours that an approximate index finds, or None.
+    """
+
+    answered: Tensor
+    values: Tensor
+    queries: int
+    candidates: int
+    index_recall: float | None
+
+
+def score(items: Items, task: Task, settings: Settings) -> Scores:
+    """Scores a task; every rank must call it, and gets the same.
+
+    Args:
+        items: all of them, on the CPU.
+        task: which are searched by which.
+        settings: how.
+    """
+    names = metric_names(settings.ks, settings.include)
+    relevant = count_relevant(items, task.queries, task.gallery)
+    answered, relevant = task.queries[relevant > 0], relevant[relevant > 0]
+    if not len(answered):
+        return Scores(answered, torch.empty(0, len(names), dtype=torch.float64), len(task.queries), 0, None)
+    unseen = int(match_counts(items.keys[answered], items.keys[task.gallery]).min())
+    job = _Job(items, answered, task.gallery, relevant, settings)
+    columns = dict(zip(job.names, job.values().unbind(dim=1), strict=True))
+    values = torch.stack([columns[name] for name in names], dim=1)
+    return Scores(answered, values, len(task.queries), len(task.gallery) - unseen, job.index_recall)
+
+
+class _Job:
+    """The queries of a task that have an answer, their gallery, and the search that finds their neighbours."""
+
+    def __init__(
+        self, items: Items, queries: Tensor, gallery_rows: Tensor, relevant: Tensor, settings: Settings
+    ) -> None:
+        self.items, self.queries, self.gallery_rows, self.relevant = items, queries, gallery_rows, relevant
+        self.settings = settings
+        self.expansions = [step for step in settings.reranking if isinstance(step, QueryExpansion)]
+        self.gallery = self._gallery()
+        # Precision and recall at K ask for K places, MAP@R and R-precision for R of them.
+        by_r = {"map@r", "r_precision"} & set(settings.include)
+        by_k = {"recall", "precision", "ndcg"} & set(settings.include)
+        places = max(max(settings.ks) if by_k else 1, int(relevant.max()) if by_r else 1)
+        self.k = min(places, len(gallery_rows))
+        self.lists = list_metrics(settings.ks, settings.include)
+        self.ranks = {name: RANK_METRICS[name] for name in settings.include if name in RANK_METRICS}
+        self.names = [*self.lists, *self.ranks]
+        self.index_recall: float | None = None
+        self.lengths: Tensor | None = None  # known where the search is exhaustive over the rows themselves
+        self.search = self._search()
+
+    def values(self) -> Tensor:
+        """The metrics of each query, (n, names) float64, the same on every rank."""
+        parts: list[Tensor] = []
+        if self.lists:
+            products = len(self.gallery) * self.items.embeddings.shape[1]
+            block = min(_BLOCK_NEIGHBOURS // (self.k + 1), _BLOCK_PRODUCTS // products, _BLOCK_QUERIES)
+            parts += map_rows(len(self.queries), self._list_block, max(1, block))
+        if self.ranks:
+            parts += map_rows(len(self.queries), self._rank_block, max(1, BLOCK_ENTRIES // len(self.gallery)))
+        return torch.cat(parts, dim=1)
+
+    def _list_block(self, rows: Tensor) -> tuple[Tensor]:
+        queries = self._block(rows)
+        ranking = rank_block(rows, queries, self.gallery, self.k, self.settings.metric, self.search, self.lengths)
+        relevant = self.relevant[rows].to(ranking.hits.device)
+        return (list_values(ranking, relevant, list(self.lists.values())),)
+
+    def _rank_block(self, rows: Tensor) -> tuple[Tensor]:
+        assert self.lengths is not None  # RetrievalMetrics refuses rank metrics of any other search
+        ranks, tied = positive_ranks(self._block(rows), self.gallery, self.settings.metric, self.lengths)
+        return (torch.stack([function(ranks, tied) for function in self.ranks.values()], dim=1).cpu(),)
+
+    def _gallery(self) -> Items:
+        """The gallery where it is searched: indexes and re-ranking work on the CPU."""
+        items, rows, settings = self.items, self.gallery_rows, self.settings
+        device = torch.device("cpu") if settings.reranking or settings.index is not None else settings.device
+        if len(rows) < len(items):
+            items = Items(items.embeddings[rows], items.classes[rows], items.keys[rows])
+        embeddings = items.embeddings
+        for step in settings.reranking:
+            if isinstance(step, DatabaseAugmentation):
+                embeddings = step.apply(embeddings, items.keys)
+        return Items(embeddings, items.classes, items.keys).to(device)
+
+    def _block(self, rows: Tensor) -> Items:
+        """Some of the queries on the device of the gallery, expanded where that is asked for."""
+        part = self.items.take(self.queries[rows]).to(self.gallery.classes.device)
+        for step in self.expansions:
+            expanded = step.apply(part.embeddings, self.gallery.embeddings, self._exclude(part))
+            part = Items(expanded, part.classes, part.keys)
+        return part
+
+    def _exclude(self, queries: Items) -> Exclusions:
+        return [(queries.keys, self.gallery.keys)]
+
+    def _search(self) -> Search:
+        settings, gallery = self.settings, self.gallery
+        for step in settings.reranking:
+            if isinstance(step, KReciprocal):
+                encoded = step.encode(self.items.embeddings)
+                return lambda rows, queries, k: encoded.nearest(
+                    self.queries[rows], self.gallery_rows, k, self._exclude(queries)
+                )
+        if settings.index is not None:
+            index = ApproximateIndex(
+                gallery.embeddings, settings.index, settings.metric, settings.index_parameters, settings.seed
+            )
+            self.index_recall = self._measure(index)
+            return lambda rows, queries, k: index.search(queries.embeddings, k, self._exclude(queries))
+        self.lengths = gallery.lengths()
+        return lambda rows, queries, k: nearest(
+            queries.embeddings, gallery.embeddings, k, settings.metric, self._exclude(queries)
+        )
+
+    def _measure(self, index: ApproximateIndex) -> float:
+        """The recall of `index` on a random sample of the queries, the same on every rank."""
+        chosen = np.random.default_rng(self.settings.seed).permutation(len(self.queries))[:_INDEX_SAMPLE]
+        sample = self._block(torch.from_numpy(np.sort(chosen)))
+        return index.recall(sample.embeddings, self.k, self.gallery.embeddings, self._exclude(sample))

@@ -1,0 +1,81 @@
+"""Which items are searched by which: roles as given or drawn, classes, and the items that a query must not find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_dml.retrieval.exclusion import NOBODY, combined_keys
+
+DISTRACTOR = -1
+"""The label of an item that matches nothing, not even another distractor."""
+
+IgnoreName = Literal["label_and_group", "group"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Queries and what they are searched in.
+
+    Attributes:
+        queries: (Nq,) int64 rows of the items.
+        gallery: (Ng,) int64 rows of the items.
+    """
+
+    queries: Tensor
+    gallery: Tensor
+
+
+def dense_classes(labels: Tensor) -> Tensor:
+    """Classes (N,) int64 numbered from 0 by ascending label; -1 for distractors."""
+    distractor = labels == DISTRACTOR
+    classes = torch.full_like(labels, NOBODY)
+    classes[~distractor] = torch.unique(labels[~distractor], return_inverse=True)[1]
+    return classes
+
+
+def exclusion_keys(labels: Tensor, groups: Tensor, ignore: IgnoreName) -> Tensor:
+    """A key (N,) int64 for each item; items with equal keys do not find each other.
+
+    Every item has at least a key of its own, so that it does not find itself.
+
+    Args:
+        labels: (N,) int64.
+        groups: (N,) int64, negative for none.
+        ignore: "label_and_group" for a common key of items that have both in common, "group" for the group alone.
+    """
+    own = torch.arange(len(labels))
+    if not (groups >= 0).any():
+        return own
+    numbers = torch.unique(labels, return_inverse=True)[1]
+    keys = combined_keys(numbers, groups) if ignore == "label_and_group" else combined_keys(groups)
+    return torch.where(keys >= 0, keys, int(keys.max()) + 1 + own)
+
+
+def by_roles(is_query: Tensor, is_gallery: Tensor) -> Task:
+    """The task of the roles (N,) bool that the items came with."""
+    return Task(is_query.nonzero().flatten(), is_gallery.nonzero().flatten())
+
+
+def by_draws(classes: Tensor, draws: int, seed: int) -> Iterator[Task]:
+    """One random item of each class is the gallery, with all distractors, and the others are queries; `draws` times.
+
+    Args:
+        classes: (N,) int64, -1 for distractors.
+        draws: how many tasks.
+        seed: of the choice, the same on every rank.
+    """
+    generator = np.random.default_rng(seed)
+    numbers = classes.numpy()
+    for _ in range(draws):
+        shuffled = generator.permutation(len(numbers))
+        shuffled = shuffled[numbers[shuffled] >= 0]
+        _, first = np.unique(numbers[shuffled], return_index=True)
+        is_gallery = classes < 0
+        is_gallery[torch.from_numpy(shuffled[first])] = True
+        yield by_roles(~is_gallery, is_gallery)
