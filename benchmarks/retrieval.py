@@ -1,9 +1,9 @@
 """Retrieval metrics: time and memory against a bare faiss search and against pytorch-metric-learning.
 
-    python benchmarks/retrieval.py                                     # about two minutes
-    python benchmarks/retrieval.py --shapes sop --rounds 9 --no-peer
-    python benchmarks/retrieval.py --shapes large --rounds 1           # half an hour or so, see below
-    python benchmarks/retrieval.py --shapes tiny                       # a second, to see that it runs
+    python benchmarks/retrieval.py                                     # about five minutes
+    python benchmarks/retrieval.py --shapes sop --rounds 9 --no-peer --search-only
+    python benchmarks/retrieval.py --shapes large --rounds 1 --search-only # half an hour or so, see below
+    python benchmarks/retrieval.py --shapes tiny                       # seconds, to see that it runs
 
 Rows are unit vectors around random class centres, noisy enough that a row's own class is about as near as the nearest
 of the others. In one process and in interleaved rounds: RetrievalMetrics with its default settings, fed in batches with
@@ -12,11 +12,16 @@ AccuracyCalculator (precision@1, MAP@R and R-precision, k="max_bin_count", faiss
 is the highest rise of the resident size during a call, in which ours counts the copy of the rows that it collects.
 
 The bare search asks for as many neighbours as ours does: the k that ours hands to faiss is recorded during the memory
-run (the largest K of Recall@K or R of any query, and one more where a query is in the gallery itself).
+run (the largest K of Recall@K or R of any query, one more to see ties, and one more where a query is in the gallery
+itself).
+
+Two smaller tables follow, of the first shape: the same evaluation with every metric that looks at the nearest
+neighbours, with those of the whole ranking, and of an embedding that has collapsed to a point (all neighbours tied);
+and compute() by one process and by --ranks of them, with one thread each.
 
 The peer is left out where its tensors would not fit into --peer-gib; it compares every class with every row. Where it
 runs, its precision@1 and MAP@R must be ours to 1e-4, or the run fails. Each function runs twice to take its memory, so
-`large` (queries in three blocks) runs three times at `--rounds 1`.
+`large` (queries in many blocks) runs three times at `--rounds 1`.
 """
 
 from __future__ import annotations
@@ -41,12 +46,15 @@ from torch.nn import functional as F
 from lightning_dml.retrieval import RetrievalMetrics
 
 if TYPE_CHECKING:
+    from benchmarks import _evaluation_ranks
     from benchmarks._measure import added_peak, seconds
 else:  # run as a script, this folder is on the path and the one above is not
+    import _evaluation_ranks
     from _measure import added_peak, seconds
 
 PEER_SECONDS = 20  # after which the peer sits out the further rounds
 PEER_NAMES = {"precision@1": "precision_at_1", "map@r": "mean_average_precision_at_r"}
+LIST_METRICS = ("recall", "precision", "ndcg", "map@r", "r_precision")
 TOLERANCE = 1e-4
 MIB = 2**20
 
@@ -117,7 +125,11 @@ def main() -> None:
         print(row, flush=True)
         notes.append(f"{name}: {note}")
         agree = agree and close
-    print("", *notes, f"{time.perf_counter() - start:.0f} s in all", sep="\n")
+    print("", *notes, "", sep="\n")
+    if not args.search_only:
+        _print_options(SHAPES[args.shapes[0]], args)
+        _print_ranks(SHAPES[args.shapes[0]], args)
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
     if not agree:
         sys.exit(f"ours and the peer differ by more than {TOLERANCE}")
 
@@ -130,6 +142,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-gib", type=float, default=8.0, help="largest case of the peer that is run")
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of the last comparison")
+    parser.add_argument("--search-only", action="store_true", help="leave out what follows the first table")
     return parser.parse_args()
 
 
@@ -141,7 +155,7 @@ def _measure(shape: Shape, args: argparse.Namespace) -> tuple[str, str, bool]:
     with _recorded_search() as asked:
         peaks = {"ours": added_peak(calls["ours"])}
     if not asked:
-        raise RuntimeError("RetrievalMetrics did not search an IndexFlatIP; the bare search needs to know its k")
+        raise RuntimeError("RetrievalMetrics did not call faiss.knn; the bare search needs to know its k")
     k = max(asked)
     calls["bare"] = partial(_bare, data, k)
     fits = _peer_bytes(data) <= args.peer_gib * 2**30
@@ -175,8 +189,43 @@ def _measure(shape: Shape, args: argparse.Namespace) -> tuple[str, str, bool]:
     return f"| {' | '.join(cells)} |", f"k = {k} in {blocks} block{'s' * (blocks > 1)}; {note}", close
 
 
-def _ours(data: Data, batch: int) -> dict[str, float]:
-    metrics = RetrievalMetrics()
+def _print_options(shape: Shape, args: argparse.Namespace) -> None:
+    """What other metrics cost, and a collapsed embedding, each against the default ones in interleaved rounds."""
+    data, collapsed = Data(shape), Data(shape)
+    collapsed.rows = data.rows[:1].expand_as(data.rows)
+    calls = {
+        "the default metrics": partial(_ours, data, args.batch),
+        "all at K, MAP@R, R-precision": partial(_ours, data, args.batch, include=LIST_METRICS),
+        "MAP and MRR": partial(_ours, data, args.batch, include=("map", "mrr")),
+        "the default ones, collapsed": partial(_ours, collapsed, args.batch),
+    }
+    times: dict[str, list[float]] = {what: [] for what in calls}
+    for _ in range(args.rounds):
+        for what, call in calls.items():
+            times[what].append(seconds(call))
+    default = statistics.median(times["the default metrics"])
+    print(f"| {shape} | s | of the default |", "|---|---|---|", sep="\n")
+    for what, taken in times.items():
+        print(f"| {what} | {statistics.median(taken):.2f} | {statistics.median(taken) / default:.2f} |")
+    values = calls["the default ones, collapsed"]()
+    print("\ncollapsed:", ", ".join(f"{name} {values[name]:.6f}" for name in PEER_NAMES), "\n")
+
+
+def _print_ranks(shape: Shape, args: argparse.Namespace) -> None:
+    """compute() by one process and by several, and whether their values are the same."""
+    data = Data(shape)
+    columns = (data.rows, data.labels, data.indices, data.is_query, data.is_gallery)
+    alone, expected = _evaluation_ranks.compute_seconds(1, columns, args.rounds)
+    together, values = _evaluation_ranks.compute_seconds(args.ranks, columns, args.rounds)
+    one, several = statistics.median(alone), statistics.median(together)
+    print(
+        f"{shape}, one thread each: 1 process {one:.2f} s, {args.ranks} processes {several:.2f} s, "
+        f"{one / several:.2f} times as fast; values {'equal' if values == expected else 'DIFFER'}"
+    )
+
+
+def _ours(data: Data, batch: int, **options: Any) -> dict[str, float]:
+    metrics = RetrievalMetrics(**options)
     columns = (data.rows, data.labels, data.indices, data.is_query, data.is_gallery)
     for part in zip(*(torch.split(column, batch) for column in columns), strict=True):
         metrics.update(*part)
@@ -210,15 +259,15 @@ def _peer_bytes(data: Data) -> int:
 
 @contextmanager
 def _recorded_search() -> Iterator[list[int]]:
-    """Notes the k of every search of an IndexFlatIP."""
+    """Notes the k of every exhaustive search."""
     asked: list[int] = []
-    search = faiss.IndexFlatIP.search
+    search = faiss.knn
 
-    def recorded(index: Any, queries: Any, k: int, *args: Any, **kwargs: Any) -> Any:
+    def recorded(queries: Any, gallery: Any, k: int, *args: Any, **kwargs: Any) -> Any:
         asked.append(k)
-        return search(index, queries, k, *args, **kwargs)
+        return search(queries, gallery, k, *args, **kwargs)
 
-    with mock.patch.object(faiss.IndexFlatIP, "search", recorded):
+    with mock.patch.object(faiss, "knn", recorded):
         yield asked
 
 
