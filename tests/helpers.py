@@ -18,7 +18,9 @@ from torch.multiprocessing.spawn import spawn as untyped_spawn
 spawn: Callable[..., Any] = untyped_spawn
 
 
-def _worker(rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int, ranks: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1")
     dist.init_process_group(
@@ -26,7 +28,7 @@ def _worker(rank: int, ranks: int, folder: str, function: Callable[..., Any], ar
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
-        timeout=datetime.timedelta(seconds=120),
+        timeout=datetime.timedelta(seconds=timeout),
     )
     try:
         outcome: tuple[bool, Any] = (True, function(rank, ranks, *args))
@@ -40,13 +42,14 @@ def _worker(rank: int, ranks: int, folder: str, function: Callable[..., Any], ar
     dist.destroy_process_group()
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """Runs `function(rank, ranks, *args)` in `ranks` gloo processes and returns what each returned, by rank.
 
-    `function` must be defined at module level; it and its results are pickled.
+    `function` must be defined at module level; it and its results are pickled. No collective may take longer than
+    `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = spawn(_worker, (ranks, folder, function, args), nprocs=ranks, join=False)
+        context = spawn(_worker, (ranks, folder, timeout, function, args), nprocs=ranks, join=False)
         failed = None
         try:
             while not context.join():

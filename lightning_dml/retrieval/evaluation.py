@@ -17,6 +17,8 @@ from lightning_dml.retrieval.ties import RESOLUTION, Ties, tie_runs, tied_with_n
 
 # Positives of a query up to which their ranks are counted one after the other; for more, the whole row is sorted.
 _COUNTED_POSITIVES = 16
+# Entries whose lengths are computed at a time: 16 MiB of float64.
+_LENGTH_ENTRIES = 2**21
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Items:
 
     def lengths(self) -> Tensor:
         """Euclidean norms of the embeddings, (N,) float32."""
-        lengths: Tensor = torch.linalg.vector_norm(self.embeddings, dim=1, dtype=torch.float32)
-        return lengths
+        # In float64, as squares of long rows leave float32; in blocks, as the conversion is a copy.
+        blocks = torch.split(self.embeddings, max(1, _LENGTH_ENTRIES // self.embeddings.shape[1]))
+        return torch.cat([block.double().square_().sum(dim=1).sqrt_().float() for block in blocks])
 
 
 Search = Callable[[Tensor, Items, int], tuple[Tensor, Tensor]]
@@ -85,7 +88,14 @@ class Ranking:
 
 
 def rank_block(
-    rows: Tensor, queries: Items, gallery: Items, k: int, metric: SearchName, search: Search, lengths: Tensor | None
+    rows: Tensor,
+    queries: Items,
+    gallery: Items,
+    k: int,
+    metric: SearchName,
+    search: Search,
+    lengths: Tensor | None,
+    exhaustive: bool = True,
 ) -> Ranking:
     """The rankings of the queries `rows`.
 
@@ -96,14 +106,16 @@ def rank_block(
         k: places, at most the length of the gallery.
         metric: of the values that `search` gives.
         search: for one place more than k, which shows whether a run of ties goes on.
-        lengths: (Ng,) norms of the gallery where `search` is exact, so that such a run can be followed through the
-            gallery; None where the neighbours that it gives are all there is.
+        lengths: (Ng,) norms of the gallery, which the rounding of the values is proportional to; None where values
+            are around 1.
+        exhaustive: whether `search` looks at the whole gallery, so that such a run can be followed through it.
+            Otherwise the neighbours that it gives are all there is.
     """
     values, positions = search(rows, queries, k + 1)
     hits = (gallery.classes[positions] == queries.classes[:, None]) & (positions >= 0) & (queries.classes >= 0)[:, None]
     scale = _scale(queries, positions, metric, lengths)
     tied = tied_with_next(values, scale)
-    goes_on = tied[:, -1] & (lengths is not None)
+    goes_on = tied[:, -1] & exhaustive
     mixed = ((tied & (hits[:, 1:] != hits[:, :-1])).any(dim=1) | goes_on).nonzero().flatten()
     ties = tie_runs(hits[mixed], tied[mixed])
     open_runs = goes_on[mixed].nonzero().flatten()
@@ -204,7 +216,7 @@ def positive_ranks(queries: Items, gallery: Items, metric: SearchName, lengths: 
         lengths: (Ng,) norms of the gallery.
 
     Returns:
-        ranks, tied: (Nq, most positives) int64.
+        ranks, tied: (Nq, most positives, one at least) int64.
     """
     found = _allowed_similarities(queries, gallery, metric)
     rows, columns = matching_pairs(queries.classes, gallery.classes)
@@ -212,19 +224,22 @@ def positive_ranks(queries: Items, gallery: Items, metric: SearchName, lengths: 
     rows, columns = rows[allowed], columns[allowed]
     counts = torch.bincount(rows, minlength=len(queries))
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(dim=0) - counts)[rows]
-    most = int(counts.max()) if len(counts) else 0
+    most = max(1, int(counts.max())) if len(counts) else 1
     mine = found.new_full((len(queries), most), float("-inf"))
     mine[rows, place] = found[rows, columns]
     tolerance = torch.zeros_like(mine)
     tolerance[rows, place] = RESOLUTION * _scale_of_pairs(queries.lengths()[rows], lengths[columns], metric)
     mine, order = mine.sort(dim=1, descending=True)
     tolerance = tolerance.gather(1, order)
-    above, reached = _counts_around(found, mine + tolerance, mine - tolerance)
-    ranks = (above + 1).cummax(dim=1).values if most else above
+    # Positives that are tied with each other are one run, from the upper bound of the first to the lower of the last:
+    # with bounds of their own their runs would overlap, and places be counted twice.
     present = torch.arange(most, device=rows.device) < counts[:, None]
-    ranks = torch.where(present, ranks, 0)
-    shared = tie_runs(present, present[:, 1:] & (ranks[:, 1:] == ranks[:, :-1])).positives if most else ranks
-    return ranks, torch.where(present, torch.maximum(reached - above, shared), 0)
+    reach = torch.maximum(tolerance[:, 1:], tolerance[:, :-1])
+    runs = tie_runs(present, present[:, 1:] & (mine[:, :-1] <= mine[:, 1:] + reach))
+    upper = (mine + tolerance).gather(1, runs.start)
+    lower = (mine - tolerance).gather(1, runs.start + runs.size - 1)
+    above, reached = _counts_around(found, upper, lower)
+    return torch.where(present, above + 1, 0), torch.where(present, reached - above, 0)
 
 
 def _scale_of_pairs(query_lengths: Tensor, gallery_lengths: Tensor, metric: SearchName) -> Tensor:

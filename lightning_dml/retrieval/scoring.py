@@ -111,8 +111,12 @@ class _Job:
         self.ranks = {name: RANK_METRICS[name] for name in settings.include if name in RANK_METRICS}
         self.names = [*self.lists, *self.ranks]
         self.index_recall: float | None = None
-        self.lengths: Tensor | None = None  # known where the search is exhaustive over the rows themselves
+        self.exhaustive = settings.index is None and not any(
+            isinstance(step, KReciprocal) for step in settings.reranking
+        )
         self.search = self._search()
+        # The distances of k-reciprocal re-ranking are around 1 whatever the rows are.
+        self.lengths = self.gallery.lengths() if self.exhaustive or settings.index is not None else None
 
     def values(self) -> Tensor:
         """The metrics of each query, (n, names) float64, the same on every rank."""
@@ -127,7 +131,9 @@ class _Job:
 
     def _list_block(self, rows: Tensor) -> tuple[Tensor]:
         queries = self._block(rows)
-        ranking = rank_block(rows, queries, self.gallery, self.k, self.settings.metric, self.search, self.lengths)
+        ranking = rank_block(
+            rows, queries, self.gallery, self.k, self.settings.metric, self.search, self.lengths, self.exhaustive
+        )
         relevant = self.relevant[rows].to(ranking.hits.device)
         return (list_values(ranking, relevant, list(self.lists.values())),)
 
@@ -173,7 +179,6 @@ class _Job:
             )
             self.index_recall = self._measure(index)
             return lambda rows, queries, k: index.search(queries.embeddings, k, self._exclude(queries))
-        self.lengths = gallery.lengths()
         return lambda rows, queries, k: nearest(
             queries.embeddings, gallery.embeddings, k, settings.metric, self._exclude(queries)
         )

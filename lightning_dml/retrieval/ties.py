@@ -11,8 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RESOLUTION = 2.0**-21
-"""Share of |query| |item| by which two similarities must differ; four times the rounding of float32 around 1."""
+RESOLUTION = 5e-7
+"""Share of |query| |item| by which two similarities must differ: some four times the rounding of float32 around 1.
+
+Not a power of two: the gaps of similarities near 1 are multiples of 2^-24, and with one of them as the bound a length
+that is rounded the other way would decide.
+"""
 
 
 class Ties(NamedTuple):
@@ -32,6 +36,9 @@ class Ties(NamedTuple):
 def tied_with_next(values: Tensor, scale: Tensor) -> Tensor:
     """Which neighbours cannot be told from the next one.
 
+    Where rows of very different lengths have the very same inner product with a query, the longest of them can be told
+    from the rest the least, and whether it stands next to the rest is up to the search.
+
     Args:
         values: (Nq, columns) float32, similarities or distances in rank order.
         scale: (Nq, columns) or (Nq, 1) float32, what rounding is proportional to: |query| |item| for inner products.
@@ -41,7 +48,7 @@ def tied_with_next(values: Tensor, scale: Tensor) -> Tensor:
     """
     gaps = (values[:, 1:] - values[:, :-1]).abs_()
     tolerance = RESOLUTION * (torch.maximum(scale[:, 1:], scale[:, :-1]) if scale.shape[1] > 1 else scale)
-    return gaps <= tolerance  # a missing neighbour's gap is infinite or NaN
+    return (gaps <= tolerance) & gaps.isfinite()  # a missing neighbour's gap is infinite or NaN
 
 
 def tie_runs(hits: Tensor, tied: Tensor) -> Ties:
