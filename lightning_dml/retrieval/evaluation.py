@@ -16,7 +16,9 @@ from lightning_dml.retrieval.search import BLOCK_ENTRIES, SearchName, similariti
 from lightning_dml.retrieval.ties import RESOLUTION, Ties, tie_runs, tied_with_next, with_last_run
 
 # Positives of a query up to which their ranks are counted one after the other; for more, the whole row is sorted.
-_COUNTED_POSITIVES = 16
+_COUNTED_POSITIVES = 48
+# Similarities that are compared with a bound at a time: 2 MiB of float32, which a core's cache holds.
+_COMPARED_ENTRIES = 2**19
 # Entries whose lengths are computed at a time: 16 MiB of float64.
 _LENGTH_ENTRIES = 2**21
 
@@ -149,11 +151,11 @@ def _counts_from(floor: Tensor, queries: Items, gallery: Items, metric: SearchNa
     everyone = torch.arange(len(queries), device=floor.device)
     for rows in torch.split(everyone, max(1, BLOCK_ENTRIES // len(gallery))):
         block = queries.take(rows)
-        reached = _allowed_similarities(block, gallery, metric) >= floor[rows, None]
-        sizes.append(reached.sum(dim=1))
+        found = _allowed_similarities(block, gallery, metric)
+        sizes.append(_passing(found, floor[rows, None], torch.ge).flatten())
         same, columns = matching_pairs(block.classes, gallery.classes)
         counts = torch.zeros(len(rows), dtype=torch.int64, device=floor.device)
-        positives.append(counts.index_add_(0, same, reached[same, columns].long()))
+        positives.append(counts.index_add_(0, same, (found[same, columns] >= floor[rows[same]]).long()))
     return torch.cat(sizes), torch.cat(positives)
 
 
@@ -251,12 +253,24 @@ def _scale_of_pairs(query_lengths: Tensor, gallery_lengths: Tensor, metric: Sear
 def _counts_around(found: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
     """How many of each row are above each of `upper`, and how many reach each of `lower`; int64."""
     if upper.shape[1] <= _COUNTED_POSITIVES:
-        above, reached = torch.empty_like(upper, dtype=torch.int64), torch.empty_like(lower, dtype=torch.int64)
-        for place in range(upper.shape[1]):
-            above[:, place] = (found > upper[:, place, None]).sum(dim=1)
-            reached[:, place] = (found >= lower[:, place, None]).sum(dim=1)
-        return above, reached
+        return _passing(found, upper, torch.gt), _passing(found, lower, torch.ge)
     ascending = found.sort(dim=1).values
     total = found.shape[1]
     above = total - torch.searchsorted(ascending, upper.contiguous(), right=True)
     return above, total - torch.searchsorted(ascending, lower.contiguous())
+
+
+def _passing(found: Tensor, bounds: Tensor, passes: Callable[..., Tensor]) -> Tensor:
+    """How many of each row of `found` (n, m) pass each of the bounds (n, b); (n, b) int64."""
+    counts = torch.empty(bounds.shape, dtype=torch.int64, device=found.device)
+    # Sums of bools take ten times as long as those of floats that stay in the cache; float32 counts up to 2^24.
+    rows = max(1, _COMPARED_ENTRIES // found.shape[1])
+    total = torch.float32 if found.shape[1] <= 2**24 else torch.float64
+    flags = torch.empty(min(rows, len(found)), found.shape[1], device=found.device)
+    for start in range(0, len(found), rows):
+        block = slice(start, start + rows)
+        part = found[block]
+        for place in range(bounds.shape[1]):
+            passed = passes(part, bounds[block, place, None], out=flags[: len(part)])
+            counts[block, place] = passed.sum(dim=1, dtype=total).long()
+    return counts
