@@ -15,9 +15,15 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def added_peak(function: Callable[[], object]) -> int:
-    """Bytes by which the resident memory rises at most while `function` runs (Linux)."""
-    function()  # so that what is allocated once and for all does not count
+def added_peak(function: Callable[[], object], rehearse: bool = True) -> int:
+    """Bytes by which the resident memory rises at most while `function` runs (Linux).
+
+    Args:
+        function: what is measured.
+        rehearse: call it once before, so that what is allocated once and for all does not count.
+    """
+    if rehearse:
+        function()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the recorded peak back to the present size
     before = _status("VmRSS")

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.losses.labels import UNLABELLED
-from lightning_dml.modules.evaluation import empty_copy, named_loaders
+from lightning_dml.modules.evaluation import empty_copy, evaluation_columns, named_loaders
 from lightning_dml.retrieval import RetrievalMetrics, knn
+from lightning_dml.retrieval.search import SimilarityName
 
 # Blue and orange stay apart for colour-blind eyes; a miss is dashed as well.
 FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
@@ -34,8 +35,10 @@ class RetrievalReport(Callback):
     """Evaluates before and after training; prints a table and draws some queries with their nearest neighbours.
 
     The first validation dataloader is evaluated, by self-retrieval unless its batches have `is_query` and `is_gallery`;
-    with a `group` in them, the table counts as `RetrievalMetrics` does. The figure shows randomly drawn queries, each
-    with its nearest neighbours of any group, hits and misses framed. A resumed run keeps the row of its first start.
+    with a `group` in them, the table counts as `RetrievalMetrics` does. Similarity and the role of groups are those of
+    `MetricLearningModule(metrics=...)`, or the defaults for another module; the search is exact, without re-ranking.
+    The figure shows randomly drawn queries, each with its nearest neighbours of any group, hits and misses framed. A
+    resumed run keeps the row of its first start.
 
     Args:
         ks: the K of the Recall@K columns.
@@ -63,7 +66,7 @@ class RetrievalReport(Callback):
             raise InputError(f"queries must not be negative, got {queries}; 0 draws no figure")
         if neighbours < 1:
             raise InputError(f"neighbours must be at least 1, got {neighbours}")
-        self.ks = tuple(ks)
+        self.ks = RetrievalMetrics(ks=ks).ks
         self.queries = queries
         self.neighbours = neighbours
         self.seed = seed
@@ -93,9 +96,9 @@ class RetrievalReport(Callback):
         """Evaluates the trained weights, prints the table and draws the figure."""
         seconds = self._seconds()
         self._seconds_before, self._started = seconds, 0.0
-        values, collected = self._evaluate(trainer, pl_module)
+        values, evaluated = self._evaluate(trainer, pl_module)
         self.rows = [*self.rows[:1], (f"trained, step {trainer.global_step}", values, seconds)]
-        figure = self._figure(trainer, *collected) if self.queries else None
+        figure = self._figure(trainer, evaluated.metric, *_gathered(evaluated)) if self.queries else None
         # Asking the trainer for its folder is a collective, so every rank asks.
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "retrieval.png")
         _publish(_table(self.rows, self.ks), figure, path)
@@ -114,20 +117,17 @@ class RetrievalReport(Callback):
     def _seconds(self) -> float:
         return self._seconds_before + (time.perf_counter() - self._started if self._started else 0.0)
 
-    def _evaluate(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[dict[str, float], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """Metrics, and (embeddings, labels, indices, is_query, is_gallery) of all ranks, on the CPU."""
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], RetrievalMetrics]:
+        """The values of all ranks, and the evaluator with the rows of this one."""
         loader = _first_loader(trainer)
         batches = trainer.num_val_batches[0] if trainer.num_val_batches else 0
         # Together, as a rank that raises alone would leave the others waiting.
-        if not any(has for (has,) in distributed.gather_numbers([int(batches > 0)], pl_module.device)):
+        if not any(has for (has,) in distributed.gather_numbers([int(batches > 0)], distributed.collective_device())):
             raise InputError(
                 "RetrievalReport evaluates the validation data and there is none: give the datamodule a validation "
                 "set and leave limit_val_batches above 0, or take RetrievalReport out of the callbacks"
             )
-        metrics = empty_copy(RetrievalMetrics(ks=self.ks))
-        parts: list[tuple[Tensor, ...]] = []
+        metrics = empty_copy(self._evaluator(pl_module))
         with _evaluation_mode(pl_module), torch.no_grad():
             for position, batch in enumerate(loader):
                 if position >= batches:
@@ -136,16 +136,19 @@ class RetrievalReport(Callback):
                 batch = trainer.strategy.batch_to_device(batch, pl_module.device)
                 with trainer.precision_plugin.forward_context():
                     embeddings = pl_module(batch["image"]).float()
-                everything = torch.ones_like(batch["label"], dtype=torch.bool)
-                roles = batch.get("is_query", everything), batch.get("is_gallery", everything)
-                groups = {"groups": batch["group"]} if "group" in batch else {}
-                metrics.update(embeddings, batch["label"], batch["index"], *roles, **groups)
-                parts.append((embeddings, batch["label"], batch["index"], *roles))
-        return metrics.compute(), _gathered(parts, pl_module.device)
+                metrics.update(embeddings, **evaluation_columns(batch))
+        return metrics.compute(), metrics
+
+    def _evaluator(self, pl_module: LightningModule) -> RetrievalMetrics:
+        template = getattr(getattr(pl_module, "val_metrics", None), "template", None)
+        if not isinstance(template, RetrievalMetrics):
+            return RetrievalMetrics(ks=self.ks)
+        return RetrievalMetrics(ks=self.ks, metric=template.metric, ignore=template.ignore)
 
     def _figure(
         self,
         trainer: Trainer,
+        metric: SimilarityName,
         embeddings: Tensor,
         labels: Tensor,
         indices: Tensor,
@@ -169,6 +172,7 @@ class RetrievalReport(Callback):
             embeddings[queries],
             embeddings[gallery],
             columns,
+            metric=metric,
             query_indices=indices[queries],
             gallery_indices=indices[gallery],
         )
@@ -193,13 +197,21 @@ def _first_loader(trainer: Trainer) -> Any:
     return next(iter(named_loaders(trainer.val_dataloaders).values()), None)
 
 
-def _gathered(parts: list[tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The columns of all ranks, on the CPU; a rank may have none."""
-    dimensions = max(each for (each,) in distributed.gather_numbers([parts[0][0].shape[1] if parts else 0], device))
-    flags, whole = torch.zeros(0, dtype=torch.bool, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    none = torch.zeros(0, dimensions, device=device), whole, whole, flags, flags
+def _gathered(evaluated: RetrievalMetrics) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Embeddings, labels, indices, is_query and is_gallery of all ranks, on the CPU; a rank may have none."""
+    device = distributed.collective_device()
+    own = evaluated.embeddings[0].shape[1] if evaluated.embeddings else 0
+    dimensions = max(each for (each,) in distributed.gather_numbers([own], device))
+    flags, whole = torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+    columns = (
+        [torch.zeros(0, dimensions), *evaluated.embeddings],
+        [whole, *evaluated.labels],
+        [whole, *evaluated.indices],
+        [flags, *evaluated.is_query],
+        [flags, *evaluated.is_gallery],
+    )
     embeddings, labels, indices, is_query, is_gallery = (
-        distributed.gather_rows(torch.cat(column)).cpu() for column in zip(none, *parts, strict=True)
+        distributed.gather_rows(torch.cat(column).to(device)).cpu() for column in columns
     )
     return embeddings, labels, indices, is_query, is_gallery
 

@@ -24,14 +24,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class FolderDataModule(RetrievalDataModule):
     """Images in class folders: `root/<class>/*.jpg`, or `root/<split>/<class>/*.jpg`.
 
-    With `root/train` and `root/val` (and `root/test`; without it the test set is the validation set) the
+    With `root/train` and `root/val` (and `root/test`; without it the test sets are the validation sets) the
     splits are as they lie, and no training class may appear in another split. Otherwise the classes of `root` are split
     at random, so that evaluation is on classes that training never saw. Training labels count from 0 in sorted order
     of the class names; the other classes follow. Images are read in RGB; other files and hidden ones are passed over.
 
     Args:
         root: folder of the data set.
-        val_fraction: share of the classes that validates, in [0, 1); used only without `root/train`.
+        val_fraction: share of the classes that validates, in [0, 1); used only without `root/train`. 0 trains on all
+            classes, for which validation needs `val_roots`.
         split_seed: of that split; apart from `seed`, so that runs with other batches share their validation set.
         image_size: side of the square that the model sees, in pixels.
         resize: shorter side of the image before it is cropped, in pixels; at least `image_size`.
@@ -43,13 +44,14 @@ class FolderDataModule(RetrievalDataModule):
         allow_shared_classes: let classes appear in `root/train` and in another split, or in training and in one of
             `val_roots`.
         val_roots: further folders `<val_root>/<class>/*.jpg` by name, each validated as a set of its own beside that of
-            `root`, which comes first and is called `val`. Classes are the same where their folders have one name.
+            `root`, which comes first and is called `val`; where `root` has no validation images, they are alone, in
+            the order that they are given in. Classes are the same where their folders have one name.
         options: of `RetrievalDataModule`.
 
     Raises:
-        InputError: for an option out of range, or a name in `val_roots` that is empty or `val`. From `setup`: for a
-            missing root, no images, an empty class folder, a class in several splits, or anything that
-            `RetrievalDataModule` checks.
+        InputError: for an option out of range, `val_roots` that are not folders by name, or a name among them that is
+            empty or `val`. From `setup`: for a missing root, no images, an empty class folder, a class in several
+            splits, or anything that `RetrievalDataModule` checks.
     """
 
     def __init__(
@@ -82,10 +84,7 @@ class FolderDataModule(RetrievalDataModule):
             )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise InputError(f"crop_scale must be two ascending numbers in (0, 1], got {crop_scale}")
-        if wrong := {"", OWN} & set(val_roots or {}):
-            raise InputError(
-                f"val_roots must not have a set called {wrong.pop()!r}: {OWN!r} is the set of root, choose another name"
-            )
+        _check_val_roots(val_roots)
         self.root = Path(root)
         self.val_fraction = val_fraction
         self.split_seed = split_seed
@@ -119,9 +118,11 @@ class FolderDataModule(RetrievalDataModule):
         label = {name: number for number, name in enumerate(self.class_names)}
         self.train_set = _data_set(splits["train"], label, self.train_transform)
         own = _data_set(splits["val"], label, self.eval_transform)
-        self.test_set = _data_set(splits["test"], label, self.eval_transform) if "test" in splits else own
         further = {name: _data_set(classes, label, self.eval_transform) for name, classes in others.items()}
-        self.val_set = {OWN: own, **further} if further else own
+        self.val_set = own
+        if further:
+            self.val_set = {OWN: own, **further} if len(own) else further
+        self.test_set = _data_set(splits["test"], label, self.eval_transform) if "test" in splits else self.val_set
         super().setup(stage)
 
     def _splits(self) -> dict[str, dict[str, list[Path]]]:
@@ -166,6 +167,22 @@ class FolderDataModule(RetrievalDataModule):
             "train": {name: files for name, files in classes.items() if name not in unseen},
             "val": {name: files for name, files in classes.items() if name in unseen},
         }
+
+
+def _check_val_roots(val_roots: Any) -> None:
+    if val_roots is None:
+        return
+    if not isinstance(val_roots, Mapping) or not all(
+        isinstance(name, str) and isinstance(folder, str | Path) for name, folder in val_roots.items()
+    ):
+        raise InputError(
+            f"val_roots must map names to folders, such as {{night: data/night}}, got {val_roots!r}; give each folder "
+            "a name"
+        )
+    if wrong := {"", OWN} & set(val_roots):
+        raise InputError(
+            f"val_roots must not have a set called {wrong.pop()!r}: {OWN!r} is the set of root, choose another name"
+        )
 
 
 def _data_set(

@@ -6,12 +6,15 @@ Every function is the identity when no process group is up, so callers need no b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
@@ -180,12 +183,7 @@ def map_rows(count: int, function: Callable[[Tensor], tuple[Tensor, ...]], block
     blocks = []
     for step in range(steps):
         mine = shares[rank()][step * block : (step + 1) * block]
-        failure: Exception | None = None
-        try:
-            blocks.append(function(mine))
-        except Exception as error:
-            failure = error
-        _fail_together(failure)
+        blocks.append(together(partial(function, mine)))
     device = collective_device()
     columns = [torch.cat(column).to(device) for column in zip(*blocks, strict=True)]
     return tuple(gather_rows(column).cpu() for column in columns)
@@ -225,6 +223,24 @@ def on_first_rank(function: Callable[[Callable[[], None]], Tensor]) -> Tensor:
     dist.broadcast_object_list(parts, 0, device=device)
     shared: Tensor = parts[0]
     return shared
+
+
+def together(function: Callable[[], Result]) -> Result:
+    """What `function` returns; where it raises on one rank, all ranks raise, and none is left waiting for another.
+
+    Args:
+        function: work of each rank without collectives in it.
+
+    Raises:
+        RuntimeError: where `function` raised on another rank only.
+    """
+    failure: Exception | None = None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    _fail_together(failure)
+    return result
 
 
 def _fail_together(failure: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""The one error that the command line shows without a traceback."""
+"""The errors that the command line shows without a traceback."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class InputError(ValueError):
     The message names the argument, the value and the way out. It is a `ValueError`, so code that
     catches those keeps working; `lightning-dml` prints it as one line instead of a traceback.
     """
+
+
+class NothingToEvaluate(InputError):
+    """There are no queries, or there is no gallery, to evaluate."""

@@ -48,6 +48,26 @@ class TwoImages(TinyData):
         self.val_set = self.test_set = first(self.val_set, 2)
 
 
+class QueriesFirst(TinyData):
+    """Validates on images of which the first 45 are queries only and the others gallery only."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Puts one image of each class after the other, so that the last of each are in the gallery."""
+        super().setup(stage)
+        whole = self.val_set
+        assert isinstance(whole, ArrayDataset)
+        order = sorted(range(60), key=lambda place: place % 5)
+        self.val_set = self.test_set = WithRoles(whole.images[order], whole.labels[order], whole.transform)
+
+
+class WithRoles(ArrayDataset):
+    """Samples that say what they are."""
+
+    def __getitem__(self, index: int) -> Any:
+        """With their roles."""
+        return {**super().__getitem__(index), "is_query": index < 45, "is_gallery": index >= 45}
+
+
 def first(images: ArrayDataset, count: int) -> ArrayDataset:
     """The first images of a set."""
     return ArrayDataset(images.images[:count], images.labels[:count], images.transform)
@@ -151,6 +171,7 @@ def scenarios(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         "several": both_stages(ranks, Several),
         "foreign": both_stages(ranks, lambda: Foreign(rank, ranks)),
         "fit several": fit(ranks, Path(folder), Several(), "val/b/recall@1"),
+        "fit roles": fit(ranks, Path(folder), QueriesFirst(), "val/recall@1"),
         "fit foreign": fit(ranks, Path(folder), Foreign(rank, ranks), "val/recall@1", report),
     }
     outcome["report"] = [values for _, values, _ in report.rows]
@@ -203,11 +224,19 @@ def test_validate_and_test_return_the_values_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "monitor"), [("fit several", "val/b/recall@1"), ("fit foreign", "val/recall@1")])
-def test_a_fit_watches_the_values_on_every_rank(ends: list[dict[str, Any]], what: str, monitor: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "monitor", "make"),
+    [
+        ("fit several", "val/b/recall@1", Several),
+        ("fit roles", "val/recall@1", QueriesFirst),  # whose sanity check has queries only
+        ("fit foreign", "val/recall@1", lambda: Foreign(0, 1)),
+    ],
+)
+def test_a_fit_watches_the_values_on_every_rank(
+    ends: list[dict[str, Any]], what: str, monitor: str, make: Callable[[], Any]
+) -> None:
     """A rank that leaves the evaluation out, or sees other values, leaves the others waiting or saves another model."""
-    first_rank = ends[0][what]
-    data = Several() if what == "fit several" else Foreign(0, 1)
+    first_rank, data = ends[0][what], make()
     assert first_rank["epochs"] == 2
     assert first_rank["values"] == pytest.approx(evaluated_alone(first_rank["state"], data), abs=1e-6)
     for end in ends:
@@ -216,7 +245,7 @@ def test_a_fit_watches_the_values_on_every_rank(ends: list[dict[str, Any]], what
         for name, tensor in first_rank["state"].items():  # buffers as well: those of rank 0 count
             assert torch.equal(end[what]["state"][name], tensor), name
     saved = torch.load(first_rank["best"], weights_only=True)
-    data = Several() if what == "fit several" else Foreign(0, 1)
+    data = make()
     assert evaluated_alone(saved["state_dict"], data)[monitor] == pytest.approx(first_rank["score"], abs=1e-6)
     assert first_rank["stop"] == first_rank["score"]
 

@@ -15,8 +15,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dml import distributed
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.retrieval import RetrievalMetrics, RetrievalResult
+
+# What a batch calls the arguments of `RetrievalMetrics.update`; it must have the first two.
+_REQUIRED = {"label": "labels", "index": "indices"}
+_COLUMNS = {**_REQUIRED, "is_query": "is_query", "is_gallery": "is_gallery", "group": "groups"}
 
 
 class SetMetrics:
@@ -53,27 +57,38 @@ class SetMetrics:
             number: place of the set among those of the stage.
             embeddings: (B, D) floating point.
             batch: `label` and `index` (B,) int64; if there, `is_query` and `is_gallery` (B,) bool, `group` (B,) int64.
-        """
-        groups = {"groups": batch["group"]} if "group" in batch else {}
-        self[number].update(
-            embeddings, batch["label"], batch["index"], batch.get("is_query"), batch.get("is_gallery"), **groups
-        )
 
-    def compute(self, names: Sequence[str], quiet: bool = False) -> dict[str, float]:
+        Raises:
+            InputError: without `label` or `index`, or for what `RetrievalMetrics.update` refuses.
+        """
+        self[number].update(embeddings, **evaluation_columns(batch))
+
+    def compute(self, names: Sequence[str], sanity_check: bool = False) -> dict[str, float]:
         """The metrics of every set, by the keys that are logged; a collective that every rank must call.
 
         Args:
             names: of the sets, by place.
-            quiet: leave out what the evaluators warn of.
+            sanity_check: the rows are those of the first few batches. Then the search is exact, as an index may take
+                more rows than there are, nothing is warned of, and a set without queries or without gallery, of which
+                these may come later, is left out.
 
         Returns:
             `STAGE/METRIC` for the first set; where there are several, also `STAGE/NAME/METRIC` for each of them.
+
+        Raises:
+            NothingToEvaluate: for a set without queries or without gallery, but in the sanity check.
+            InputError: for what else `RetrievalMetrics.compute` refuses.
         """
         values: dict[str, float] = {}
         self.results = {}
         for number, name in enumerate(names):
             prefix = f"{self.stage}/{name}" if len(names) > 1 else self.stage
-            of_set = self._compute_one(number, prefix, quiet)
+            try:
+                of_set = self._compute_one(number, prefix, sanity_check)
+            except NothingToEvaluate:  # raised by all ranks alike, so they go on together
+                if not sanity_check:
+                    raise
+                continue
             if (result := self[number].result) is not None:
                 self.results[name] = result
             if number == 0:
@@ -81,16 +96,37 @@ class SetMetrics:
             values |= {f"{prefix}/{metric}": value for metric, value in of_set.items()}
         return values
 
-    def _compute_one(self, number: int, prefix: str, quiet: bool) -> dict[str, float]:
+    def _compute_one(self, number: int, prefix: str, sanity_check: bool) -> dict[str, float]:
+        evaluator = self[number]
+        if sanity_check:
+            evaluator.index, evaluator.index_parameters = None, ""
         # Without its set in it, a warning of the second set would often be the same as that of the first, and Python
         # shows equal ones once.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            values = self[number].compute()
+            values = evaluator.compute()
         for each in caught:
-            if not (quiet and issubclass(each.category, UserWarning)):
+            if not (sanity_check and issubclass(each.category, UserWarning)):
                 warnings.warn(f"{prefix}: {each.message}", each.category, stacklevel=4)
         return values
+
+
+def evaluation_columns(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `RetrievalMetrics.update` takes of a batch besides the embeddings, by the names of its arguments.
+
+    Args:
+        batch: see `SetMetrics.update`.
+
+    Raises:
+        InputError: without `label` or `index`.
+    """
+    if missing := [key for key in _REQUIRED if key not in batch]:
+        raise InputError(
+            f"batch has no {' and no '.join(map(repr, missing))}, only {', '.join(map(repr, batch))}: evaluation takes "
+            "the class of each item as 'label' and its number in the data set as 'index', both (B,) int64; let the "
+            "data set return them"
+        )
+    return {argument: batch[key] for key, argument in _COLUMNS.items() if key in batch}
 
 
 def empty_copy(evaluator: RetrievalMetrics) -> RetrievalMetrics:
@@ -163,7 +199,7 @@ def _set_up_data(loop: _Loop, module: LightningModule) -> None:
         module.allow_zero_length_dataloader_with_multiple_devices = before
     if loop._max_batches:
         own = [int(batches > 0) for batches in loop._max_batches]
-        ranks = distributed.gather_numbers(own, loop.trainer.strategy.root_device)
+        ranks = distributed.gather_numbers(own, distributed.collective_device())
         # Lightning skips a loop without batches; with a limit of one it looks for the batch and finds none.
         somewhere = [max(rank) for rank in zip(*ranks, strict=True)]
         loop._max_batches = [max(pair) for pair in zip(loop._max_batches, somewhere, strict=True)]

@@ -64,7 +64,8 @@ class MetricLearningModule(LightningModule):
 
     Raises:
         InputError: for weights that are negative or both 0, a `loss_lr` that is not positive, an unknown
-            `lr_interval`, or both of `ks` and `metrics`.
+            `lr_interval`, both of `ks` and `metrics`, `ks` that are no list of integers of at least 1, or `metrics`
+            that are no `RetrievalMetrics`.
     """
 
     memory_bank: MemoryBank | None
@@ -98,6 +99,14 @@ class MetricLearningModule(LightningModule):
             raise InputError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
         if loss_lr is not None and loss_lr <= 0:
             raise InputError(f"loss_lr must be positive, or None for the embedder's rate, got {loss_lr}")
+        if ks is not None and (isinstance(ks, str) or not isinstance(ks, Sequence)):
+            raise InputError(f"ks must be a list of integers of at least 1, such as [1, 2, 4], got {ks!r}")
+        if metrics is not None and not isinstance(metrics, RetrievalMetrics):
+            given = f"the class {metrics.__name__}" if isinstance(metrics, type) else f"a {type(metrics).__name__}"
+            raise InputError(
+                f"metrics must be a RetrievalMetrics, got {given}: give metrics=RetrievalMetrics(ks=(1, 5), ...), or "
+                "None for the default"
+            )
         if ks is not None and metrics is not None:
             raise InputError(
                 f"ks={tuple(ks)} and metrics={type(metrics).__name__}(...) both say what to evaluate: leave ks out "
@@ -216,8 +225,7 @@ class MetricLearningModule(LightningModule):
         self.log(name, value.detach(), on_step=True, on_epoch=False, prog_bar=prog_bar, batch_size=batch_size)
 
     def _log_metrics(self, metrics: SetMetrics, loaders: Any) -> None:
-        # The few batches of a sanity check often hold no two images of a class, which is nothing to warn of.
-        values = metrics.compute(list(named_loaders(loaders)), quiet=self.trainer.sanity_checking)
+        values = metrics.compute(list(named_loaders(loaders)), sanity_check=self.trainer.sanity_checking)
         metrics.reset()
         in_bar = {f"{metrics.stage}/{name}" for name in ("recall@1", "map@r")}
         for name, value in values.items():

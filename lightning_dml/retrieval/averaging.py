@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_integers
+from lightning_dml.retrieval.checks import check_integers, is_integer
 
 AverageName = Literal["micro", "macro"]
 
@@ -73,7 +73,7 @@ class PerClass:
         Raises:
             InputError: `limit` is negative or no integer, or `class_names` has none for a label.
         """
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        if limit is not None and not is_integer(limit, 0):
             raise InputError(f"limit must be an integer of at least 0, or None for all classes, got {limit!r}")
         worst = self.values[:, 0].argsort(stable=True)[:limit].tolist()
         rows = [["class", "queries", *self.names]]
@@ -214,7 +214,7 @@ def check_bootstrap(confidence: float, draws: int, seed: int) -> None:
     if not isinstance(confidence, float) or not 0 < confidence < 1:
         raise InputError(f"confidence must be a share between 0 and 1, such as 0.95, got {confidence!r}")
     for name, value, least in (("draws", draws, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_integer(value, least):
             raise InputError(f"{name} of the bootstrap must be an integer of at least {least}, got {value!r}")
 
 

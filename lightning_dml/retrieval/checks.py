@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
 
 
+def is_integer(value: object, least: int) -> bool:
+    """Whether `value` is an integer, no bool, of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number, no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises InputError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor() makes one")
+
+
 def check_embeddings(name: str, tensor: Tensor) -> None:
     """Raises InputError unless `tensor` is (N, D) floating point with D >= 1."""
+    check_tensor(name, tensor)
     if tensor.ndim != 2 or tensor.shape[1] == 0:
         raise InputError(
             f"{name} must be (rows, dimensions), got shape {tuple(tensor.shape)}; flatten each item to a row"
@@ -50,5 +69,6 @@ def check_flags(name: str, tensor: Tensor, length: int) -> None:
 
 
 def _check_length(name: str, tensor: Tensor, length: int) -> None:
+    check_tensor(name, tensor)
     if tensor.shape != (length,):
         raise InputError(f"{name} must have shape ({length},), one for each row, got {tuple(tensor.shape)}")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers
+from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers, is_integer
 
 # Terms of the expected mutual information that are held at a time: 2 MiB of float64 for each intermediate.
 _BLOCK_ENTRIES = 2**18
@@ -268,5 +268,5 @@ def _check_rows(embeddings: Tensor) -> Tensor:
 
 
 def _check_number(name: str, value: int, least: int, most: int, meaning: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if not is_integer(value, least) or value > most:
         raise InputError(f"{name} must be an integer from {least} to {most}, {meaning}; got {value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_dml.retrieval.exclusion import combined_keys, match_counts, matching_pairs
 from lightning_dml.retrieval.functional import map_at_r, ndcg_at_k, precision_at_k, r_precision, recall_at_k
 from lightning_dml.retrieval.ranks import average_precision, reciprocal_rank
-from lightning_dml.retrieval.search import BLOCK_ENTRIES, SearchName, similarities
+from lightning_dml.retrieval.search import BLOCK_ENTRIES, SearchName, check_products, similarities
 from lightning_dml.retrieval.ties import RESOLUTION, Ties, tie_runs, tied_with_next, with_last_run
 
 # Positives of a query up to which their ranks are counted one after the other; for more, the whole row is sorted.
@@ -42,9 +42,18 @@ class Items:
         return len(self.classes)
 
     def take(self, rows: Tensor) -> Items:
-        """The items that `rows` (int64 positions) names, in float32."""
+        """The items of `rows`, as `part` gives them, in float32."""
         rows = rows.to(self.classes.device)
-        return Items(self.embeddings[rows].float(), self.classes[rows], self.keys[rows])
+        part = self.part(rows)
+        return replace(part, embeddings=part.embeddings.float())
+
+    def part(self, rows: Tensor) -> Items:
+        """The items of `rows`, ascending int64 positions, each once; views where they lie together."""
+        if len(rows) and int(rows[-1] - rows[0]) + 1 == len(rows):
+            where: slice | Tensor = slice(int(rows[0]), int(rows[-1]) + 1)
+        else:
+            where = rows
+        return Items(self.embeddings[where], self.classes[where], self.keys[where])
 
     def to(self, device: torch.device) -> Items:
         """The items on another device."""
@@ -162,6 +171,10 @@ def _counts_from(floor: Tensor, queries: Items, gallery: Items, metric: SearchNa
 def _allowed_similarities(queries: Items, gallery: Items, metric: SearchName) -> Tensor:
     """All similarities (n, Ng), minus infinity where a query must not find the item."""
     found = similarities(queries.embeddings, gallery.embeddings, metric)
+    # A sum over a row is finite unless an entry is not, or the sum itself overflows.
+    suspects = ~found.sum(dim=1).isfinite()
+    if suspects.any():
+        check_products(found[suspects].isfinite().all(dim=1))
     found[matching_pairs(queries.keys, gallery.keys)] = float("-inf")
     return found
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from lightning_dml.distributed import map_rows
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers
+from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers, is_integer, is_number
+from lightning_dml.retrieval.reranking import RerankingStep
 from lightning_dml.retrieval.search import Exclusions, nearest, unit_rows
 
 # Entries of the rows that are expanded at a time: 16 MiB of float32, and as much again for their neighbours.
 _BLOCK_ENTRIES = 2**22
 
 
-class QueryExpansion:
+class QueryExpansion(RerankingStep):
     """Alpha query expansion: a query becomes the weighted sum of itself and its nearest gallery items.
 
     q' is the unit vector along q + sum of max(s, 0)^alpha g over the `k` nearest gallery items g, whose cosine
@@ -34,9 +33,9 @@ class QueryExpansion:
     """
 
     def __init__(self, k: int = 10, alpha: float = 3.0) -> None:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        if not is_integer(k, 1):
             raise InputError(f"k must be an integer of at least 1, got {k!r}; leave the re-ranking out for none")
-        if not (math.isfinite(alpha) and alpha >= 0):
+        if not is_number(alpha) or alpha < 0:
             raise InputError(f"alpha must be a finite number of at least 0, got {alpha!r}; 0 weights all alike")
         self.k = k
         self.alpha = alpha
@@ -88,7 +87,7 @@ class QueryExpansion:
         return unit_rows(total)
 
 
-class DatabaseAugmentation:
+class DatabaseAugmentation(RerankingStep):
     """Database-side augmentation: every gallery item becomes the weighted sum of itself and its neighbours.
 
     The weights are those of `QueryExpansion`, and all items are computed from the original gallery.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers
+from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers, is_integer
 from lightning_dml.retrieval.factory import (
     EXAMPLES,
     FEWEST_PER_CENTROID,
@@ -328,7 +328,7 @@ def _check_gallery(gallery: Tensor) -> None:
 
 
 def _check_integer(name: str, value: int, at_least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    if not is_integer(value, at_least):
         raise InputError(f"{name} must be an integer of at least {at_least}, got {value!r}")
 
 

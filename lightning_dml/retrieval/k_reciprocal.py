@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_dml.distributed import map_rows
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers
+from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers, is_integer, is_number
 from lightning_dml.retrieval.exclusion import matching_pairs
+from lightning_dml.retrieval.reranking import RerankingStep
 from lightning_dml.retrieval.search import Exclusions, nearest, similarities, unit_rows
 from lightning_dml.retrieval.sparse_rows import BLOCK_PAIRS, SparseRows, parts, repeated
 
@@ -28,7 +29,7 @@ _LONG_COLUMN = 1 / 16
 _LEAST_SCALE = 1e-6
 
 
-class KReciprocal:
+class KReciprocal(RerankingStep):
     """k-reciprocal encoding of a set of items, after which they can be searched by the re-ranked distance.
 
     That distance is (1 - weight) * Jaccard distance of the two items' k-reciprocal sets + weight * squared
@@ -46,7 +47,7 @@ class KReciprocal:
     def __init__(self, k1: int = 20, k2: int = 6, weight: float = 0.3) -> None:
         _check_whole("k1", k1)
         _check_whole("k2", k2)
-        if not 0 <= weight <= 1:
+        if not is_number(weight) or not 0 <= weight <= 1:
             raise InputError(f"weight must be the original distance's share, from 0 to 1, got {weight!r}")
         self.k1 = k1
         self.k2 = k2
@@ -320,5 +321,5 @@ def _pair_similarities(embeddings: Tensor, left: Tensor, right: Tensor) -> Tenso
 
 
 def _check_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value, 1):
         raise InputError(f"{name} must be an integer of at least 1, got {value!r}; 1 is the least there is")

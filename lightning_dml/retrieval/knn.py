@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers
+from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers, is_integer
 from lightning_dml.retrieval.exclusion import combined_keys, match_counts
 from lightning_dml.retrieval.search import Exclusions, SimilarityName, nearest, unit_rows
 
@@ -137,7 +137,7 @@ def _check_request(queries: Tensor, gallery: Tensor, k: int, metric: str) -> Non
         )
     if queries.device != gallery.device:
         raise InputError(f"gallery is on {gallery.device} and queries are on {queries.device}; move one of them")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not is_integer(k, 1):
         raise InputError(f"k must be an integer of at least 1, got {k!r}")
     if metric not in get_args(SimilarityName):
         raise InputError(f"metric must be one of {', '.join(get_args(SimilarityName))}, got {metric!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_dml.distributed import on_first_rank, rank
-from lightning_dml.errors import InputError
+from lightning_dml.distributed import collective_device, gather_numbers, on_first_rank, rank
+from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.retrieval.averaging import (
     AverageName,
     PerClass,
@@ -29,13 +29,12 @@ from lightning_dml.retrieval.clustering import (
     normalized_mutual_information,
 )
 from lightning_dml.retrieval.evaluation import Items
-from lightning_dml.retrieval.expansion import DatabaseAugmentation, QueryExpansion
-from lightning_dml.retrieval.k_reciprocal import KReciprocal
 from lightning_dml.retrieval.options import MetricName, StoredName, check_options, check_search, metric_names
+from lightning_dml.retrieval.reranking import RerankingStep
 from lightning_dml.retrieval.rows import Rows, gather_items
-from lightning_dml.retrieval.scoring import Reranking, Scores, Settings, score
+from lightning_dml.retrieval.scoring import Scores, Settings, score
 from lightning_dml.retrieval.search import SimilarityName, unit_rows
-from lightning_dml.retrieval.tasks import IgnoreName, by_draws, by_roles, dense_classes, exclusion_keys
+from lightning_dml.retrieval.tasks import IgnoreName, Task, by_draws, by_roles, dense_classes, exclusion_keys
 
 _CLUSTERING = {"nmi": normalized_mutual_information, "ami": adjusted_mutual_information}
 _STATES = ("embeddings", "labels", "indices", "is_query", "is_gallery", "groups")
@@ -69,7 +68,9 @@ class RetrievalMetrics(Metric):
     The search runs where the embeddings came from: with faiss for the CPU, with torch on a GPU.
 
     Neighbours that float32 cannot tell apart are tied, and every metric is then its mean over all orders of them: an
-    embedding that has collapsed to a point scores what chance scores, in whatever order its rows come.
+    embedding that has collapsed to a point scores what chance scores, in whatever order its rows come. That holds for
+    exact search, with query expansion and database augmentation too; of an approximate index and of k-reciprocal
+    re-ranking only the neighbours that they name are known, and which of many tied ones those are is up to them.
 
     Queries without a match in the gallery are left out of the means, with one warning that says how many, and are
     counted in `result`. Where no query has one (the first batches of a sanity check, say), the values are NaN.
@@ -137,7 +138,7 @@ class RetrievalMetrics(Metric):
         gallery_draws: int = 0,
         seed: int = 0,
         dtype: StoredName = "float32",
-        reranking: Sequence[QueryExpansion | DatabaseAugmentation | KReciprocal] = (),
+        reranking: Sequence[RerankingStep] = (),
         index: str | None = None,
         index_parameters: str = "",
     ) -> None:
@@ -156,11 +157,11 @@ class RetrievalMetrics(Metric):
         self.gallery_draws = gallery_draws
         self.seed = seed
         self.dtype_name: StoredName = dtype
-        self.reranking: tuple[Reranking, ...] = tuple(reranking)
+        self.reranking = tuple(reranking)
         self.index = index
         self.index_parameters = index_parameters
         self.result: RetrievalResult | None = None
-        self._search_device = torch.device("cpu")
+        self._rows_device = torch.device("cpu")
         for name in _STATES:
             self.add_state(name, default=[], dist_reduce_fx=None)
 
@@ -226,7 +227,7 @@ class RetrievalMetrics(Metric):
         everything = torch.ones(count, dtype=torch.bool)
         self.is_query.append(everything if is_query is None else _kept(is_query, torch.bool))
         self.is_gallery.append(everything if is_gallery is None else _kept(is_gallery, torch.bool))
-        self._search_device = embeddings.device
+        self._rows_device = embeddings.device
 
     @torch.no_grad()
     def compute(self) -> dict[str, float]:
@@ -237,23 +238,23 @@ class RetrievalMetrics(Metric):
             intervals, and `index_recall`, where those are asked for.
 
         Raises:
+            NothingToEvaluate: an InputError, when no item is a query, or none is in the gallery.
             InputError: on all ranks alike, when no rank has seen a row, when dimensions or the use of indices or
                 groups differ between ranks, or when one index came with different labels, roles or groups.
             RuntimeError: where another rank failed.
         """
         rows = gather_items(self._local_rows(), bool(self.indices), bool(self.groups))
         classes = dense_classes(rows.labels)
-        items = Items(rows.embeddings, classes, exclusion_keys(rows.labels, rows.groups, self.ignore))
-        tasks = (
-            by_draws(classes, self.gallery_draws, self.seed)
-            if self.gallery_draws
-            else [by_roles(rows.is_query, rows.is_gallery)]
-        )
+        keys = exclusion_keys(rows.labels, rows.groups, self.ignore)
+        blind = exclusion_keys(rows.labels, rows.groups if self.ignore == "group" else None, "group")
+        items = Items(rows.embeddings, classes, keys)
+        tasks = self._tasks(rows, classes)
         means: dict[str, float] = {}
         counts, per_class = (0, 0), None
         names = metric_names(self.ks, self.include)
         if names:
-            scores = [score(items, task, self._settings()) for task in tasks]
+            settings = self._settings(_search_device(self._rows_device))
+            scores = [score(items, blind, task, settings) for task in tasks]
             answered = torch.cat([each.answered for each in scores])
             counts = sum(each.queries for each in scores), len(answered)
             self._warn(*counts, max(each.candidates for each in scores))
@@ -270,7 +271,19 @@ class RetrievalMetrics(Metric):
         """Refused: a batch has no retrieval value of its own."""
         raise NotImplementedError("RetrievalMetrics has no value per batch; call update(), and compute() at the end")
 
-    def _settings(self) -> Settings:
+    def _tasks(self, rows: Rows, classes: Tensor) -> Iterable[Task]:
+        if self.gallery_draws:
+            return by_draws(classes, self.gallery_draws, self.seed)
+        for name, flags in (("is_query", rows.is_query), ("is_gallery", rows.is_gallery)):
+            if not flags.any():
+                raise NothingToEvaluate(
+                    f"{name} is False for all {len(rows)} items, so there is "
+                    f"{'nothing to search for' if name == 'is_query' else 'no gallery'}; evaluate queries and gallery "
+                    "together, or leave the roles out for self-retrieval"
+                )
+        return [by_roles(rows.is_query, rows.is_gallery)]
+
+    def _settings(self, device: torch.device) -> Settings:
         return Settings(
             self.ks,
             "l2" if self.metric == "l2" else "inner_product",  # rows are of unit length where it is "cosine"
@@ -279,7 +292,7 @@ class RetrievalMetrics(Metric):
             self.index,
             self.index_parameters,
             self.seed,
-            _usable(self._search_device),
+            device,
         )
 
     def _means(self, values: Tensor, per_class: PerClass) -> dict[str, float]:
@@ -372,6 +385,13 @@ def _kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True)
 
 
-def _usable(device: torch.device) -> torch.device:
-    """`device`, or the CPU where a metric that was filled on a GPU has been unpickled without one."""
-    return torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
+def _search_device(wanted: torch.device) -> torch.device:
+    """Where all ranks search: on their GPUs if any rank's rows came from one, else on the CPU.
+
+    A rank without rows does not know where they come from, and a metric that was filled on a GPU may have been
+    unpickled where there is none. Other accelerators lack float64.
+    """
+    flags = gather_numbers([wanted.type == "cuda", torch.cuda.is_available()], collective_device())
+    if any(was for was, _ in flags) and all(has for _, has in flags):
+        return wanted if wanted.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

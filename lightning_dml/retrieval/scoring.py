@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dml.distributed import map_rows
+from lightning_dml.distributed import collective_device, gather_rows, map_rows, together
 from lightning_dml.retrieval.evaluation import (
     RANK_METRICS,
     Items,
@@ -24,10 +24,9 @@ from lightning_dml.retrieval.expansion import DatabaseAugmentation, QueryExpansi
 from lightning_dml.retrieval.index import ApproximateIndex
 from lightning_dml.retrieval.k_reciprocal import KReciprocal
 from lightning_dml.retrieval.options import metric_names
+from lightning_dml.retrieval.reranking import RerankingStep
 from lightning_dml.retrieval.search import BLOCK_ENTRIES, Exclusions, SearchName, nearest
 from lightning_dml.retrieval.tasks import Task
-
-Reranking = QueryExpansion | DatabaseAugmentation | KReciprocal
 
 # Neighbours that are held at a time (a few hundred MiB with all that is derived from them), however large R is.
 _BLOCK_NEIGHBOURS = 2**22
@@ -46,7 +45,7 @@ class Settings:
     ks: tuple[int, ...]
     metric: SearchName
     include: tuple[str, ...]
-    reranking: tuple[Reranking, ...]
+    reranking: tuple[RerankingStep, ...]
     index: str | None
     index_parameters: str
     seed: int
@@ -72,11 +71,12 @@ class Scores:
     index_recall: float | None
 
 
-def score(items: Items, task: Task, settings: Settings) -> Scores:
+def score(items: Items, blind_keys: Tensor, task: Task, settings: Settings) -> Scores:
     """Scores a task; every rank must call it, and gets the same.
 
     Args:
         items: all of them, on the CPU.
+        blind_keys: (N,) int64, keys as those of the items for steps that must not know of labels, such as expansion.
         task: which are searched by which.
         settings: how.
     """
@@ -86,7 +86,7 @@ def score(items: Items, task: Task, settings: Settings) -> Scores:
     if not len(answered):
         return Scores(answered, torch.empty(0, len(names), dtype=torch.float64), len(task.queries), 0, None)
     unseen = int(match_counts(items.keys[answered], items.keys[task.gallery]).min())
-    job = _Job(items, answered, task.gallery, relevant, settings)
+    job = _Job(items, blind_keys, answered, task, relevant, settings)
     columns = dict(zip(job.names, job.values().unbind(dim=1), strict=True))
     values = torch.stack([columns[name] for name in names], dim=1)
     return Scores(answered, values, len(task.queries), len(task.gallery) - unseen, job.index_recall)
@@ -96,17 +96,17 @@ class _Job:
     """The queries of a task that have an answer, their gallery, and the search that finds their neighbours."""
 
     def __init__(
-        self, items: Items, queries: Tensor, gallery_rows: Tensor, relevant: Tensor, settings: Settings
+        self, items: Items, blind_keys: Tensor, queries: Tensor, task: Task, relevant: Tensor, settings: Settings
     ) -> None:
-        self.items, self.queries, self.gallery_rows, self.relevant = items, queries, gallery_rows, relevant
-        self.settings = settings
+        self.items, self.blind_keys, self.queries, self.relevant = items, blind_keys, queries, relevant
+        self.task, self.settings = task, settings
         self.expansions = [step for step in settings.reranking if isinstance(step, QueryExpansion)]
         self.gallery = self._gallery()
         # Precision and recall at K ask for K places, MAP@R and R-precision for R of them.
         by_r = {"map@r", "r_precision"} & set(settings.include)
         by_k = {"recall", "precision", "ndcg"} & set(settings.include)
         places = max(max(settings.ks) if by_k else 1, int(relevant.max()) if by_r else 1)
-        self.k = min(places, len(gallery_rows))
+        self.k = min(places, len(task.gallery))
         self.lists = list_metrics(settings.ks, settings.include)
         self.ranks = {name: RANK_METRICS[name] for name in settings.include if name in RANK_METRICS}
         self.names = [*self.lists, *self.ranks]
@@ -126,7 +126,9 @@ class _Job:
             block = min(_BLOCK_NEIGHBOURS // (self.k + 1), _BLOCK_PRODUCTS // products, _BLOCK_QUERIES)
             parts += map_rows(len(self.queries), self._list_block, max(1, block))
         if self.ranks:
-            parts += map_rows(len(self.queries), self._rank_block, max(1, BLOCK_ENTRIES // len(self.gallery)))
+            # Beside its similarities, a query has half a dozen numbers for each of its positives.
+            entries = len(self.gallery) + 8 * int(self.relevant.max())
+            parts += map_rows(len(self.queries), self._rank_block, max(1, BLOCK_ENTRIES // entries))
         return torch.cat(parts, dim=1)
 
     def _list_block(self, rows: Tensor) -> tuple[Tensor]:
@@ -144,22 +146,21 @@ class _Job:
 
     def _gallery(self) -> Items:
         """The gallery where it is searched: indexes and re-ranking work on the CPU."""
-        items, rows, settings = self.items, self.gallery_rows, self.settings
+        settings = self.settings
         device = torch.device("cpu") if settings.reranking or settings.index is not None else settings.device
-        if len(rows) < len(items):
-            items = Items(items.embeddings[rows], items.classes[rows], items.keys[rows])
-        embeddings = items.embeddings
+        gallery = self.items.part(self.task.gallery)
         for step in settings.reranking:
             if isinstance(step, DatabaseAugmentation):
-                embeddings = step.apply(embeddings, items.keys)
-        return Items(embeddings, items.classes, items.keys).to(device)
+                keys = self.blind_keys[self.task.gallery]
+                gallery = replace(gallery, embeddings=step.apply(gallery.embeddings, keys))
+        return together(lambda: gallery.to(device))
 
     def _block(self, rows: Tensor) -> Items:
         """Some of the queries on the device of the gallery, expanded where that is asked for."""
         part = self.items.take(self.queries[rows]).to(self.gallery.classes.device)
         for step in self.expansions:
-            expanded = step.apply(part.embeddings, self.gallery.embeddings, self._exclude(part))
-            part = Items(expanded, part.classes, part.keys)
+            exclude = [(self.blind_keys[self.queries[rows]], self.blind_keys[self.task.gallery])]
+            part = replace(part, embeddings=step.apply(part.embeddings, self.gallery.embeddings, exclude))
         return part
 
     def _exclude(self, queries: Items) -> Exclusions:
@@ -169,13 +170,11 @@ class _Job:
         settings, gallery = self.settings, self.gallery
         for step in settings.reranking:
             if isinstance(step, KReciprocal):
-                encoded = step.encode(self.items.embeddings)
-                return lambda rows, queries, k: encoded.nearest(
-                    self.queries[rows], self.gallery_rows, k, self._exclude(queries)
-                )
+                return self._k_reciprocal_search(step)
         if settings.index is not None:
-            index = ApproximateIndex(
-                gallery.embeddings, settings.index, settings.metric, settings.index_parameters, settings.seed
+            factory, parameters = settings.index, settings.index_parameters
+            index = together(
+                lambda: ApproximateIndex(gallery.embeddings, factory, settings.metric, parameters, settings.seed)
             )
             self.index_recall = self._measure(index)
             return lambda rows, queries, k: index.search(queries.embeddings, k, self._exclude(queries))
@@ -183,8 +182,20 @@ class _Job:
             queries.embeddings, gallery.embeddings, k, settings.metric, self._exclude(queries)
         )
 
+    def _k_reciprocal_search(self, step: KReciprocal) -> Search:
+        """The search among the items that have a role; others have no say in who is whose neighbour."""
+        items = torch.unique(torch.cat([self.task.queries, self.task.gallery]))
+        encoded = step.encode(self.items.part(items).embeddings)
+        queries = torch.searchsorted(items, self.queries)
+        gallery = torch.searchsorted(items, self.task.gallery)
+        return lambda rows, block, k: encoded.nearest(queries[rows], gallery, k, self._exclude(block))
+
     def _measure(self, index: ApproximateIndex) -> float:
-        """The recall of `index` on a random sample of the queries, the same on every rank."""
+        """The recall of `index` on a random sample of the queries."""
         chosen = np.random.default_rng(self.settings.seed).permutation(len(self.queries))[:_INDEX_SAMPLE]
         sample = self._block(torch.from_numpy(np.sort(chosen)))
-        return index.recall(sample.embeddings, self.k, self.gallery.embeddings, self._exclude(sample))
+        recall = together(
+            lambda: index.recall(sample.embeddings, self.k, self.gallery.embeddings, self._exclude(sample))
+        )
+        # Ranks with other numbers of threads may have built slightly different indexes: the first one's counts.
+        return float(gather_rows(torch.tensor([recall], dtype=torch.float64, device=collective_device()))[0])

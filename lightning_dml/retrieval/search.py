@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import faiss
 import torch
@@ -22,6 +22,8 @@ Exclusions = Sequence[tuple[Tensor, Tensor]]
 BLOCK_ENTRIES = 2**24
 # Entries of a half-precision gallery that are converted at a time: 64 MiB of float32.
 _CONVERTED_ENTRIES = 2**24
+# Neighbours that are held at a time where some are left out: 48 MiB of values and positions, before what is derived.
+_BLOCK_NEIGHBOURS = 2**22
 
 
 def nearest(
@@ -71,15 +73,17 @@ def search_excluding(
     values = queries.new_full((len(queries), k), worst_value(metric))
     positions = torch.full((len(queries), k), -1, device=queries.device)
     for width in torch.unique(extra).tolist():
-        rows = (extra == width).nonzero().flatten()
-        everything = len(rows) == len(queries)
-        found = search(queries if everything else queries[rows], k + width)
-        if width:
-            found = drop_excluded(*found, k, metric, [(keys[rows], gallery_keys) for keys, gallery_keys in exclude])
-        if everything and found[0].shape[1] == k:
-            return found
-        columns = min(k, found[0].shape[1])
-        values[rows, :columns], positions[rows, :columns] = found[0][:, :columns], found[1][:, :columns]
+        of_width = (extra == width).nonzero().flatten()
+        # Callers choose their blocks by k; where much is excluded, that many queries would take too much memory.
+        for rows in torch.split(of_width, max(1, _BLOCK_NEIGHBOURS // (k + width))):
+            everything = len(rows) == len(queries)
+            found = search(queries if everything else queries[rows], k + width)
+            if width:
+                found = drop_excluded(*found, k, metric, [(keys[rows], others) for keys, others in exclude])
+            if everything and found[0].shape[1] == k:
+                return found
+            columns = min(k, found[0].shape[1])
+            values[rows, :columns], positions[rows, :columns] = found[0][:, :columns], found[1][:, :columns]
     return values, positions
 
 
@@ -110,27 +114,37 @@ def unit_rows(rows: Tensor) -> Tensor:
     return F.normalize(rows / largest, dim=1)
 
 
+@torch.no_grad()
 def similarities(queries: Tensor, gallery: Tensor, metric: SearchName) -> Tensor:
     """All pairs, larger is nearer: inner products, or minus the squared distances; (Nq, Ng) float32."""
-    with _full_float32(queries.device.type):
-        products = queries @ gallery.float().T
-    if metric == "inner_product":
-        return products
-    squares = queries.square().sum(dim=1, keepdim=True) + gallery.float().square().sum(dim=1)
-    return squares.sub_(products, alpha=2).clamp_min_(0).neg_()
+    found = queries.new_empty(len(queries), len(gallery))
+    squares = queries.square().sum(dim=1, keepdim=True)
+    rows = len(gallery) if gallery.dtype == torch.float32 else max(1, _CONVERTED_ENTRIES // gallery.shape[1])
+    for start in range(0, len(gallery), max(1, rows)):
+        part = gallery[start : start + rows].float()
+        columns = found[:, start : start + rows]
+        with _full_float32(queries.device.type):
+            torch.mm(queries, part.T, out=columns)
+        if metric == "l2":
+            columns.mul_(2).sub_(squares).sub_(part.square().sum(dim=1)).clamp_max_(0)
+    return found
 
 
 def _search(queries: Tensor, gallery: Tensor, k: int, metric: SearchName) -> tuple[Tensor, Tensor]:
     search = _search_faiss if queries.device.type == "cpu" else _search_torch
     values, positions = search(queries, gallery, k, metric)
     # faiss answers -1 where it could compare nothing, both answer inf or NaN where a product overflowed.
-    broken = ~torch.isfinite(values).all(dim=1) | (positions < 0).any(dim=1)
-    if broken.any():
-        raise InputError(
-            f"queries: {int(broken.sum())} rows, the first is row {int(broken.nonzero()[0])}, have products with the "
-            "gallery that overflow float32; scale the rows down or search with metric='cosine'"
-        )
+    check_products(torch.isfinite(values).all(dim=1) & (positions >= 0).all(dim=1))
     return values, positions
+
+
+def check_products(finite: Tensor) -> None:
+    """Raises InputError unless all queries, (Nq,) bool, have finite products with the gallery."""
+    if not finite.all():
+        raise InputError(
+            f"queries: {int((~finite).sum())} rows, the first is row {int((~finite).nonzero()[0])}, have products with "
+            "the gallery that overflow float32; scale the rows down or search with metric='cosine'"
+        )
 
 
 def _search_faiss(queries: Tensor, gallery: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -171,14 +185,23 @@ def _search_torch(
 
 @contextmanager
 def _full_float32(device_type: str) -> Iterator[None]:
-    """Products in true float32: neither an autocast region around us nor a TF32 setting may round them."""
-    matmul = torch.backends.cuda.matmul
-    # torch 2.9 renamed the switch, and reading the old one raises where a program has set the new one.
-    switch, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, switch)
-    setattr(matmul, switch, exact)
+    """Products in true float32: neither an autocast region around us nor a matmul precision may round them.
+
+    `torch.set_float32_matmul_precision("medium")`, which Lightning recommends, makes them bfloat16 on some CPUs too.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    # torch 2.9 gave each backend a switch of its own, and reading the old ones raises where a program has set those.
+    if hasattr(matmul, "fp32_precision"):
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        setattr(matmul, switch, before)
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = before
+        else:
+            torch.set_float32_matmul_precision(before)

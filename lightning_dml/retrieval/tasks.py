@@ -39,18 +39,18 @@ def dense_classes(labels: Tensor) -> Tensor:
     return classes
 
 
-def exclusion_keys(labels: Tensor, groups: Tensor, ignore: IgnoreName) -> Tensor:
+def exclusion_keys(labels: Tensor, groups: Tensor | None, ignore: IgnoreName) -> Tensor:
     """A key (N,) int64 for each item; items with equal keys do not find each other.
 
     Every item has at least a key of its own, so that it does not find itself.
 
     Args:
         labels: (N,) int64.
-        groups: (N,) int64, negative for none.
+        groups: (N,) int64, negative for none; None, none has any.
         ignore: "label_and_group" for a common key of items that have both in common, "group" for the group alone.
     """
     own = torch.arange(len(labels))
-    if not (groups >= 0).any():
+    if groups is None or not (groups >= 0).any():
         return own
     numbers = torch.unique(labels, return_inverse=True)[1]
     keys = combined_keys(numbers, groups) if ignore == "label_and_group" else combined_keys(groups)

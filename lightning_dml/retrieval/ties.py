@@ -2,6 +2,10 @@
 
 Where neighbours are tied, every metric of this package is its expected value over all orders of theirs (McSherry and
 Najork, Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores, ECIR 2008).
+
+A run is a chain: each neighbour is tied with the next. Behind the last place that was searched it goes on with what
+cannot be told from that place, so where a gallery is so dense that chains grow long, a value may depend on how deep the
+search goes; the ranks of positives (MAP, MRR) take the runs that positives stand in.
 """
 
 from __future__ import annotations

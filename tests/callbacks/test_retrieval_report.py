@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning import Trainer
-from torch import nn
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_dml.callbacks import RetrievalReport
+from lightning_dml import MetricLearningModule, RetrievalMetrics
+from lightning_dml.callbacks import RetrievalReport, retrieval_report
 from lightning_dml.datamodules.images import ArrayDataset
 from lightning_dml.errors import InputError
-from tests.tiny import QUIET, TinyData, tiny_module
+from lightning_dml.losses import ContrastiveLoss
+from lightning_dml.retrieval.search import SimilarityName
+from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
 
 
 def fit(report: RetrievalReport, data: TinyData | None = None, steps: int = 4, **settings: Any) -> Any:
@@ -57,8 +60,6 @@ def test_the_first_of_several_sets_is_reported(tmp_path: Path, form: type) -> No
 
 def test_an_image_that_is_not_in_its_place_stays_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader over part of a set numbers its images otherwise; another image in their place would be a lie."""
-    from lightning_dml.callbacks import retrieval_report
-
     grey: list[bool] = []
     original = retrieval_report._show
 
@@ -76,10 +77,9 @@ def test_an_image_that_is_not_in_its_place_stays_grey(tmp_path: Path, monkeypatc
     assert grey == [True] * 8
 
 
-def test_groups_count_and_distractors_are_no_hits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ignore", ["label_and_group", "group"])
+def test_groups_count_and_distractors_are_no_hits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignore: Any) -> None:
     """The table must agree with what validation logs, and two images of nobody are no match."""
-    from lightning_dml.callbacks import retrieval_report
-
     hits: list[bool | None] = []
     monkeypatch.setattr(retrieval_report, "_show", lambda axes, picture, hit: hits.append(hit))
     data = TinyData()
@@ -89,13 +89,109 @@ def test_groups_count_and_distractors_are_no_hits(tmp_path: Path, monkeypatch: p
     for sample in samples[::3]:
         sample["label"] = -1
     report = RetrievalReport(queries=8, neighbours=7, path=str(tmp_path / "figure.png"))
-    module = tiny_module()
+    module = tiny_module(metrics=RetrievalMetrics(ignore=ignore))
     loader: DataLoader[Any] = DataLoader(samples, 7)  # type: ignore[arg-type]
     Trainer(max_steps=1, callbacks=[report], **QUIET).fit(module, data.train_dataloader(), loader)
     after = Trainer(**QUIET).validate(module, loader, verbose=False)[0]
     assert {f"val/{name}": value for name, value in report.rows[1][1].items()} == pytest.approx(after, abs=1e-6)
     classes = [sample["label"] for sample in samples if sample["label"] >= 0]
     assert hits.count(True) == sum(classes.count(label) - 1 for label in classes)
+
+
+class Raw(TinyEmbedder):
+    """Evaluates the first two pixels as they are, rows of any length."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Of unit length in training only."""
+        return super().forward(images) if self.training else images.flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize(
+    ("metric", "hits"), [("l2", [False, True, False, False]), ("cosine", [True, True, True, False])]
+)
+def test_the_similarity_is_that_of_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: SimilarityName, hits: list[bool]
+) -> None:
+    """A table and a figure of another similarity than the one that is trained for and logged would mislead."""
+    shown: list[bool | None] = []
+    monkeypatch.setattr(retrieval_report, "_show", lambda axes, picture, hit: shown.append(hit))
+    # The first two are one class, of one direction and far apart; close to the first is the third, of another class.
+    rows, labels = [[1.0, 0.0], [3.0, 0.1], [1.0, 0.9], [9.0, 1.0]], [0, 0, 1, 1]
+    samples: list[Any] = []
+    for place, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        image = torch.zeros(1, 8, 8)
+        image[0, 0, :2] = torch.tensor(row)
+        samples.append({"image": image, "label": label, "index": place})
+    data = TinyData()
+    data.setup("fit")
+    report = RetrievalReport(queries=4, neighbours=1, path=str(tmp_path / "figure.png"))
+    module = MetricLearningModule(Raw(), ContrastiveLoss(0.3), metrics=RetrievalMetrics(metric=metric))
+    loader: DataLoader[Any] = DataLoader(samples, 3)  # type: ignore[arg-type]
+    Trainer(max_steps=1, callbacks=[report], **QUIET).fit(module, data.train_dataloader(), loader)
+    after = Trainer(**QUIET).validate(module, loader, verbose=False)[0]
+    assert {f"val/{name}": value for name, value in report.rows[1][1].items()} == pytest.approx(after, abs=1e-6)
+    assert [hit for hit in shown if hit is not None] == hits
+    assert report.rows[1][1]["recall@1"] == sum(hits) / 4
+
+
+def test_other_modules_are_reported_with_the_defaults(tmp_path: Path) -> None:
+    """The callback is for anybody's module, which may call something else `val_metrics`."""
+
+    class Foreign(LightningModule):
+        val_metrics = "recall"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = TinyEmbedder()
+
+        def forward(self, images: Tensor) -> Tensor:
+            embeddings: Tensor = self.net(images)
+            return embeddings
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            total: Tensor = self(batch["image"]).sum()
+            return total
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            """Nothing: without it Lightning makes no validation loaders."""
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    report = RetrievalReport(path=str(tmp_path / "figure.png"))
+    Trainer(max_steps=1, callbacks=[report], **QUIET).fit(Foreign(), TinyData())
+    expected = Trainer(**QUIET).validate(tiny_module(), TinyData(), verbose=False)[0]
+    assert {f"val/{name}": value for name, value in report.rows[1][1].items()} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("queries", "gathered"), [(3, 1), (0, 0)])
+def test_rows_are_gathered_for_the_figure_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queries: int, gathered: int
+) -> None:
+    """Every rank holds what is gathered, all rows of a set that may be large; the table needs none of it."""
+    calls: list[int] = []
+    original = retrieval_report._gathered
+
+    def count(metrics: RetrievalMetrics) -> Any:
+        calls.append(1)
+        return original(metrics)
+
+    monkeypatch.setattr(retrieval_report, "_gathered", count)
+    fit(RetrievalReport(queries=queries, path=str(tmp_path / "figure.png")))
+    assert len(calls) == gathered
+
+
+def test_a_batch_without_an_index_is_explained() -> None:
+    """The report may be the first to look at the validation data; a bare KeyError would not say who asks."""
+    data = TinyData()
+    data.setup("fit")
+    assert isinstance(data.val_set, ArrayDataset)
+    sample = data.val_set[0]
+    without: list[Any] = [{"image": sample["image"], "label": 0}]
+    loader: DataLoader[Any] = DataLoader(without)  # type: ignore[arg-type]
+    trainer = Trainer(max_steps=1, num_sanity_val_steps=0, callbacks=[RetrievalReport()], **QUIET)
+    with pytest.raises(InputError, match="batch has no 'index'"):
+        trainer.fit(tiny_module(), data.train_dataloader(), loader)
 
 
 def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
@@ -110,8 +206,6 @@ def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
 
 def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A miss framed as a hit would make a bad model look good."""
-    from lightning_dml.callbacks import retrieval_report
-
     shown: list[bool | None] = []
     original = retrieval_report._show
 
@@ -140,7 +234,8 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
     data = TinyData()
     trainer.validate(module, data, verbose=False)
     trainer.strategy.connect(module)
-    report._figure(trainer, *report._evaluate(_with_val(trainer), module)[1])
+    _, evaluated = report._evaluate(_with_val(trainer), module)
+    report._figure(trainer, evaluated.metric, *retrieval_report._gathered(evaluated))
     assert shown == [None, True, True, True, True, False, False] * 3
 
 

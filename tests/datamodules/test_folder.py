@@ -168,11 +168,31 @@ def test_further_folders_are_sets_of_their_own(make: Maker, tmp_path: Path, own:
     assert classes(data, data.val_set["val"]) == classes(plain, plain.val_set)
     assert classes(data, data.val_set["night"]) == ["x", "y"] and len(data.val_set["night"]) == 5
     assert classes(data, data.val_set["rain"]) == ["x"] and len(data.val_set["rain"]) == 2
-    assert data.test_set is data.val_set["val"] and data.class_names is not None
+    assert data.test_set is data.val_set and data.class_names is not None
     assert data.train_set is not None and plain.train_set is not None
     assert data.train_set.labels.tolist() == plain.train_set.labels.tolist()
     assert data.val_set["night"][0]["image"].shape == (3, 16, 16)
     assert len(data.class_names) == len(set(data.class_names)) == len(own) + 2
+
+
+@pytest.mark.parametrize(
+    "own", [{"train/a": 2, "train/b": 2}, {"a": 2, "b": 2}, {"train/a": 2, "train/b": 2, "test/c": 2}]
+)
+def test_all_classes_may_train_where_others_validate(make: Maker, own: dict[str, int]) -> None:
+    """A model is often trained on one whole collection and judged on others; an empty set of its own is no mistake."""
+    folders = {f"own/{name}": count for name, count in own.items()}
+    whole = make({**folders, "rain/x": 3, "night/x": 2, "night/y": 2})
+    root, names = whole / "own", ["rain", "night"]  # as they are given, not as they are sorted
+    data = module(root, val_fraction=0, val_roots={name: str(whole / name) for name in names})
+    assert classes(data, data.train_set) == ["a", "b"]
+    assert isinstance(data.val_set, dict) and list(data.val_set) == names and data.eval_image(2).shape == (30, 40, 3)
+    assert [len(loader.dataset) for loader in data.val_dataloader().values()] == [3, 4]
+    if "test/c" in own:
+        assert classes(data, data.test_set) == ["c"]
+    else:
+        assert data.test_set is data.val_set
+    with pytest.raises(InputError, match="no validation images"):
+        module(root, val_fraction=0)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +261,10 @@ def test_a_missing_root(stage: str, tmp_path: Path) -> None:
         ({"crop_scale": (0.8, 0.4)}, "crop_scale must be two ascending"),
         ({"val_roots": {"val": "x"}}, "val_roots must not have a set called 'val'"),
         ({"val_roots": {"": "x"}}, "val_roots must not have a set called ''"),
+        ({"val_roots": "night"}, r"val_roots must map names to folders, such as \{night: data/night\}, got 'night'"),
+        ({"val_roots": ["night"]}, r"val_roots must map names to folders, .*got \['night'\]"),
+        ({"val_roots": {"a": None}}, r"val_roots must map names to folders, .*got \{'a': None\}"),
+        ({"val_roots": {7: "x"}}, r"val_roots must map names to folders, .*got \{7: 'x'\}"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_dml import MetricLearningModule, RetrievalMetrics
 from lightning_dml.cli import main
 from lightning_dml.datamodules.images import ArrayDataset
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.losses import ContrastiveLoss
 from lightning_dml.modules.evaluation import SetMetrics, named_loaders
 from tests.test_cli import FOLDER_CONFIG, pictures
@@ -32,21 +33,29 @@ class Several(TinyData):
     """Validates and tests on three parts of its images."""
 
     form: type = dict
+    names = "abc"
 
     def setup(self, stage: str | None = None) -> None:
         """Cuts the parts."""
         super().setup(stage)
         whole = self.val_set
         assert isinstance(whole, ArrayDataset)
-        cuts = {"a": slice(0, 30), "b": slice(20, 60), "c": slice(0, 60, 3)}
+        cuts = slice(0, 30), slice(20, 60), slice(0, 60, 3)
         self.val_set = self.test_set = {
-            name: ArrayDataset(whole.images[cut], whole.labels[cut], whole.transform) for name, cut in cuts.items()
+            name: ArrayDataset(whole.images[cut], whole.labels[cut], whole.transform)
+            for name, cut in zip(self.names, cuts, strict=True)
         }
 
     def val_dataloader(self) -> Any:
         """In a dict or in a list."""
         loaders = super().val_dataloader()
         return loaders if self.form is dict else list(loaders.values())
+
+
+class Unsorted(Several):
+    """The same sets, of which the first has the last name."""
+
+    names = "zca"
 
 
 class Listed(Several):
@@ -71,16 +80,16 @@ def keys(prefix: str, values: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-@pytest.mark.parametrize(("data", "names"), [(Several(), "abc"), (Listed(), "012")])
+@pytest.mark.parametrize(("data", "names"), [(Several(), "abc"), (Unsorted(), "zca"), (Listed(), "012")])
 def test_each_of_several_sets_is_evaluated_by_itself(stage: str, data: Several, names: str) -> None:
-    """Rows of one set in the gallery of another would give numbers that no paper could compare."""
+    """Rows of one set in the gallery of another, or under its name, would give numbers that no paper could compare."""
     module = tiny_module()
     if stage == "test":  # whose loaders come in a dict
-        names = "abc"
+        names = data.names
     returned = getattr(Trainer(**QUIET), stage)(module, data, verbose=False)
     prefix = {"validate": "val", "test": "test"}[stage]
     loaders = data.test_dataloader()
-    expected = keys(prefix, by_hand(module, loaders["a"]))
+    expected = keys(prefix, by_hand(module, next(iter(loaders.values()))))
     for name, loader in zip(names, loaders.values(), strict=True):
         expected |= keys(f"{prefix}/{name}", by_hand(module, loader))
     assert len(returned) == 3
@@ -176,9 +185,27 @@ def test_groups_count_where_a_batch_has_them() -> None:
         for row in range(4):
             part = slice(row, row + 1)
             metrics.update(0, rows[part], {name: column[part] for name, column in (batch | groups).items()})
-        recalls.append(metrics.compute(["only"], quiet=True)["val/recall@1"])
+        recalls.append(metrics.compute(["only"], sanity_check=True)["val/recall@1"])
     # With the camera's own frames left out, each of the first two has the other class as its nearest.
     assert recalls == pytest.approx([2 / 3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        (["index"], "batch has no 'index', only 'image', 'label': .*'index'"),
+        (["label", "index"], "batch has no 'label' and no 'index', only 'image': .*let the data set return them"),
+    ],
+)
+def test_a_batch_without_labels_or_indices_is_explained(lacking: list[str], words: str) -> None:
+    """Most data sets return no index, so this is the first thing that a new user meets."""
+    data = TinyData()
+    data.setup("validate")
+    assert isinstance(data.val_set, ArrayDataset)
+    samples: list[Any] = [{key: each for key, each in data.val_set[0].items() if key not in lacking}]
+    loader: DataLoader[Any] = DataLoader(samples)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=words):
+        Trainer(**QUIET).validate(tiny_module(), loader, verbose=False)
 
 
 def test_the_evaluator_is_a_template() -> None:
@@ -289,6 +316,82 @@ def test_nan_in_the_sanity_check_is_silent_and_without_effect(tmp_path: Path) ->
     said = [str(each.message) for each in caught if "no match" in str(each.message)]
     assert said and all("58 of 60" in text for text in said)  # of the whole set; the first batch has no match at all
     assert trainer.current_epoch == 2 and stop.stopped_epoch == 0
+
+
+def test_an_index_of_more_lists_than_a_sanity_check_has_rows() -> None:
+    """Faiss refuses to train it on so few; a fit would die before its first step, where validate runs."""
+    evaluator = RetrievalMetrics(index="IVF16,Flat", index_parameters="nprobe=4")
+    module = Start(TinyEmbedder(), ContrastiveLoss(0.3), metrics=evaluator)
+    module.sanity = []
+    trainer = Trainer(max_steps=1, val_check_interval=1, **QUIET)
+    trainer.fit(module, TinyData())
+    data = TinyData()
+    data.setup("validate")
+    few = [batch for batch, _ in zip(data.val_dataloader(), range(2), strict=False)]
+    assert module.sanity == pytest.approx([by_hand(Start(TinyEmbedder(), ContrastiveLoss()), few)["recall@1"]])
+    exact = by_hand(module, data.val_dataloader())
+    assert trainer.callback_metrics["val/index_recall"] < 1  # the index is in use where there are rows enough
+    assert trainer.callback_metrics["val/map@r"] != pytest.approx(exact["map@r"])
+    assert (evaluator.index, evaluator.index_parameters) == ("IVF16,Flat", "nprobe=4")
+
+
+def queries_first(queries: int) -> DataLoader[Any]:
+    """Validation images of which the first ones are queries only and the others gallery only."""
+    data = TinyData()
+    data.setup("validate")
+    assert isinstance(data.val_set, ArrayDataset)
+    order = sorted(range(60), key=lambda place: place % 5)  # one image of each class after the other
+    roles = [{"is_query": number < queries, "is_gallery": number >= queries} for number in range(60)]
+    samples: list[Any] = [{**data.val_set[place], **role} for place, role in zip(order, roles, strict=True)]
+    return DataLoader(samples, 7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("other", ["before", "after", None])
+def test_a_sanity_check_may_see_queries_only(other: str | None) -> None:
+    """Such a loader is sound, and the fit must not die of the order of its images."""
+    data = TinyData()
+    data.setup("fit")
+    loaders: dict[str, Any] = {"roles": queries_first(24)}
+    if other is not None:
+        plain = {"plain": data.val_dataloader()}
+        loaders = plain | loaders if other == "before" else loaders | plain
+    module = Start(TinyEmbedder(), ContrastiveLoss(0.3))
+    module.sanity = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = Trainer(max_steps=1, val_check_interval=1, **QUIET)
+        trainer.fit(module, data.train_dataloader(), loaders)
+    assert len(module.sanity) == (other == "before")  # the first set's, where it has both
+    assert not [each for each in caught if re.search("match|gallery", str(each.message))]
+    (expected, *_) = Trainer(**QUIET).validate(module, loaders, verbose=False)
+    assert {name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name} == expected
+    assert not any(math.isnan(value) for value in expected.values())
+
+
+@pytest.mark.parametrize("queries", [0, 60])
+def test_a_whole_set_without_queries_or_gallery_is_refused(queries: int) -> None:
+    """Left out in silence, the value that a checkpoint watches would be missing, or that of another set."""
+    data = TinyData()
+    data.setup("validate")
+    loaders = {"plain": data.val_dataloader(), "roles": queries_first(queries)}
+    with pytest.raises(NothingToEvaluate):
+        Trainer(**QUIET).validate(tiny_module(), loaders, verbose=False)
+
+
+def test_a_set_that_is_left_out_leaves_no_result() -> None:
+    """A template that somebody has computed before would pass its own result off as the set's."""
+    rows, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    template = RetrievalMetrics(ks=(1,))
+    template.update(rows, labels)
+    template.compute()
+    metrics = SetMetrics("val", template)
+    batch = {"label": labels, "index": torch.arange(4)}
+    metrics.update(0, rows, batch | {"is_gallery": torch.zeros(4, dtype=torch.bool)})
+    metrics.update(1, rows, batch)
+    values = metrics.compute(["a", "b"], sanity_check=True)
+    assert list(metrics.results) == ["b"] and {name.rsplit("/", 1)[0] for name in values} == {"val/b"}
+    with pytest.raises(NothingToEvaluate):
+        metrics.compute(["a", "b"])
 
 
 def test_nan_everywhere_warns_saves_and_stops(tmp_path: Path) -> None:

@@ -205,6 +205,12 @@ def test_the_default_ks_are_those_of_the_field() -> None:
         ({"lr_interval": "batch"}, "lr_interval.*'batch'"),
         ({"ks": (0,)}, "ks.*0"),
         ({"ks": [1], "metrics": RetrievalMetrics()}, r"ks=\(1,\) and metrics=.*leave ks out"),
+        ({"ks": 5}, "ks must be a list of integers .*got 5"),
+        ({"ks": "15"}, "ks must be a list of integers .*got '15'"),
+        ({"ks": 5, "metrics": RetrievalMetrics()}, "ks must be a list of integers .*got 5"),
+        ({"metrics": {"ks": [1]}}, r"metrics must be a RetrievalMetrics, got a dict: give metrics=RetrievalMetrics\("),
+        ({"metrics": ["recall@1"]}, "metrics must be a RetrievalMetrics, got a list"),
+        ({"metrics": RetrievalMetrics}, "metrics must be a RetrievalMetrics, got the class RetrievalMetrics"),
     ],
 )
 def test_wrong_input_is_named(options: dict[str, Any], words: str) -> None:

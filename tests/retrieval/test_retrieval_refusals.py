@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.retrieval import RetrievalMetrics
 
 
@@ -86,6 +86,21 @@ def test_compute_on_nothing() -> None:
         metrics.compute()
     metrics.update(torch.ones(0, 4), LABELS[:0])
     with pytest.raises(InputError, match=r"has seen none on any rank; call update\(\) before compute\(\)"):
+        metrics.compute()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("is_query", "is_query is False for all 3 items, so there is nothing to search for; evaluate queries and"),
+        ("is_gallery", "is_gallery is False for all 3 items, so there is no gallery; evaluate queries and gallery"),
+    ],
+)
+def test_no_queries_and_no_gallery_are_named(name: str, message: str) -> None:
+    """A loader of queries alone is a mistake in the data module; NaN would send people to look for it in the model."""
+    metrics = RetrievalMetrics()
+    metrics.update(torch.eye(3), torch.zeros(3).long(), **{name: torch.zeros(3, dtype=torch.bool)})
+    with pytest.raises(NothingToEvaluate, match=message):
         metrics.compute()
 
 

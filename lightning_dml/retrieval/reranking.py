@@ -1,0 +1,7 @@
+"""What all re-ranking steps are, so that options and configs can ask for one of them."""
+
+from __future__ import annotations
+
+
+class RerankingStep:
+    """A step of `RetrievalMetrics(reranking=...)`: `QueryExpansion`, `DatabaseAugmentation` or `KReciprocal`."""
