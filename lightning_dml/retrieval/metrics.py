@@ -29,7 +29,7 @@ from lightning_dml.retrieval.clustering import (
     normalized_mutual_information,
 )
 from lightning_dml.retrieval.evaluation import Items
-from lightning_dml.retrieval.options import MetricName, StoredName, check_options, check_search, metric_names
+from lightning_dml.retrieval.options import StoredName, check_options, check_search, metric_names
 from lightning_dml.retrieval.reranking import RerankingStep
 from lightning_dml.retrieval.rows import Rows, gather_items
 from lightning_dml.retrieval.scoring import Scores, Settings, score
@@ -130,7 +130,7 @@ class RetrievalMetrics(Metric):
         self,
         ks: Sequence[int] = (1, 2, 4, 8),
         metric: SimilarityName = "cosine",
-        include: Sequence[MetricName] = ("recall", "precision@1", "map@r", "r_precision"),
+        include: Sequence[str] = ("recall", "precision@1", "map@r", "r_precision"),
         average: AverageName = "micro",
         confidence: float | None = None,
         bootstrap_draws: int = 1000,

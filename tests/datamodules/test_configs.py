@@ -36,6 +36,7 @@ CONFIGS: list[tuple[type[RetrievalDataModule], dict[str, Any]]] = [
             "std": [0.2, 0.2, 0.1],
             "crop_scale": [0.5, 0.9],
             "allow_shared_classes": True,
+            "val_roots": {"night": "night"},
             "train_transform": {"class_path": "torchvision.transforms.v2.PILToTensor"},
             "eval_transform": {"class_path": "torchvision.transforms.v2.PILToTensor"},
         },

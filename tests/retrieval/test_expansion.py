@@ -17,7 +17,6 @@ from lightning_dml.errors import InputError
 from lightning_dml.retrieval import expansion
 from lightning_dml.retrieval.expansion import DatabaseAugmentation, QueryExpansion
 from lightning_dml.retrieval.search import nearest, unit_rows
-from tests.helpers import run_ranks
 
 Rows = npt.NDArray[np.float64]
 
@@ -132,19 +131,6 @@ def test_rows_of_zeros_and_of_one_point_stay_finite(alpha: float) -> None:
     for rows in (torch.zeros(4, 3), torch.ones(4, 3) / 3**0.5):
         torch.testing.assert_close(QueryExpansion(2, alpha).apply(rows, rows), rows)
         torch.testing.assert_close(DatabaseAugmentation(2, alpha).apply(rows), rows)
-
-
-def augment_on_ranks(rank: int, ranks: int) -> Tensor:
-    """What this rank gets; a block of one row makes many steps of it."""
-    expansion._BLOCK_ENTRIES = 5
-    return DatabaseAugmentation(3).apply(random_rows(17, 5))
-
-
-def test_two_ranks_augment_as_one() -> None:
-    """Ranks that disagree on the gallery would report metrics of two different galleries."""
-    first, second = run_ranks(2, augment_on_ranks)
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, DatabaseAugmentation(3).apply(random_rows(17, 5)))
 
 
 @pytest.mark.parametrize("kind", [QueryExpansion, DatabaseAugmentation])

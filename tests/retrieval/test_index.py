@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -156,7 +157,8 @@ def test_distances_to_compressed_rows_are_never_negative() -> None:
     """A residual quantiser sums parts that cancel, and the root of what rounding leaves would be NaN."""
     index = ApproximateIndex(rows(700) * 100, "IVF2,PQ4x4", "l2", "nprobe=2")
     index._index.make_direct_map()
-    compressed = index._index.reconstruct_n(0, 700)
+    # An array, or a tensor once pytorch-metric-learning has loaded faiss's own extension for torch.
+    compressed = np.asarray(index._index.reconstruct_n(0, 700))
     assert index._index.search(compressed, 3)[0].min() < 0  # what faiss says
     assert index.search(torch.from_numpy(compressed), 3)[0].min() == 0
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval import k_reciprocal, sparse_rows
+from lightning_dml.retrieval import expansion, k_reciprocal, sparse_rows
 from lightning_dml.retrieval.k_reciprocal import KReciprocal, k_reciprocal_nearest
 from lightning_dml.retrieval.search import nearest, unit_rows
 from tests.helpers import run_ranks
@@ -269,20 +269,21 @@ def test_items_that_are_all_alike_take_no_longer(monkeypatch: pytest.MonkeyPatch
     assert sum(pairs) <= 400 * 25 * 25
 
 
-def encode_on_ranks(rank: int, ranks: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-    """The encoding that this rank gets, and what it finds in it; blocks of few rows make many steps."""
-    k_reciprocal._BLOCK_ENTRIES = 40
+def steps_on_ranks(rank: int, ranks: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """The encoding and the augmented rows that this rank gets, and what it finds; blocks of few rows make many steps."""
+    k_reciprocal._BLOCK_ENTRIES = expansion._BLOCK_ENTRIES = 40
     rows, _ = clusters(37, 4, seed=5)
     encoding = KReciprocal(6, 3).encode(rows)
     items = torch.arange(37)
     parts = [encoding.largest, encoding.rows.starts, encoding.rows.columns, encoding.rows.weights]
+    parts.append(expansion.DatabaseAugmentation(3).apply(rows))
     return parts, encoding.nearest(items[rank::ranks], items, 5)
 
 
-def test_two_ranks_encode_as_one() -> None:
-    """Each rank searches for its own queries, so all must search the same encoding."""
-    alone, found = encode_on_ranks(0, 1)
-    for rank, (parts, share) in enumerate(run_ranks(2, encode_on_ranks)):
+def test_two_ranks_encode_and_augment_as_one() -> None:
+    """Each rank searches for its own queries, so all must search the same encoding, or the same augmented gallery."""
+    alone, found = steps_on_ranks(0, 1)
+    for rank, (parts, share) in enumerate(run_ranks(2, steps_on_ranks)):
         for part, expected in zip(parts, alone, strict=True):
             torch.testing.assert_close(part, expected)
         torch.testing.assert_close(share, (found[0][rank::2], found[1][rank::2]))

@@ -109,7 +109,7 @@ def status(name):
 
 torch.set_num_threads(1)
 metrics = RetrievalMetrics(include=("recall", "map@r", "map", "mrr"))
-for n in (2_000, 20_000):
+for n in (2_000, 12_000):
     metrics.reset()
     rows, labels = torch.randn(n, 16), torch.arange(n) // 5
     Path("/proc/self/clear_refs").write_text("5")
@@ -122,7 +122,7 @@ print(added / 1024)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_rows() -> None:
-    """The peer's default takes 1.5 GB for 5,000 rows; of 20,000, the matrix of all pairs alone would take 1.6 GB."""
+    """The peer's default takes 1.5 GB for 5,000 rows; of 12,000, the matrix of all pairs alone would take 580 MB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 400
+    assert float(done.stdout) < 300
