@@ -270,7 +270,7 @@ def test_items_that_are_all_alike_take_no_longer(monkeypatch: pytest.MonkeyPatch
 
 
 def steps_on_ranks(rank: int, ranks: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-    """The encoding and the augmented rows that this rank gets, and what it finds; blocks of few rows make many steps."""
+    """The encoding and the augmented rows that this rank gets, and what it finds; small blocks make many steps."""
     k_reciprocal._BLOCK_ENTRIES = expansion._BLOCK_ENTRIES = 40
     rows, _ = clusters(37, 4, seed=5)
     encoding = KReciprocal(6, 3).encode(rows)
