@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
@@ -207,4 +208,8 @@ def _without_step_end_signals(deferred: bool) -> Iterator[None]:
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    fit(Run(**{**settings, "at": tuple(tuple(each) for each in settings["at"])}))
+    try:
+        fit(Run(**{**settings, "at": tuple(tuple(each) for each in settings["at"])}))
+    finally:
+        if dist.is_initialized():  # an interpreter that ends with the group still up may abort in one of its threads
+            dist.destroy_process_group()
