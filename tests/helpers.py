@@ -1,4 +1,4 @@
-"""Two or more real gloo processes for a test, and what a failing one printed."""
+"""Two or more real gloo processes for a test, and what a failing one printed; the largest tensor that was made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn as untyped_spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 spawn: Callable[..., Any] = untyped_spawn
 
@@ -67,3 +69,19 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
         if failed is not None:
             raise failed
         return [results[rank][1] for rank in range(ranks)]
+
+
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the most entries of any tensor that an operation returns while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and looks at its results."""
+        outcome = func(*args, **(kwargs or {}))
+        for each in outcome if isinstance(outcome, tuple | list) else (outcome,):
+            if isinstance(each, Tensor):
+                self.entries = max(self.entries, each.numel())
+        return outcome

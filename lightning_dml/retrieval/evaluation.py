@@ -149,9 +149,13 @@ def _scale(queries: Items, positions: Tensor, metric: SearchName, lengths: Tenso
     """What the rounding of each value is proportional to."""
     if lengths is None:
         return torch.ones(1, 1, device=positions.device)
-    query_lengths = queries.lengths()[:, None]
-    scale = lengths[positions] * query_lengths if metric == "inner_product" else lengths[positions] + query_lengths
-    return scale if metric == "inner_product" else scale.square_()
+    return _scale_of_pairs(queries.lengths()[:, None], lengths[positions], metric)
+
+
+def _scale_of_pairs(query_lengths: Tensor, gallery_lengths: Tensor, metric: SearchName) -> Tensor:
+    if metric == "inner_product":
+        return query_lengths * gallery_lengths
+    return (query_lengths + gallery_lengths).square_()
 
 
 def _counts_from(floor: Tensor, queries: Items, gallery: Items, metric: SearchName) -> tuple[Tensor, Tensor]:
@@ -255,12 +259,6 @@ def positive_ranks(queries: Items, gallery: Items, metric: SearchName, lengths: 
     lower = (mine - tolerance).gather(1, runs.start + runs.size - 1)
     above, reached = _counts_around(found, upper, lower)
     return torch.where(present, above + 1, 0), torch.where(present, reached - above, 0)
-
-
-def _scale_of_pairs(query_lengths: Tensor, gallery_lengths: Tensor, metric: SearchName) -> Tensor:
-    if metric == "inner_product":
-        return query_lengths * gallery_lengths
-    return (query_lengths + gallery_lengths).square_()
 
 
 def _counts_around(found: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:

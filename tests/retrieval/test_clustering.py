@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dml.errors import InputError
 from lightning_dml.retrieval import clustering
@@ -26,6 +25,7 @@ from lightning_dml.retrieval.clustering import (
     kmeans_labels,
     normalized_mutual_information,
 )
+from tests.helpers import LargestTensor
 
 # scikit-learn takes many small clusters for a regression target.
 pytestmark = pytest.mark.filterwarnings("ignore:The number of unique classes is greater than 50%")
@@ -142,29 +142,13 @@ def test_two_large_classes() -> None:
     assert adjusted_mutual_information(labels, found) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the most elements that any tensor had which an operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and looks at its result."""
-        outcome = func(*args, **(kwargs or {}))
-        for each in outcome if isinstance(outcome, tuple | list) else (outcome,):
-            if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.numel())
-        return outcome
-
-
 def test_memory_of_ami_does_not_grow_with_classes_times_clusters() -> None:
     """11,316 classes and as many clusters (SOP) would be a gigabyte as a table."""
     labels = torch.arange(60_502) % 11_316
     found = torch.randint(11_316, (60_502,), generator=torch.Generator().manual_seed(0))
     with LargestTensor() as largest:
         adjusted_mutual_information(labels, found)
-    assert 60_502 <= largest.elements <= clustering._BLOCK_ENTRIES
+    assert 60_502 <= largest.entries <= clustering._BLOCK_ENTRIES
 
 
 def test_memory_of_ami_where_all_sizes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,12 +158,12 @@ def test_memory_of_ami_where_all_sizes_differ(monkeypatch: pytest.MonkeyPatch) -
     found[::2] = labels[::2]
     with LargestTensor() as largest:
         whole = adjusted_mutual_information(labels, found)
-    assert largest.elements > 4 * len(labels)
+    assert largest.entries > 4 * len(labels)
     monkeypatch.setattr(clustering, "_BLOCK_ENTRIES", 2000)
     with LargestTensor() as largest:
         blocked = adjusted_mutual_information(labels, found)
     # The pairs of sizes are then the largest thing held, and there are at most two for each item.
-    assert largest.elements <= 2 * len(labels)
+    assert largest.entries <= 2 * len(labels)
     assert blocked == pytest.approx(whole, rel=1e-12)
     assert blocked == pytest.approx(adjusted_mutual_info_score(labels.numpy(), found.numpy()), rel=1e-9)
 

@@ -13,13 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dml.errors import InputError
 from lightning_dml.retrieval import expansion, k_reciprocal, sparse_rows
 from lightning_dml.retrieval.k_reciprocal import KReciprocal, k_reciprocal_nearest
 from lightning_dml.retrieval.search import nearest, unit_rows
-from tests.helpers import run_ranks
+from tests.helpers import LargestTensor, run_ranks
 
 Matrix = npt.NDArray[np.float64]
 
@@ -198,20 +197,6 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(blocked[1], whole[1])
 
 
-class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the most entries of any tensor that an operation returns."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and looks at its results."""
-        outcome = func(*args, **(kwargs or {}))
-        for each in outcome if isinstance(outcome, tuple | list) else (outcome,):
-            if isinstance(each, Tensor):
-                self.entries = max(self.entries, each.numel())
-        return outcome
-
-
 def test_no_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published code needs several of them, 14 GB each for 60,000 items."""
     rows, _ = clusters(5000, 500, seed=2)
@@ -219,7 +204,7 @@ def test_no_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(k_reciprocal, "_BLOCK_ENTRIES", 2**18)
     for module in (k_reciprocal, sparse_rows):
         monkeypatch.setattr(module, "BLOCK_PAIRS", 2**18)
-    with LargestTensor() as seen:  # type: ignore[no-untyped-call]
+    with LargestTensor() as seen:
         KReciprocal().encode(rows).nearest(items[:1000], items, 20, [(items[:1000], items)])
     # The sparse encodings of all items are the largest thing there is, far below 5000 * 5000.
     assert 5000 * 20 <= seen.entries < 5000 * 150
