@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -14,10 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn as untyped_spawn
+from torch.multiprocessing.spawn import start_processes as untyped_start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-spawn: Callable[..., Any] = untyped_spawn
+start_processes: Callable[..., Any] = untyped_start_processes
+
+# Ranks are forked from one process that has imported everything and done nothing: a rank that imports it all for itself
+# takes longer than most tests.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["lightning_dml.callbacks", "lightning_dml.datamodules", "lightning_dml.cli", "tests.helpers"]
+)
 
 
 def _worker(
@@ -51,7 +58,9 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
     `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = spawn(_worker, (ranks, folder, timeout, function, args), nprocs=ranks, join=False)
+        context = start_processes(
+            _worker, (ranks, folder, timeout, function, args), nprocs=ranks, join=False, start_method="forkserver"
+        )
         failed = None
         try:
             while not context.join():

@@ -1,7 +1,7 @@
-"""200 steps on batches whose size differs from rank to rank and from step to step; each rank writes how it ended.
+"""Steps on batches whose size differs from rank to rank and from step to step; each rank writes how it ended.
 
-Called as `fit_uneven.py FOLDER RUNS` on as many ranks as torchrun started: RUNS is JSON, settings of the callback by
-name of the run. One launch makes them all, as starting the processes takes longer than the training.
+Called as `fit_uneven.py FOLDER RUNS` on as many ranks as torchrun started: RUNS is JSON, settings of the callback and
+of `fit` by name of the run. One launch makes them all, as starting the processes takes longer than the training.
 """
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss
 from tests.tiny import QUIET, TinyData, tiny_module
 
-STEPS = 200
+STEPS = 60  # several times around a bank of 97
 
 
 class UnevenBatches:
     """The same samples for every way of cutting: `parts` batches of one to six per step, one of them or all."""
 
-    def __init__(self, parts: int, part: int | None) -> None:
+    def __init__(self, steps: int, parts: int, part: int | None) -> None:
+        self.steps = steps
         self.parts = parts
         self.part = part
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields the samples of the chosen part of each step, of all parts where none is chosen."""
         generator = np.random.default_rng(0)
-        for _ in range(STEPS):
+        for _ in range(self.steps):
             batches = [generator.integers(0, 60, generator.integers(1, 7)).tolist() for _ in range(self.parts)]
             yield list(chain.from_iterable(batches)) if self.part is None else batches[self.part]
 
     def __len__(self) -> int:
         """Steps."""
-        return STEPS
+        return self.steps
 
 
 def fit(folder: Path, name: str, settings: dict[str, Any], parts: int, part: int | None) -> None:
     """Fits on one part of every batch, or in one process on all parts; writes `NAME-RANK.pt` and `NAME.ckpt`."""
     torch.set_num_threads(1)
     settings = dict(settings)
-    epochs, resumed = settings.pop("epochs", 1), settings.pop("resumed", None)
+    epochs, resumed, steps = settings.pop("epochs", 1), settings.pop("resumed", None), settings.pop("steps", STEPS)
     loss = MultiSimilarityLoss() if settings.pop("loss", "") == "ms" else ContrastiveLoss(0.3)
     # A small rate: hundreds of steps must not amplify what is rounding at the first, and weights still move by 1e-3.
     module = tiny_module(loss=loss, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-5))
@@ -67,7 +68,7 @@ def fit(folder: Path, name: str, settings: dict[str, Any], parts: int, part: int
         callbacks=[memory],
         **QUIET,
     )
-    loader = DataLoader(data.train_set, batch_sampler=UnevenBatches(parts, part))
+    loader = DataLoader(data.train_set, batch_sampler=UnevenBatches(steps, parts, part))
     checkpoint = None if resumed is None else folder / f"{resumed}.ckpt"
     trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(folder / f"{name}.ckpt")  # of a bank in shares a collective
