@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_dml import distributed
+from lightning_dml.datamodules.hierarchical import HierarchicalPKBatchSampler
 from lightning_dml.datamodules.images import LabelledImages
 from lightning_dml.datamodules.loading import CountResumedEpoch, ResumableLoader
 from lightning_dml.datamodules.samplers import PKBatchSampler, UnpaddedDistributedSampler
@@ -33,10 +35,15 @@ class RetrievalDataModule(LightningDataModule):
         classes_per_batch: P, classes in a training batch on each rank.
         samples_per_class: K, images of each of them; at least 2.
         eval_batch_size: images in an evaluation batch on each rank.
-        num_workers: processes that load images; 0 loads in the main process.
+        num_workers: processes that load images; 0 loads in the main process, None means one for each core that a rank
+            has, at most 8.
         seed: of the batches and of their augmentation.
         drop_small_classes: leave out training classes with one image instead of raising.
         batches_per_epoch: length of an epoch; None means about one pass over the training set.
+        class_weights: how often each class is drawn: None in proportion to its images, `uniform` all alike, `sqrt` in
+            between, or weights of some classes by name (by label, where the data set has no names), 1 for the others.
+        super_classes_per_batch: draw the classes of a batch from as many super-classes, which makes its negatives
+            harder; for data sets with super-classes. It must divide `classes_per_batch`.
 
     Raises:
         InputError: for `eval_batch_size` or `num_workers` out of range. From `setup`: without training or
@@ -55,16 +62,18 @@ class RetrievalDataModule(LightningDataModule):
         classes_per_batch: int = 16,
         samples_per_class: int = 4,
         eval_batch_size: int = 256,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         seed: int = 0,
         drop_small_classes: bool = False,
         batches_per_epoch: int | None = None,
+        class_weights: str | dict[str, float] | None = None,
+        super_classes_per_batch: int | None = None,
     ) -> None:
         """Checks the options; see the class."""
         super().__init__()
         if eval_batch_size < 1:
             raise InputError(f"eval_batch_size must be at least 1, got {eval_batch_size}")
-        if num_workers < 0:
+        if num_workers is not None and num_workers < 0:
             raise InputError(f"num_workers must not be negative, got {num_workers}")
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
@@ -73,6 +82,8 @@ class RetrievalDataModule(LightningDataModule):
         self.seed = seed
         self.drop_small_classes = drop_small_classes
         self.batches_per_epoch = batches_per_epoch
+        self.class_weights = class_weights
+        self.super_classes_per_batch = super_classes_per_batch
 
     def setup(self, stage: str | None = None) -> None:
         """Checks what the subclass has set, so that a mistake shows before training and not at the first batch."""
@@ -188,15 +199,40 @@ class RetrievalDataModule(LightningDataModule):
                 )
         return images
 
-    def _train_sampler(self, train_set: LabelledImages) -> PKBatchSampler:
-        return PKBatchSampler(
-            train_set.labels,
-            classes_per_batch=self.classes_per_batch,
-            samples_per_class=self.samples_per_class,
-            seed=self.seed,
-            num_batches=self.batches_per_epoch,
-            drop_small_classes=self.drop_small_classes,
+    def _train_sampler(self, train_set: LabelledImages) -> PKBatchSampler | HierarchicalPKBatchSampler:
+        options: dict[str, Any] = {
+            "classes_per_batch": self.classes_per_batch,
+            "samples_per_class": self.samples_per_class,
+            "seed": self.seed,
+            "num_batches": self.batches_per_epoch,
+            "drop_small_classes": self.drop_small_classes,
+            "class_weights": self._weights_by_label(),
+        }
+        if self.super_classes_per_batch is None:
+            return PKBatchSampler(train_set.labels, **options)
+        if train_set.super_labels is None:
+            raise InputError(
+                f"super_classes_per_batch={self.super_classes_per_batch} needs super-classes, which "
+                f"{type(self).__name__} has not found: set it to null, or give the data set some"
+            )
+        return HierarchicalPKBatchSampler(
+            train_set.labels, train_set.super_labels, self.super_classes_per_batch, **options
         )
+
+    def _weights_by_label(self) -> Any:
+        """`class_weights` with labels for names."""
+        if not isinstance(self.class_weights, Mapping):
+            return self.class_weights
+        labels = {name: label for label, name in enumerate(self.class_names or ())}
+        found = {}
+        for name, weight in self.class_weights.items():
+            label = labels.get(str(name)) if self.class_names is not None else _whole_number(name)
+            if label is None:
+                raise InputError(
+                    f"class_weights names {name!r}, which is no training class: check the name, or take it out"
+                )
+            found[label] = weight
+        return found
 
     def _eval_loaders(self, images: EvaluationSets, at_least_one: bool = True) -> Any:
         if isinstance(images, Mapping):
@@ -205,17 +241,29 @@ class RetrievalDataModule(LightningDataModule):
         return DataLoader(images, batch_size=self.eval_batch_size, sampler=sampler, **self._options())
 
     def _options(self) -> dict[str, Any]:
+        workers = self._workers() if self.num_workers is None else self.num_workers
         return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
             # A loader without one draws from the global generator at every start, and a resumed run, which starts
             # its loaders at other times, would then have other dropout.
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
+    def _workers(self) -> int:
+        """One for each core that this rank has: the ranks of a machine share its cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ranks = self.trainer.num_devices if self.trainer else 1
+        return min(8, max(1, cores // ranks))
+
     def _name(self, label: int) -> str:
         return repr(self.class_names[label]) if self.class_names is not None else str(label)
+
+
+def _whole_number(name: object) -> int | None:
+    text = str(name)
+    return int(text) if text.lstrip("-").isdecimal() else None
 
 
 def _by_name(images: EvaluationSets | None) -> dict[str, LabelledImages]:

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from lightning_dml.datamodules.base import RetrievalDataModule
 from lightning_dml.datamodules.images import ArrayDataset, LabelledImages
 from lightning_dml.datamodules.samplers import IntArray
+from lightning_dml.datamodules.user_cache import user_cache
 from lightning_dml.errors import InputError
 
 FACES = (
@@ -71,7 +72,7 @@ class GlyphsDataModule(RetrievalDataModule):
         super().__init__(**options)
         if image_size < 1:
             raise InputError(f"image_size must be at least 1, got {image_size}")
-        self.root = Path(root) if root is not None else _user_cache()
+        self.root = Path(root) if root is not None else user_cache()
         scale = [] if image_size == SIDE else [v2.Resize(image_size)]
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
         bilinear = v2.InterpolationMode.BILINEAR
@@ -203,10 +204,6 @@ def _farthest(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> tuple[In
 
 def _font_folder() -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dml"
 
 
 def _cache_name() -> str:

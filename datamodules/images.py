@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -14,16 +13,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_dml.datamodules.opening import open_row
+from lightning_dml.datamodules.rows import ImageTable, shared, unshared
 from lightning_dml.datamodules.samplers import IntArray, SeededIndex
 from lightning_dml.errors import InputError
 
 
-class Sample(TypedDict):
-    """One item of a data set; the default collate makes the batch of it."""
-
+class _Always(TypedDict):
     image: Tensor
     label: int
     index: int
+
+
+class Sample(_Always, total=False):
+    """One item of a data set; the default collate makes the batch of it."""
+
+    is_query: bool
+    is_gallery: bool
+    group: int
+    super_label: int
 
 
 class LabelledImages(Dataset[Sample]):
@@ -39,6 +47,9 @@ class LabelledImages(Dataset[Sample]):
     Raises:
         InputError: if labels are not a vector of integers.
     """
+
+    super_labels: IntArray | None = None
+    """(N,) coarser classes, where the data set has them."""
 
     def __init__(self, labels: Sequence[int] | NDArray[Any], transform: Callable[[Any], Tensor]) -> None:
         """Checks the labels; see the class."""
@@ -59,6 +70,14 @@ class LabelledImages(Dataset[Sample]):
             image = self.transform(opened)
         return {"image": image, "label": int(self.labels[index]), "index": int(index)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The arrays as tensors, which worker processes share instead of copying."""
+        return shared(self.__dict__)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Takes the arrays back."""
+        self.__dict__.update(unshared(state))
+
     def load(self, index: int) -> Any:
         """The untransformed image, in the form that `transform` takes."""
         raise NotImplementedError
@@ -69,44 +88,58 @@ class LabelledImages(Dataset[Sample]):
 
 
 class ImageFileDataset(LabelledImages):
-    """Image files, opened in RGB when they are asked for.
+    """Rows of image files, opened in RGB when they are asked for.
+
+    A sample has besides `image`, `label` and `index` what the table knows: `is_query` and `is_gallery` (bool),
+    `group` and `super_label` (int).
 
     Args:
-        paths: N files that PIL can open.
-        labels: (N,) integers.
-        transform: makes the float image (3, H, W) of a PIL image.
+        table: where the images lie, and their labels.
+        transform: makes the float image (3, H, W) of a PIL image, which is cropped to the row's box.
+        cache: pictures of the table that `table.rows` counts in, scaled already; None opens the files.
 
     Raises:
-        InputError: if there are not as many labels as paths; on access, if a file cannot be read.
+        InputError: on access, if a file cannot be read; it names the file and the row.
     """
 
     def __init__(
-        self,
-        paths: Sequence[str | Path],
-        labels: Sequence[int] | NDArray[Any],
-        transform: Callable[[Any], Tensor],
+        self, table: ImageTable, transform: Callable[[Any], Tensor], cache: Sequence[Image.Image] | None = None
     ) -> None:
-        """Checks the lengths; see the class."""
-        super().__init__(labels, transform)
-        if len(paths) != len(self.labels):
-            raise InputError(f"paths and labels must be as many, got {len(paths)} and {len(self.labels)}")
-        # One array of text instead of N objects: workers that are forked do not copy it page by page.
-        self.paths = np.array([str(path) for path in paths], dtype=np.str_)
+        """Keeps the rows; see the class."""
+        super().__init__(table.labels, transform)
+        self.super_labels = table.super_labels
+        self.table = table
+        self.cache = cache
+        self._columns: dict[str, NDArray[Any]] = {
+            name: column
+            for name, column in {
+                "is_query": table.is_query,
+                "is_gallery": table.is_gallery,
+                "group": table.groups,
+                "super_label": table.super_labels,
+            }.items()
+            if column is not None
+        }
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of a row; see the class."""
+        sample = super().__getitem__(index)
+        for name, column in self._columns.items():
+            sample[name] = column[index].item()  # type: ignore[literal-required]
+        return sample
 
     def load(self, index: int) -> Image.Image:
-        """The image in RGB."""
-        path = str(self.paths[index])
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"cannot read image {path} (row {int(index)} of the data set): {error}; replace or remove the file"
-            ) from error
+        """The image in RGB, cropped to its box; scaled, where there is a cache."""
+        if self.cache is not None:
+            return self.cache[int(index if self.table.rows is None else self.table.rows[index])]
+        return self._open(index)
 
     def picture(self, index: int) -> NDArray[np.uint8]:
-        """The whole image, uint8 (H, W, 3)."""
-        return np.asarray(self.load(index), dtype=np.uint8)
+        """The image from its file, cropped to its box, uint8 (H, W, 3)."""
+        return np.asarray(self._open(index), dtype=np.uint8)
+
+    def _open(self, index: int) -> Image.Image:
+        return open_row(self.table, int(index))
 
 
 class ArrayDataset(LabelledImages):

@@ -81,7 +81,18 @@ SHIPPED = {
         "RetrievalReport",
         "StepEndSignals",
     ],
-    "lightning_dml.datamodules": ["FolderDataModule", "GlyphsDataModule", "PKBatchSampler"],
+    "lightning_dml.datamodules": [
+        "CUB200DataModule",
+        "Cars196DataModule",
+        "FolderDataModule",
+        "GlyphsDataModule",
+        "INaturalistDataModule",
+        "InShopDataModule",
+        "PKBatchSampler",
+        "SOPDataModule",
+        "TableDataModule",
+        "VehicleIDDataModule",
+    ],
 }
 
 

@@ -11,7 +11,21 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 
-from lightning_dml.datamodules import FolderDataModule, GlyphsDataModule, RetrievalDataModule
+from lightning_dml.datamodules import (
+    Cars196DataModule,
+    CUB200DataModule,
+    FolderDataModule,
+    GlyphsDataModule,
+    ImagesDataModule,
+    INaturalistDataModule,
+    InShopDataModule,
+    RetrievalDataModule,
+    SOPDataModule,
+    TableDataModule,
+    VehicleIDDataModule,
+)
+from lightning_dml.datamodules.splits import HoldOut
+from lightning_dml.datamodules.transforms import ImageSettings
 
 BASE = {
     "classes_per_batch": 3,
@@ -21,26 +35,46 @@ BASE = {
     "seed": 2,
     "drop_small_classes": True,
     "batches_per_epoch": 11,
+    "class_weights": {"a": 2.0},
+    "super_classes_per_batch": 1,
 }
+PIPELINE = {"class_path": "torchvision.transforms.v2.PILToTensor"}
+FILES: dict[str, Any] = {
+    "root": "images",
+    "recipe": "multi_similarity",
+    "model_name": "test_vit",
+    "image_size": 32,
+    "resize": 40,
+    "crop_scale": [0.5, 0.9],
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.2, 0.1],
+    "interpolation": "nearest",
+    "train_transform": PIPELINE,
+    "eval_transform": PIPELINE,
+    "val_fraction": 0.0,
+    "folds": 3,
+    "fold": 2,
+    "split_seed": 3,
+    "cache": "cache",
+    "cache_encoding": "jpeg",
+    "check_images": "decode",
+    "unreadable": "skip",
+}
+COUNTED = {"check_counts": False}
 CONFIGS: list[tuple[type[RetrievalDataModule], dict[str, Any]]] = [
     (GlyphsDataModule, {"root": "cache", "image_size": 32, "augment": False}),
+    (ImagesDataModule, FILES),
+    (FolderDataModule, {**FILES, "allow_shared_classes": True, "val_roots": {"night": "night"}}),
     (
-        FolderDataModule,
-        {
-            "root": "images",
-            "val_fraction": 0.25,
-            "split_seed": 3,
-            "image_size": 32,
-            "resize": 40,
-            "mean": [0.5, 0.4, 0.3],
-            "std": [0.2, 0.2, 0.1],
-            "crop_scale": [0.5, 0.9],
-            "allow_shared_classes": True,
-            "val_roots": {"night": "night"},
-            "train_transform": {"class_path": "torchvision.transforms.v2.PILToTensor"},
-            "eval_transform": {"class_path": "torchvision.transforms.v2.PILToTensor"},
-        },
+        TableDataModule,
+        {**FILES, "table": "images/table.csv", "root": None, "columns": {"label": "id"}, "allow_shared_classes": True},
     ),
+    (CUB200DataModule, {**FILES, **COUNTED, "download": True, "crop_boxes": True}),
+    (Cars196DataModule, {**FILES, **COUNTED, "crop_boxes": True}),
+    (SOPDataModule, {**FILES, **COUNTED, "download": True}),
+    (InShopDataModule, {**FILES, **COUNTED}),
+    (VehicleIDDataModule, {**FILES, **COUNTED, "test_sizes": [800]}),
+    (INaturalistDataModule, {**FILES, **COUNTED}),
 ]
 
 
@@ -51,19 +85,38 @@ def parser() -> ArgumentParser:
     return made
 
 
-@pytest.mark.parametrize(("cls", "options"), CONFIGS)
+def parameters(cls: type[RetrievalDataModule]) -> set[str]:
+    """The options of a class and of those that it hands `**options` on to."""
+    found: set[str] = set()
+    for each in cls.__mro__[: cls.__mro__.index(RetrievalDataModule) + 1]:
+        found |= set(inspect.signature(each).parameters)
+    return found - {"options"}
+
+
+@pytest.mark.parametrize(("cls", "options"), CONFIGS, ids=[cls.__name__ for cls, _ in CONFIGS])
 def test_every_option_reaches_the_module(cls: type[RetrievalDataModule], options: dict[str, Any]) -> None:
     """An option that YAML cannot set is out of reach for everybody on the command line."""
-    own = set(inspect.signature(cls).parameters) - {"options"}
-    base = set(inspect.signature(RetrievalDataModule).parameters)
-    assert set(options) == own and set(BASE) == base  # a new option belongs into this test
+    assert {*options, *BASE} == parameters(cls)  # a new option belongs into this test
     made = parser()
     config = made.parse_object(
-        {"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": options | BASE}}
+        {"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": {**options, **BASE}}}
     )
     data = made.instantiate_classes(config).data
-    assert type(data) is cls and {name: getattr(data, name) for name in BASE} == BASE
-    assert vars(data)["root"] == Path(options["root"])
+    assert type(data) is cls
+    kept = vars(data)
+    for name, value in {**options, **BASE}.items():
+        if name in kept and name not in ("root", "cache", "table", "val_roots", "test_sizes", "columns"):
+            assert kept[name] == value, name
+    assert kept["root"] == Path(options["root"] or "images")
+    if isinstance(data, ImagesDataModule):
+        assert kept["cache"] == Path("cache") and data.hold_out == HoldOut(0.0, 3, 2, 3)
+        assert data.image_settings() == ImageSettings(
+            32, 40, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "nearest", (0.5, 0.9), 0.5
+        )
+    if isinstance(data, TableDataModule):
+        assert data.columns == {"label": "id"} and data.table == Path("images/table.csv") and data.table_root is None
+    if isinstance(data, VehicleIDDataModule):
+        assert data.test_sizes == (800,)
 
 
 def test_yaml_refuses_what_is_no_option() -> None:
@@ -79,7 +132,7 @@ def test_help_explains_the_options() -> None:
     made = ArgumentParser()
     made.add_class_arguments(FolderDataModule, "data")
     text = " ".join(made.format_help().split())
-    assert "share of the classes that validates" in text and "classes in a training batch on each rank" in text
+    assert "share of the training classes that validates" in text and "classes in a training batch on each rank" in text
 
 
 def test_transforms_from_yaml_are_used() -> None:
@@ -89,5 +142,5 @@ def test_transforms_from_yaml_are_used() -> None:
     config = made.parse_object(
         {"data": {"class_path": "lightning_dml.datamodules.FolderDataModule", "init_args": options}}
     )
-    transformed = made.instantiate_classes(config).data.eval_transform(Image.new("RGB", (3, 2)))
+    transformed = made.instantiate_classes(config).data._own_eval(Image.new("RGB", (3, 2)))
     assert transformed.shape == (3, 2, 3) and transformed.dtype == torch.uint8

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from lightning_dml.datamodules.images import ArrayDataset, ImageFileDataset
+from lightning_dml.datamodules.rows import ImageTable, Texts
 from lightning_dml.datamodules.samplers import SeededIndex
 from lightning_dml.errors import InputError
 
@@ -24,6 +25,11 @@ def to_tensor(image: Any) -> Tensor:
     """A plain picture in [0, 1], so that colours can be checked by eye."""
     converted: Tensor = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])(image)
     return converted
+
+
+def file_set(paths: list[Path], labels: list[int]) -> ImageFileDataset:
+    """Files by their whole paths."""
+    return ImageFileDataset(ImageTable(Path(), Texts(str(path) for path in paths), np.array(labels)), to_tensor)
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def test_a_transform_in_place_does_not_reach_the_array() -> None:
 
 def test_file_samples_are_rgb(files: list[Path]) -> None:
     """A grey or transparent file among colour ones would break the batch."""
-    data = ImageFileDataset(files, [0, 0, 1], to_tensor)
+    data = file_set(files, [0, 0, 1])
     colours = [data[row]["image"][:, 0, 0].tolist() for row in range(3)]
     assert colours == [pytest.approx(colour) for colour in ([1, 0, 0.2], [0.2, 0.2, 0.2], [0, 0.2, 1])]
     assert data[0]["image"].shape == (3, 4, 5)
@@ -72,7 +78,7 @@ def test_file_samples_are_rgb(files: list[Path]) -> None:
 def test_a_corrupt_file_is_named_with_its_row(workers: int, files: list[Path]) -> None:
     """Among a million files the user must learn which one to remove, also from a worker."""
     files[1].write_bytes(files[1].read_bytes()[:40])
-    loader = DataLoader(ImageFileDataset(files, [0, 0, 1], to_tensor), num_workers=workers)
+    loader = DataLoader(file_set(files, [0, 0, 1]), num_workers=workers)
     with pytest.raises(InputError, match=r"cannot read image .*b\.png \(row 1 of the data set\).* remove the file"):
         list(loader)
 
@@ -84,7 +90,7 @@ def test_what_is_no_image_or_no_file_is_named(content: bytes | None, tmp_path: P
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"x\.jpg \(row 0 "):
-        ImageFileDataset([path], [0], to_tensor)[0]
+        file_set([path], [0])[0]
 
 
 def test_a_seeded_index_decides_the_random_transform_and_nothing_else() -> None:
@@ -125,7 +131,38 @@ def test_array_errors(images: Any, labels: list[int], message: str) -> None:
         ArrayDataset(images, labels, torch.Tensor.float)
 
 
-def test_file_errors() -> None:
-    """Lists of different length would pair images with labels of others."""
-    with pytest.raises(InputError, match="paths and labels must be as many, got 1 and 2"):
-        ImageFileDataset(["a.png"], [0, 1], to_tensor)
+def test_a_sample_has_what_the_table_knows(files: list[Path]) -> None:
+    """Roles, cameras and super-classes reach the metrics by way of the batch."""
+    table = ImageTable(
+        files[0].parent,
+        Texts(path.name for path in files),
+        np.array([0, 0, 1]),
+        is_query=np.array([True, False, False]),
+        is_gallery=np.array([False, True, True]),
+        groups=np.array([4, -1, 5]),
+        super_labels=np.array([2, 2, 3]),
+    )
+    data = ImageFileDataset(table, to_tensor)
+    (batch,) = DataLoader(data, batch_size=3)
+    assert batch["is_query"].dtype == batch["is_gallery"].dtype == torch.bool
+    assert batch["is_query"].tolist() == [True, False, False] and batch["is_gallery"].tolist() == [False, True, True]
+    assert batch["group"].tolist() == [4, -1, 5] and batch["super_label"].tolist() == [2, 2, 3]
+    assert set(file_set(files, [0, 0, 1])[0]) == {"image", "label", "index"}
+
+
+def test_boxes_are_cropped(files: list[Path]) -> None:
+    """A box is the object; the rest of the image is not to be learned."""
+    boxes = np.array([[1, 0, 4, 2], [0, 0, 0, 0], [2, 1, 5, 4]], np.int32)
+    table = ImageTable(files[0].parent, Texts(path.name for path in files), np.array([0, 0, 1]), boxes=boxes)
+    data = ImageFileDataset(table, to_tensor)
+    assert [tuple(data[row]["image"].shape[1:]) for row in range(3)] == [(2, 3), (4, 5), (3, 3)]
+    assert data.picture(0).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_get_the_data_set(method: str, files: list[Path]) -> None:
+    """Python 3.14 no longer forks by default."""
+    loader = DataLoader(
+        ImageFileDataset(file_set(files, [0, 0, 1]).table, to_tensor), num_workers=2, multiprocessing_context=method
+    )
+    assert [int(batch["label"]) for batch in loader] == [0, 0, 1]

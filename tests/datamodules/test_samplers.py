@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dml import distributed
@@ -25,7 +25,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     counts = draw(st.lists(st.integers(2, 23), min_size=1, max_size=12))
     names = draw(st.lists(st.integers(-50, 50), min_size=len(counts), max_size=len(counts), unique=True))
     labels = draw(st.permutations([name for name, count in zip(names, counts, strict=True) for _ in range(count)]))
-    replicas = draw(st.integers(1, min(3, len(counts))))
+    replicas = draw(st.sampled_from([ranks for ranks in (1, 2, 4) if ranks <= len(counts)]))
     return {
         "labels": np.array(labels),
         "classes_per_batch": draw(st.integers(1, len(counts) // replicas)),
@@ -103,6 +103,7 @@ def test_ranks_slice_the_batch_that_one_rank_would_draw(options: dict[str, Any],
 
 
 @given(problems(), st.integers(0, 3), st.data())
+@settings(max_examples=40)
 def test_resumes_at_every_step(options: dict[str, Any], number: int, data: st.DataObject) -> None:
     """A checkpoint can fall on any step; from each one the rest must be the same, seeds included."""
     rank = data.draw(st.integers(0, options["num_replicas"] - 1))
@@ -125,6 +126,30 @@ def test_an_epoch_of_single_classes_covers_every_image(options: dict[str, Any]) 
     """An image that no epoch draws would be missing from training for good."""
     options |= {"classes_per_batch": 1, "num_replicas": 1, "num_batches": None}
     assert {index for batch in epoch(**options) for index in batch} == set(range(len(options["labels"])))
+
+
+@given(problems())
+def test_an_image_comes_again_only_to_complete_a_group(options: dict[str, Any]) -> None:
+    """The same image on two ranks, or in two steps of a pass, is trained on twice where another is not at all."""
+    k, labels = options["samples_per_class"], options["labels"]
+    options |= {"num_batches": None}
+    batches = [batch for rank in range(options["num_replicas"]) for batch in epoch(rank, **options)]
+    drawn = Counter(index for batch in batches for index in batch)
+    for name, size in Counter(labels.tolist()).items():
+        images = [drawn[index] for index in np.flatnonzero(labels == name).tolist()]
+        groups = sum(images) // k
+        if groups <= -(-size // k):  # else it has lent some
+            assert sum(count > 0 for count in images) == min(size, groups * k)
+
+
+@given(problems())
+def test_a_pass_covers_every_image_over_all_ranks(options: dict[str, Any]) -> None:
+    """An image that training never reaches might as well not be there."""
+    sizes = Counter(options["labels"].tolist()).values()
+    # Every step takes at least one group that was left.
+    options |= {"num_batches": sum(-(-size // options["samples_per_class"]) for size in sizes)}
+    batches = [batch for rank in range(options["num_replicas"]) for batch in epoch(rank, **options)]
+    assert {index for batch in batches for index in batch} == set(range(len(options["labels"])))
 
 
 def test_an_epoch_leaves_out_little_where_classes_are_many() -> None:
@@ -174,6 +199,28 @@ def test_the_same_seed_and_epoch_draw_the_same_and_others_do_not() -> None:
         assert other != base
         assert not set(chain(*seeds(other))) & set(chain(*seeds(base)))
     assert len(set(chain(*seeds(base)))) == sum(map(len, base))  # every place its own
+
+
+def test_the_plan_is_that_of_earlier_releases() -> None:
+    """A checkpoint from the middle of an epoch is a number of batches: another plan would repeat and skip images."""
+    batches = epoch(
+        number=2,
+        labels=np.repeat(np.arange(4), [2, 3, 5, 7]),
+        classes_per_batch=2,
+        samples_per_class=3,
+        seed=5,
+        num_batches=6,
+    )
+    # Written down from version 0.1.0: with a shuffled and a lent class, and with a second pass.
+    assert batches == [
+        [7, 9, 6, 16, 12, 15],
+        [0, 1, 0, 11, 10, 13],
+        [8, 5, 7, 4, 2, 3],
+        [14, 16, 12, 6, 8, 5],
+        [7, 9, 6, 3, 4, 2],
+        [13, 16, 14, 6, 5, 9],
+    ]
+    assert seeds(batches)[0][:2] == [2675681473995628841, 4342626203698482]
 
 
 def test_set_epoch_forgets_a_loaded_start_only_for_another_epoch() -> None:
@@ -276,33 +323,3 @@ def test_a_seeded_index_is_an_int_and_survives_pickling() -> None:
     again = pickle.loads(pickle.dumps(index))
     assert again == 7 and type(again) is SeededIndex and again.seed == index.seed
     assert np.arange(10)[again] == 7
-
-
-@given(st.integers(0, 40), st.integers(1, 6))
-def test_unpadded_sampler_has_every_index_once(length: int, replicas: int) -> None:
-    """A repeated image counts twice in a metric and a missing one not at all."""
-    ranks = [UnpaddedDistributedSampler(length, replicas, rank) for rank in range(replicas)]
-    assert sorted(index for rank in ranks for index in rank) == list(range(length))
-    assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks]
-    assert all(list(rank) == list(islice(range(length), number, None, replicas)) for number, rank in enumerate(ranks))
-
-
-@given(st.integers(0, 12), st.integers(1, 20))
-def test_a_rank_has_at_least_one_index_where_asked(length: int, replicas: int) -> None:
-    """Only where images are fewer than ranks may one come twice: a repeat too many is work for nothing."""
-    plain = [list(UnpaddedDistributedSampler(length, replicas, rank)) for rank in range(replicas)]
-    samplers = [UnpaddedDistributedSampler(length, replicas, rank, at_least_one=True) for rank in range(replicas)]
-    filled = [list(sampler) for sampler in samplers]
-    assert [len(sampler) for sampler in samplers] == [len(each) for each in filled]
-    if length >= replicas or length == 0:
-        assert filled == plain
-    else:
-        assert all(len(each) == 1 for each in filled) and filled[:length] == plain[:length]
-        times = Counter(index for each in filled for index in each)
-        assert sorted(times) == list(range(length)) and max(times.values()) - min(times.values()) <= 1
-
-
-def test_unpadded_sampler_refuses_a_negative_length() -> None:
-    """A negative length would look like an empty data set."""
-    with pytest.raises(InputError, match="length must not be negative, got -1"):
-        UnpaddedDistributedSampler(-1)

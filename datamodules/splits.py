@@ -1,0 +1,150 @@
+"""Which classes train and which evaluate: what a data set brings along, and what is held out on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lightning_dml.datamodules.rows import ImageTable
+from lightning_dml.datamodules.samplers import IntArray
+from lightning_dml.errors import InputError
+
+Tables = ImageTable | Mapping[str, ImageTable]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The tables of a data set.
+
+    Args:
+        train: training images.
+        test: evaluation set, or several by name; None means that the validation sets serve.
+        class_names: name of each label, in all tables.
+        val: validation set that the data set brings along, or several by name; None means one that is held out of the
+            training classes, or else `further` alone, or else the evaluation sets.
+        further: sets by name that are validated beside `val`.
+    """
+
+    train: ImageTable
+    test: Tables | None
+    class_names: list[str]
+    val: Tables | None = None
+    further: Mapping[str, ImageTable] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """Which training classes validate instead: a share of them, or one of several folds.
+
+    The split is by class, so that validation is on classes that training never saw, as the test is. It follows from
+    the seed and the labels alone.
+
+    Args:
+        fraction: share of the training classes, in [0, 1); 0 holds out none.
+        folds: number of parts that the classes are cut into, instead of `fraction`; at least 2.
+        fold: which part is held out.
+        seed: of the order of the classes.
+
+    Raises:
+        InputError: for a value out of range, or a fraction beside folds.
+
+    Examples:
+        >>> labels = np.repeat(np.arange(6), 2)
+        >>> [np.unique(labels[HoldOut(folds=3, fold=fold).rows(labels)]).tolist() for fold in range(3)]
+        [[3, 4], [0, 2], [1, 5]]
+    """
+
+    fraction: float = 0.0
+    folds: int | None = None
+    fold: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        if not 0 <= self.fraction < 1:
+            raise InputError(f"val_fraction must be in [0, 1), got {self.fraction}")
+        if self.seed < 0:
+            raise InputError(f"split_seed must not be negative, got {self.seed}")
+        if self.folds is not None and self.folds < 2:
+            raise InputError(f"folds must be at least 2, or None for no folds, got {self.folds}")
+        if not 0 <= self.fold < (self.folds or 1):
+            raise InputError(
+                f"fold must be at least 0 and less than folds={self.folds}, got {self.fold}"
+                if self.folds
+                else f"fold={self.fold} needs folds, the number of parts: set it too"
+            )
+
+    @property
+    def any(self) -> bool:
+        """Whether classes are held out at all."""
+        return self.folds is not None or self.fraction > 0
+
+    def rows(self, labels: IntArray) -> IntArray:
+        """The rows of the classes that are held out, (M,).
+
+        Args:
+            labels: (N,) int64.
+
+        Raises:
+            InputError: if there are fewer classes than folds.
+        """
+        classes = np.unique(labels)
+        order = classes[np.random.default_rng(self.seed).permutation(len(classes))]
+        if self.folds is not None:
+            if len(classes) < self.folds:
+                raise InputError(
+                    f"folds={self.folds} needs as many training classes, there are {len(classes)}: use fewer"
+                )
+            chosen = order[self.fold :: self.folds]
+        else:
+            count = round(self.fraction * len(classes))
+            if self.fraction:
+                count = min(max(1, count), max(0, len(classes) - 1))
+            chosen = order[:count]
+        return np.flatnonzero(np.isin(labels, chosen))
+
+    def __call__(self, splits: Splits) -> Splits:
+        """The splits with a validation set out of the training classes, labels anew: those that train come first.
+
+        What the data set brings along for validation stays; then nothing is held out.
+        """
+        if not self.any or splits.val is not None:
+            return splits
+        held = self.rows(splits.train.labels)
+        left = np.setdiff1d(np.arange(len(splits.train)), held)
+        return _relabelled(replace(splits, train=splits.train.take(left), val=splits.train.take(held)))
+
+
+def by_name(tables: Tables | None, name: str = "") -> dict[str, ImageTable]:
+    """The tables by name; a single one is called `name`."""
+    if tables is None:
+        return {}
+    return dict(tables) if isinstance(tables, Mapping) else {name: tables}
+
+
+def _relabelled(splits: Splits) -> Splits:
+    """Training labels count from 0 in the order that they had; the other classes follow in theirs."""
+    count = len(splits.class_names)
+    trained = np.unique(splits.train.labels)
+    order = np.concatenate([trained, np.setdiff1d(np.arange(count), trained)])
+    label = np.empty(count + 1, np.int64)
+    label[order] = np.arange(count)
+    label[-1] = -1  # distractors stay what they are
+
+    def table(each: ImageTable) -> ImageTable:
+        return each.with_labels(label[each.labels])
+
+    def tables(each: Tables | None) -> Tables | None:
+        if isinstance(each, Mapping):
+            return {name: table(one) for name, one in each.items()}
+        return None if each is None else table(each)
+
+    return Splits(
+        train=table(splits.train),
+        test=tables(splits.test),
+        class_names=[splits.class_names[old] for old in order],
+        val=tables(splits.val),
+        further={name: table(each) for name, each in splits.further.items()},
+    )
