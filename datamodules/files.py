@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,12 +154,7 @@ class ImagesDataModule(RetrievalDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Makes the data sets of every split, and checks them."""
-        splits, self._prepared = self._prepared or self.read(), None
-        needed = self._needed(splits, stage)
-        caches: dict[str, ImageCache | None] = {}
-        for name, table in needed.items():
-            needed[name], caches[name] = self._usable(name, table)
-        made = self.hold_out(_replaced(splits, needed))
+        splits, made, caches = distributed.together(partial(self._tables, stage))
         self._check_ranks(made)
         settings = self.image_settings()
         train = self._own_train or train_transform(settings)
@@ -169,13 +166,22 @@ class ImagesDataModule(RetrievalDataModule):
         vals = _data_sets(made.val, evaluate, {"val": caches.get("train")} if held_out else caches, "val")
         if vals is None and not made.further:
             vals = tests
-        if made.further:
-            others = {name: ImageFileDataset(each, evaluate, caches.get(name)) for name, each in made.further.items()}
+        others = _data_sets(made.further, evaluate, caches, "further")
+        if isinstance(others, dict) and others:
             own = vals if isinstance(vals, Mapping) else {OWN: vals} if vals is not None and len(vals) else {}
             vals = {**own, **others}
         self.val_set = vals
         self.test_set = tests if tests is not None else vals
         super().setup(stage)
+
+    def _tables(self, stage: str | None) -> tuple[Splits, Splits, dict[str, ImageCache | None]]:
+        """The tables as they were read, those that are used in the end, and the caches by name of the former."""
+        splits, self._prepared = self._prepared or self.read(), None
+        needed = self._needed(splits, stage)
+        caches: dict[str, ImageCache | None] = {}
+        for name, table in needed.items():
+            needed[name], caches[name] = self._usable(name, table)
+        return splits, self.hold_out(_replaced(splits, needed)), caches
 
     def _needed(self, splits: Splits, stage: str | None) -> dict[str, ImageTable]:
         """The tables that a stage looks at, by name."""
@@ -184,7 +190,7 @@ class ImagesDataModule(RetrievalDataModule):
         val = by_name(splits.val, "val")
         if not val:
             val = train if self.hold_out.any else {} if splits.further else test
-        val = {**val, **splits.further}
+        val = {**val, **by_name(splits.further, "further")}
         if stage in ("test", "predict"):
             return test or val
         if stage == "validate":
@@ -227,9 +233,11 @@ class ImagesDataModule(RetrievalDataModule):
         """Every rank plans the batches of all, from what it has read itself."""
         if distributed.world_size() == 1:
             return
-        tables = {"train": splits.train, **by_name(splits.val, "val"), **by_name(splits.test, "test"), **splits.further}
-        digests = [int(each.digest()[:15], 16) for each in tables.values()]
-        by_rank = distributed.gather_numbers(digests, distributed.collective_device())
+        digest = hashlib.blake2b(digest_size=7)  # fits an int64
+        for role, tables in vars(splits).items():
+            for name, each in by_name(None if role == "class_names" else tables, role).items():
+                digest.update(f"{name} {each.digest()}".encode())
+        by_rank = distributed.gather_numbers([int(digest.hexdigest(), 16)], distributed.collective_device())
         for rank, theirs in enumerate(by_rank):
             if theirs != by_rank[0]:
                 raise InputError(
@@ -241,23 +249,23 @@ class ImagesDataModule(RetrievalDataModule):
 def _replaced(splits: Splits, tables: Mapping[str, ImageTable]) -> Splits:
     """The splits with some tables exchanged, by name."""
 
-    def exchanged(each: Tables | None, name: str) -> Tables | None:
+    def exchanged(each: Tables | None, role: str) -> Tables | None:
         if isinstance(each, Mapping):
-            return {key: tables.get(key, one) for key, one in each.items()}
-        return None if each is None else tables.get(name, each)
+            return {name: tables.get(f"{role}/{name}", one) for name, one in each.items()}
+        return None if each is None else tables.get(role, each)
 
     return replace(
         splits,
         train=tables.get("train", splits.train),
         test=exchanged(splits.test, "test"),
         val=exchanged(splits.val, "val"),
-        further={name: tables.get(name, each) for name, each in splits.further.items()},
+        further={name: tables.get(f"further/{name}", each) for name, each in splits.further.items()},
     )
 
 
 def _data_sets(
-    tables: Tables | None, transform: Callable[[Any], Any], caches: Mapping[str, Any], name: str
+    tables: Tables | None, transform: Callable[[Any], Any], caches: Mapping[str, Any], role: str
 ) -> ImageFileDataset | dict[str, ImageFileDataset] | None:
     if isinstance(tables, Mapping):
-        return {key: ImageFileDataset(each, transform, caches.get(key)) for key, each in tables.items()}
-    return None if tables is None else ImageFileDataset(tables, transform, caches.get(name))
+        return {name: ImageFileDataset(each, transform, caches.get(f"{role}/{name}")) for name, each in tables.items()}
+    return None if tables is None else ImageFileDataset(tables, transform, caches.get(role))

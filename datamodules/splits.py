@@ -117,11 +117,13 @@ class HoldOut:
         return _relabelled(replace(splits, train=splits.train.take(left), val=splits.train.take(held)))
 
 
-def by_name(tables: Tables | None, name: str = "") -> dict[str, ImageTable]:
-    """The tables by name; a single one is called `name`."""
+def by_name(tables: Tables | None, role: str) -> dict[str, ImageTable]:
+    """The tables by name: a single one is called as its role, several `role/name`."""
     if tables is None:
         return {}
-    return dict(tables) if isinstance(tables, Mapping) else {name: tables}
+    if isinstance(tables, Mapping):
+        return {f"{role}/{name}": table for name, table in tables.items()}
+    return {role: tables}
 
 
 def _relabelled(splits: Splits) -> Splits:

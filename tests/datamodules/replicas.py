@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lightning_dml.datamodules.rows import ImageTable
+from lightning_dml.datamodules.splits import Tables
 
 Counts = int | Sequence[int]  # images of each class
 
@@ -196,6 +197,12 @@ def edit(file: Path, old: str, new: str) -> None:
 def listed(table: ImageTable, names: Sequence[str]) -> list[tuple[str, str]]:
     """The full path and the class name of every row, in order."""
     return [(table.path(row).as_posix(), names[label]) for row, label in enumerate(table.labels)]
+
+
+def named(tables: Tables | None) -> dict[str, ImageTable]:
+    """Evaluation sets by name; a single one is called `val`."""
+    assert tables is not None
+    return dict(tables) if isinstance(tables, Mapping) else {"val": tables}
 
 
 def _each(classes: Sequence[Any], counts: Counts) -> Iterator[tuple[Any, int]]:

@@ -18,7 +18,7 @@ from lightning_dml.datamodules.images import LabelledImages
 from lightning_dml.datamodules.in_shop import InShopDataModule, read_in_shop
 from lightning_dml.datamodules.inaturalist import INaturalistDataModule, read_inaturalist
 from lightning_dml.datamodules.sop import SOPDataModule, read_sop
-from lightning_dml.datamodules.splits import Splits, by_name
+from lightning_dml.datamodules.splits import Splits
 from lightning_dml.datamodules.vehicle_id import VehicleIDDataModule, read_vehicle_id
 from lightning_dml.errors import InputError
 from tests.datamodules import replicas
@@ -95,7 +95,7 @@ def test_labels(name: str, tmp_path: Path) -> None:
     each.make(tmp_path)
     splits = each.read(tmp_path, False)
     trained = np.unique(splits.train.labels)
-    evaluated = np.unique(np.concatenate([table.labels for table in by_name(splits.test).values()]))
+    evaluated = np.unique(np.concatenate([table.labels for table in replicas.named(splits.test).values()]))
     assert trained.tolist() == list(range(len(trained)))
     assert evaluated.tolist() == list(range(len(trained), len(splits.class_names)))
     assert len(set(splits.class_names)) == len(splits.class_names)
@@ -127,7 +127,7 @@ def test_the_module_trains_and_evaluates(name: str, tmp_path: Path) -> None:
     assert len(np.unique(batch["label"])) == 2 and set(batch["label"].tolist()) <= set(splits.train.labels.tolist())
     assert module.class_names == splits.class_names
     loaders = module.val_dataloader()
-    tables = by_name(splits.test, "val")
+    tables = replicas.named(splits.test)
     for key, loader in (loaders if isinstance(loaders, dict) else {"val": loaders}).items():
         labels = np.concatenate([each["label"] for each in loader])
         assert labels.tolist() == tables[key].labels.tolist()
@@ -279,7 +279,7 @@ def _module(each: Set, root: Path, **options: Any) -> ImagesDataModule:
 
 
 def _tables(splits: Splits) -> list[Any]:
-    return [splits.train, *by_name(splits.test).values()]
+    return [splits.train, *replicas.named(splits.test).values()]
 
 
 def _line_of(file: Path, text: str) -> int:
