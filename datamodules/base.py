@@ -181,6 +181,12 @@ class RetrievalDataModule(LightningDataModule):
                     f"no class of the {role} set{which} has two images, so no query has a match to find: add images, "
                     "or split by class"
                 )
+            for column in ("is_query", "is_gallery"):
+                roles = getattr(getattr(each, "table", None), column, None)
+                if roles is not None and not roles.any():
+                    raise InputError(
+                        f"{column} is false for every image of the {role} set{which}: there is nothing to evaluate"
+                    )
         return images
 
     def _without_images(self, role: str) -> InputError:
@@ -206,10 +212,15 @@ class RetrievalDataModule(LightningDataModule):
             "seed": self.seed,
             "num_batches": self.batches_per_epoch,
             "drop_small_classes": self.drop_small_classes,
-            "class_weights": self._weights_by_label(),
+            "class_weights": self._weights_by_label(set(train_set.labels.tolist())),
         }
         if self.super_classes_per_batch is None:
             return PKBatchSampler(train_set.labels, **options)
+        if train_set.super_labels is not None and (train_set.super_labels < 0).any():
+            raise InputError(
+                f"super_classes_per_batch={self.super_classes_per_batch} needs a super-class for every training image, "
+                f"and {int((train_set.super_labels < 0).sum())} have none: fill them in, or set it to null"
+            )
         if train_set.super_labels is None:
             raise InputError(
                 f"super_classes_per_batch={self.super_classes_per_batch} needs super-classes, which "
@@ -219,7 +230,7 @@ class RetrievalDataModule(LightningDataModule):
             train_set.labels, train_set.super_labels, self.super_classes_per_batch, **options
         )
 
-    def _weights_by_label(self) -> Any:
+    def _weights_by_label(self, trained: set[int]) -> Any:
         """`class_weights` with labels for names."""
         if not isinstance(self.class_weights, Mapping):
             return self.class_weights
@@ -227,7 +238,7 @@ class RetrievalDataModule(LightningDataModule):
         found = {}
         for name, weight in self.class_weights.items():
             label = labels.get(str(name)) if self.class_names is not None else _whole_number(name)
-            if label is None:
+            if label not in trained:
                 raise InputError(
                     f"class_weights names {name!r}, which is no training class: check the name, or take it out"
                 )
@@ -236,9 +247,15 @@ class RetrievalDataModule(LightningDataModule):
 
     def _eval_loaders(self, images: EvaluationSets, at_least_one: bool = True) -> Any:
         if isinstance(images, Mapping):
-            return {name: self._eval_loaders(each, at_least_one) for name, each in images.items()}
+            # The workers of many sets would stand idle beside those of the training.
+            return {name: self._eval_loader(each, at_least_one, len(images) == 1) for name, each in images.items()}
+        return self._eval_loader(images, at_least_one, True)
+
+    def _eval_loader(self, images: LabelledImages, at_least_one: bool, persistent: bool) -> DataLoader[Any]:
         sampler = UnpaddedDistributedSampler(len(images), at_least_one=at_least_one)
-        return DataLoader(images, batch_size=self.eval_batch_size, sampler=sampler, **self._options())
+        options = self._options()
+        options["persistent_workers"] &= persistent
+        return DataLoader(images, batch_size=self.eval_batch_size, sampler=sampler, **options)
 
     def _options(self) -> dict[str, Any]:
         workers = self._workers() if self.num_workers is None else self.num_workers

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import timm
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dml import distributed
@@ -20,6 +19,7 @@ from lightning_dml.datamodules.image_check import check_images, raise_unreadable
 from lightning_dml.datamodules.images import ImageFileDataset
 from lightning_dml.datamodules.rows import ImageTable
 from lightning_dml.datamodules.splits import HoldOut, Splits, Tables, by_name
+from lightning_dml.datamodules.timm_config import module_config
 from lightning_dml.datamodules.transforms import (
     ImageSettings,
     as_transform,
@@ -44,9 +44,11 @@ class ImagesDataModule(RetrievalDataModule):
         root: folder of the data set.
         recipe: name of the transforms, see `transforms.RECIPES`.
         model_name: timm model whose data config gives mean, standard deviation and interpolation; None takes those of
-            the model that the trainer trains, where it is a timm model, or ImageNet's.
-        image_size: side of the square that the model sees, in pixels; None is the recipe's.
-        resize: shorter side of the image before it is cropped, in pixels, at least `image_size`; None is the recipe's.
+            the timm model in the module that the trainer trains, or ImageNet's where there is none or no trainer.
+        image_size: side of the square that the model sees, in pixels; None is the recipe's, or the model's where it
+            takes one size only.
+        resize: shorter side of the image before it is cropped, in pixels, at least `image_size`; None keeps the
+            recipe's ratio to `image_size`.
         crop_scale: smallest and largest share of the image's area in a random crop, within (0, 1]; None is the
             recipe's.
         mean: per channel, of images in [0, 1]; None is the model's.
@@ -56,16 +58,19 @@ class ImagesDataModule(RetrievalDataModule):
             callable.
         eval_transform: the same for evaluation.
         val_fraction: share of the training classes that validates instead of training, in [0, 1), so that the test
-            set is kept for the end. 0 validates on the test set, as most papers do.
+            set is kept for the end; not used where the data set has validation images. 0 validates on the test set, as
+            most papers do.
         folds: cut the training classes into as many parts instead, and validate on one of them.
         fold: which part that is, from 0.
         split_seed: of both splits; apart from `seed`, so that runs with other batches share their validation set.
-        cache: folder, not among the class folders, for a cache of images that are scaled to `resize` already; None
-            decodes the files in each epoch.
+        cache: folder for a cache of images that are scaled to `resize` already; None decodes the files in each epoch.
+            Transforms of your own then start from the scaled images.
         cache_encoding: `raw` pixels, or `jpeg` for a tenth of the size and small differences.
         check_images: `headers` reads the beginning of every file before the first training, once; `decode` reads it
-            all, which also finds files that were cut off; `none` leaves it to the training.
-        unreadable: `raise`, or `skip` to leave out images that cannot be read, with a warning that counts them.
+            all, which also finds files that were cut off; `none` leaves it to the training. A file that is overwritten
+            in its place later is not looked at again.
+        unreadable: `raise`, or `skip` to leave out images that cannot be read, with a warning that counts them; it
+            reads them all, as `decode` does.
         num_workers: processes that load images; None means one for each core that a rank has, at most 8.
         options: of `RetrievalDataModule`.
 
@@ -111,6 +116,11 @@ class ImagesDataModule(RetrievalDataModule):
             )
         if cache_encoding not in ("raw", "jpeg"):
             raise InputError(f"cache_encoding must be 'raw' or 'jpeg', got {cache_encoding!r}")
+        if cache is not None and resize is None and (train_transform is not None or eval_transform is not None):
+            raise InputError(
+                "cache scales the images before a transform of your own sees them: set resize to the shorter side, in "
+                "pixels, that it may start from, or leave cache out"
+            )
         self.root = Path(root)
         self.model_name = model_name
         self.hold_out = HoldOut(val_fraction, folds, fold, split_seed)
@@ -141,14 +151,15 @@ class ImagesDataModule(RetrievalDataModule):
 
     def image_settings(self) -> ImageSettings:
         """Sizes, normalisation and interpolation as they come out of the options and the model."""
-        return image_settings(model_name=self.model_name or self._trained_model(), **self._recipe)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        config = None if module is None or self.model_name is not None else module_config(module)
+        return image_settings(model_name=self.model_name, config=config, **self._recipe)
 
     def prepare_data(self) -> None:
         """Fetches, checks and caches what the coming stage needs, in one process of each machine."""
         self.fetch()
         splits = self.read()
-        stage = None if self.trainer is None else self.trainer.state.fn
-        for name, table in self._needed(splits, None if stage is None else str(stage.value)).items():
+        for name, table in self._needed(splits, self._stage()).items():
             self._usable(name, table, quiet=True)
         self._prepared = splits  # not to read it all again in this process
 
@@ -159,7 +170,7 @@ class ImagesDataModule(RetrievalDataModule):
         settings = self.image_settings()
         train = self._own_train or train_transform(settings)
         evaluate = self._own_eval or eval_transform(settings)
-        held_out = made.train is not splits.train and splits.val is None and self.hold_out.any
+        held_out = splits.val is None and made.val is not None
         self.class_names = made.class_names
         self.train_set = ImageFileDataset(made.train, train, caches.get("train"))
         tests = _data_sets(made.test, evaluate, caches, "test")
@@ -181,7 +192,7 @@ class ImagesDataModule(RetrievalDataModule):
         caches: dict[str, ImageCache | None] = {}
         for name, table in needed.items():
             needed[name], caches[name] = self._usable(name, table)
-        return splits, self.hold_out(_replaced(splits, needed)), caches
+        return splits, self.hold_out(_replaced(splits, needed), np.unique(splits.train.labels)), caches
 
     def _needed(self, splits: Splits, stage: str | None) -> dict[str, ImageTable]:
         """The tables that a stage looks at, by name."""
@@ -189,13 +200,16 @@ class ImagesDataModule(RetrievalDataModule):
         test = by_name(splits.test, "test")
         val = by_name(splits.val, "val")
         if not val:
-            val = train if self.hold_out.any else {} if splits.further else test
+            val = train if self.hold_out.any and len(splits.train) else {} if splits.further else test
         val = {**val, **by_name(splits.further, "further")}
         if stage in ("test", "predict"):
             return test or val
         if stage == "validate":
             return val
-        return {**train, **val} if stage == "fit" else {**train, **val, **test}
+        if stage != "fit":
+            return {**train, **val, **test}
+        # A fit may do without validation.
+        return train if self.trainer is not None and self.trainer.limit_val_batches == 0 else {**train, **val}
 
     def _usable(self, name: str, table: ImageTable, quiet: bool = False) -> tuple[ImageTable, ImageCache | None]:
         """The rows of a table whose images can be read, and the cache of them."""
@@ -204,7 +218,7 @@ class ImagesDataModule(RetrievalDataModule):
             bad = check_images(table, how, user_cache() / "checked")
             if len(bad.rows):
                 if self.unreadable == "raise":
-                    raise_unreadable(table, bad)
+                    raise_unreadable(table, bad, f"{name} set")
                 if not quiet:
                     rank_zero_warn(
                         f"{len(bad.rows)} of {len(table)} images of the {name} set cannot be read and are left out; "
@@ -219,15 +233,13 @@ class ImagesDataModule(RetrievalDataModule):
         )
         return replace(table, rows=np.arange(len(table))), made
 
-    def _trained_model(self) -> str | None:
-        """The timm name of the model that the trainer trains."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        backbone = getattr(getattr(module, "embedder", None), "backbone", None)
-        config = getattr(backbone, "pretrained_cfg", None) or {}
-        name, tag = str(config.get("architecture", "")), config.get("tag")
-        if not timm.is_model(name):
+    def _stage(self) -> str | None:
+        """What the trainer is about to do with this data."""
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn is None:
             return None
-        return f"{name}.{tag}" if tag else name
+        own = getattr(trainer, "datamodule", None) is self
+        return str(trainer.state.fn.value) if own else "fit"  # another module shows our training set, as `bank` does
 
     def _check_ranks(self, splits: Splits) -> None:
         """Every rank plans the batches of all, from what it has read itself."""

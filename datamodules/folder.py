@@ -56,6 +56,8 @@ class FolderDataModule(ImagesDataModule):
         """Checks the options; see the class."""
         super().__init__(root, val_fraction=0.0 if options.get("folds") else val_fraction, **options)
         _check_val_roots(val_roots)
+        if self.cache is not None and self.root.resolve() in (self.cache.resolve(), *self.cache.resolve().parents):
+            raise InputError(f"cache {self.cache} is in root {self.root}, among the classes: choose a folder elsewhere")
         self.allow_shared_classes = allow_shared_classes
         self.val_roots = {name: Path(folder) for name, folder in (val_roots or {}).items()}
 

@@ -75,8 +75,8 @@ class ImageCache(Sequence[Image.Image]):
 
         The name of the file holds a hash of the settings, of the version of Pillow, and of every row's path, box, file
         size and time of change: whatever else is asked for, or a changed file, makes another. When it stands, older
-        caches of that stem and root are deleted, except those that a process still has open. Of several processes on
-        a machine one builds, and the others wait.
+        caches of that stem, root and list of paths are deleted, except those that a process still has open. Of several
+        processes on a machine one builds, and the others wait.
 
         Args:
             table: rows of image files, with or without boxes.
@@ -101,7 +101,8 @@ class ImageCache(Sequence[Image.Image]):
             raise InputError(f"workers must be at least 1, or None for one for each core, got {workers}")
         settings = {"resize": resize, "interpolation": str(interpolation), "encoding": encoding}
         key = _key(table, settings, workers)
-        about: dict[str, Any] = {**settings, "rows": len(table), "key": key, "root": str(table.root.absolute())}
+        whose = {"root": str(table.root.absolute()), "paths": table.paths.digest()}
+        about: dict[str, Any] = {**settings, **whose, "rows": len(table), "key": key}
         name = urllib.parse.quote(stem, safe="")
         path = Path(folder) / f"{name}-{key}.images"
         with suppress(InputError):
@@ -120,7 +121,7 @@ class ImageCache(Sequence[Image.Image]):
                 with bar, closing(pictures):
                     _write(path, about, _watched(pictures, path.parent, len(table), bar.update))
                 made = cls(path)
-                _delete_older(path, name, about["root"])
+                _delete_older(path, name, whose)
                 return made
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -245,10 +246,10 @@ def _delete_parts(folder: Path, name: str) -> None:
             each.unlink(missing_ok=True)
 
 
-def _delete_older(path: Path, name: str, root: str) -> None:
-    """Deletes the other caches of the same stem and root, and damaged ones of that stem, where nobody uses them."""
+def _delete_older(path: Path, name: str, whose: dict[str, str]) -> None:
+    """Deletes the other caches of the same stem and files, and damaged ones of that stem, where nobody uses them."""
     for each in list(path.parent.iterdir()):
         if each != path and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{32}}\.images", each.name):
             about = read_about(each)
-            if about is None or about.get("root") == root:
+            if about is None or {**about, **whose} == about:
                 delete_unused(each)

@@ -76,7 +76,7 @@ def check_images(table: ImageTable, how: How, folder: Path, progress: bool = Tru
     return found
 
 
-def raise_unreadable(table: ImageTable, found: Unreadable) -> None:
+def raise_unreadable(table: ImageTable, found: Unreadable, name: str = "data set") -> None:
     """Says which image of a table is the first that cannot be read, and what to do; returns if all can.
 
     Raises:
@@ -86,7 +86,7 @@ def raise_unreadable(table: ImageTable, found: Unreadable) -> None:
         row = int(found.rows[0])
         raise InputError(
             f"{len(found)} of {len(table)} images cannot be read, the first is {table.path(row)} (row {row} of the "
-            f"data set): {found.reasons[0]}; replace them, or set unreadable='skip' to leave them out"
+            f"{name}): {found.reasons[0]}; replace them, or set unreadable='skip' to leave them out"
         )
 
 

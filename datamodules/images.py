@@ -48,8 +48,10 @@ class LabelledImages(Dataset[Sample]):
         InputError: if labels are not a vector of integers.
     """
 
-    super_labels: IntArray | None = None
-    """(N,) coarser classes, where the data set has them."""
+    @property
+    def super_labels(self) -> IntArray | None:
+        """(N,) coarser classes, where the data set has them."""
+        return None
 
     def __init__(self, labels: Sequence[int] | NDArray[Any], transform: Callable[[Any], Tensor]) -> None:
         """Checks the labels; see the class."""
@@ -87,6 +89,9 @@ class LabelledImages(Dataset[Sample]):
         raise NotImplementedError
 
 
+_COLUMNS = {"is_query": "is_query", "is_gallery": "is_gallery", "group": "groups", "super_label": "super_labels"}
+
+
 class ImageFileDataset(LabelledImages):
     """Rows of image files, opened in RGB when they are asked for.
 
@@ -107,26 +112,22 @@ class ImageFileDataset(LabelledImages):
     ) -> None:
         """Keeps the rows; see the class."""
         super().__init__(table.labels, transform)
-        self.super_labels = table.super_labels
         self.table = table
         self.cache = cache
-        self._columns: dict[str, NDArray[Any]] = {
-            name: column
-            for name, column in {
-                "is_query": table.is_query,
-                "is_gallery": table.is_gallery,
-                "group": table.groups,
-                "super_label": table.super_labels,
-            }.items()
-            if column is not None
-        }
+        # Names only: the columns themselves go to the workers with the table.
+        self._columns = {key: name for key, name in _COLUMNS.items() if getattr(table, name) is not None}
 
     def __getitem__(self, index: int) -> Sample:
         """The sample of a row; see the class."""
         sample = super().__getitem__(index)
-        for name, column in self._columns.items():
-            sample[name] = column[index].item()  # type: ignore[literal-required]
+        for key, name in self._columns.items():
+            sample[key] = getattr(self.table, name)[index].item()  # type: ignore[literal-required]
         return sample
+
+    @property
+    def super_labels(self) -> IntArray | None:
+        """(N,) coarser classes, where the table has them."""
+        return self.table.super_labels
 
     def load(self, index: int) -> Image.Image:
         """The image in RGB, cropped to its box; scaled, where there is a cache."""

@@ -250,7 +250,7 @@ class _Shared:
     """An array on its way to another process."""
 
     def __init__(self, array: NDArray[Any]) -> None:
-        self.tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        self.tensor = torch.from_numpy(array.copy())  # of its own, or the array would live as long as this does
 
     @property
     def array(self) -> NDArray[Any]:

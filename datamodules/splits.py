@@ -69,6 +69,8 @@ class HoldOut:
             raise InputError(f"split_seed must not be negative, got {self.seed}")
         if self.folds is not None and self.folds < 2:
             raise InputError(f"folds must be at least 2, or None for no folds, got {self.folds}")
+        if self.folds is not None and self.fraction:
+            raise InputError(f"val_fraction={self.fraction} and folds={self.folds} are two splits: set one of them")
         if not 0 <= self.fold < (self.folds or 1):
             raise InputError(
                 f"fold must be at least 0 and less than folds={self.folds}, got {self.fold}"
@@ -90,31 +92,48 @@ class HoldOut:
         Raises:
             InputError: if there are fewer classes than folds.
         """
-        classes = np.unique(labels)
+        return np.flatnonzero(np.isin(labels, self._chosen(np.unique(labels))))
+
+    def __call__(self, splits: Splits, classes: IntArray | None = None) -> Splits:
+        """The splits with a validation set out of the training classes, labels anew: those that train come first.
+
+        A validation set that the data set brings along stays, and then nothing is held out.
+
+        Args:
+            splits: as a data set has them.
+            classes: (C,) ascending labels that trained before rows were left out, so that the same classes are held out
+                whatever is left of them; None takes those of the training rows.
+
+        Raises:
+            InputError: for folds where the data set brings a validation set along.
+        """
+        classes = np.unique(splits.train.labels) if classes is None else classes
+        if not self.any or not len(classes):
+            return splits
+        if splits.val is not None:
+            if self.folds is not None:
+                raise InputError(
+                    f"folds={self.folds}, but the data set has validation images of its own, which every fold would "
+                    "validate on: leave folds out, or give the data set without them"
+                )
+            return splits
+        chosen = self._chosen(classes)
+        held = np.isin(splits.train.labels, chosen)
+        kept = replace(splits, train=splits.train.take(~held), val=splits.train.take(held))
+        return _relabelled(kept, np.setdiff1d(classes, chosen))
+
+    def _chosen(self, classes: IntArray) -> IntArray:
         order = classes[np.random.default_rng(self.seed).permutation(len(classes))]
         if self.folds is not None:
             if len(classes) < self.folds:
                 raise InputError(
                     f"folds={self.folds} needs as many training classes, there are {len(classes)}: use fewer"
                 )
-            chosen = order[self.fold :: self.folds]
-        else:
-            count = round(self.fraction * len(classes))
-            if self.fraction:
-                count = min(max(1, count), max(0, len(classes) - 1))
-            chosen = order[:count]
-        return np.flatnonzero(np.isin(labels, chosen))
-
-    def __call__(self, splits: Splits) -> Splits:
-        """The splits with a validation set out of the training classes, labels anew: those that train come first.
-
-        What the data set brings along for validation stays; then nothing is held out.
-        """
-        if not self.any or splits.val is not None:
-            return splits
-        held = self.rows(splits.train.labels)
-        left = np.setdiff1d(np.arange(len(splits.train)), held)
-        return _relabelled(replace(splits, train=splits.train.take(left), val=splits.train.take(held)))
+            return order[self.fold :: self.folds]
+        count = round(self.fraction * len(classes))
+        if self.fraction:
+            count = min(max(1, count), max(0, len(classes) - 1))
+        return order[:count]
 
 
 def by_name(tables: Tables | None, role: str) -> dict[str, ImageTable]:
@@ -126,10 +145,9 @@ def by_name(tables: Tables | None, role: str) -> dict[str, ImageTable]:
     return {role: tables}
 
 
-def _relabelled(splits: Splits) -> Splits:
-    """Training labels count from 0 in the order that they had; the other classes follow in theirs."""
+def _relabelled(splits: Splits, trained: IntArray) -> Splits:
+    """The classes `trained` count from 0 in the order that they had; the others follow in theirs."""
     count = len(splits.class_names)
-    trained = np.unique(splits.train.labels)
     order = np.concatenate([trained, np.setdiff1d(np.arange(count), trained)])
     label = np.empty(count + 1, np.int64)
     label[order] = np.arange(count)

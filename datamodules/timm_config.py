@@ -1,4 +1,4 @@
-"""What a timm model wants of its images, by its name: no network is built."""
+"""What a timm model wants of its images, by its name or from the model itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 from timm.data import config as timm_config
+from torch import nn
 
 from lightning_dml.errors import InputError
 
@@ -33,7 +34,36 @@ def data_config(name: str) -> dict[str, Any]:
         (3, 384, 384)
     """
     source, _, where = name.partition(":")
-    config = _elsewhere(source, where) if where else _registered(name)
+    return _resolved(_elsewhere(source, where) if where else _registered(name))
+
+
+def module_config(module: nn.Module) -> dict[str, Any] | None:
+    """The data config of the first timm model in a module, as `data_config` gives it; None where there is none.
+
+    Its own config counts, whatever timm has under its name, and the size of input that it was built for.
+
+    Args:
+        module: a timm model, or a module that holds one; its `embedder` is looked at first.
+
+    Examples:
+        >>> module_config(timm.create_model("test_vit", img_size=32, patch_size=8))["input_size"]
+        (3, 32, 32)
+    """
+    first = getattr(module, "embedder", None)
+    places = [first, module] if isinstance(first, nn.Module) else [module]
+    models = (each for place in places for each in place.modules() if getattr(each, "pretrained_cfg", None))
+    model: Any = next(models, None)
+    if model is None:
+        return None
+    config = _resolved(dict(model.pretrained_cfg))
+    patches = getattr(model, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    if size and (config["fixed_input_size"] or getattr(patches, "strict_img_size", True)):
+        return {**config, "input_size": (config["input_size"][0], *size), "fixed_input_size": True}
+    return config
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     resolve: Any = timm_config.resolve_data_config
     return {**resolve(pretrained_cfg=config), "fixed_input_size": bool(config.get("fixed_input_size"))}
 

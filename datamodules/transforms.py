@@ -90,6 +90,7 @@ def image_settings(
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
     crop_scale: Sequence[float] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> ImageSettings:
     """Decides on the numbers of the transforms: those given, then the model's, then the recipe's.
 
@@ -107,6 +108,7 @@ def image_settings(
         std: per channel, of images in [0, 1]; one number counts for all three.
         interpolation: one of `INTERPOLATIONS`.
         crop_scale: smallest and largest share of the image's area in a random crop, within (0, 1].
+        config: a model's data config, as `timm_config.module_config` gives it, where there is no `model_name`.
 
     Raises:
         InputError: for an unknown recipe, model or interpolation (the nearest names are given), a number out of
@@ -121,7 +123,7 @@ def image_settings(
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is unknown{near_names(recipe, RECIPES)}; there are {', '.join(RECIPES)}")
     chosen = RECIPES[recipe]
-    config = {} if model_name is None else data_config(model_name)
+    config = data_config(model_name) if model_name is not None else config or {}
     if image_size is None:
         image_size = _fixed_size(config, model_name) or chosen.image_size
     if resize is None:
@@ -288,9 +290,10 @@ def _fixed_size(config: Mapping[str, Any], model_name: str | None) -> int | None
         return None
     _, height, width = config["input_size"]
     if height != width:
+        name = "" if model_name is None else f" {model_name!r}"
         raise InputError(
-            f"model_name {model_name!r} takes images of {height} x {width} only, and the recipes make squares: give "
-            "image_size, or transforms of your own"
+            f"the model{name} takes images of {height} x {width} only, and the recipes make squares: give image_size "
+            "or transforms of your own"
         )
     return int(height)
 

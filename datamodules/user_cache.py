@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
 def user_cache() -> Path:
-    """`lightning_dml` in the user's cache folder: `XDG_CACHE_HOME`, or `~/.cache`."""
+    """`lightning_dml` in `XDG_CACHE_HOME` or `~/.cache`; without a home, in the folder for temporary files."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification asks for relative paths to be passed over.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "lightning_dml"
+    if Path(base).is_absolute():  # the XDG specification asks for relative paths to be passed over
+        return Path(base) / "lightning_dml"
+    try:
+        return Path.home() / ".cache" / "lightning_dml"
+    except RuntimeError:  # a container whose user has no entry and no home
+        return Path(tempfile.gettempdir()) / "lightning_dml"

@@ -75,7 +75,8 @@ class _TrainingSet(LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def prepare_data(self) -> None:
-        """Downloads what the data module downloads."""
+        """Prepares the data module as for a training."""
+        self.inner.trainer = self.trainer
         self.inner.prepare_data()
 
     def setup(self, stage: str) -> None:

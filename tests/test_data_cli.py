@@ -193,3 +193,16 @@ def test_class_weights_are_by_name(run: Run, tmp_path: Path, weights: Any) -> No
     """Labels are numbers that nobody knows; folders have names."""
     options = {**SMALL, "root": str(make_table(tmp_path)), "val_fraction": 0.3, "class_weights": weights}
     run("fit", "FolderDataModule", options)
+
+
+def test_a_bank_takes_the_cache_of_the_training(run: Run, tmp_path: Path) -> None:
+    """Decoding a data set anew for the bank takes as long as the first epoch did; and it looks at no test image."""
+    root = replicas.make_sop(tmp_path / "data")
+    data = {**PART, "root": str(root), "cache": "cache", "folds": 3}
+    run("fit", "SOPDataModule", data)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.images")}
+    assert [path.name.split("-")[0] for path in before] == ["train"]
+    next(root.glob("*/*11319_*")).write_bytes(b"")
+    run("bank", "SOPDataModule", data)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.images")} == before
+    assert (tmp_path / "bank.pt").exists()

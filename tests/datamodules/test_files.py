@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from pytorch_lightning import Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 
 from lightning_dml import Embedder, MetricLearningModule
 from lightning_dml.datamodules import FolderDataModule, ImagesDataModule
@@ -209,6 +213,113 @@ def test_normalisation_is_that_of_the_trained_model(make: Make) -> None:
     assert cfg["mean"] != (0.485, 0.456, 0.406)
 
 
+def test_the_config_of_the_module_counts(make: Make) -> None:
+    """Weights of one's own have statistics and a size of their own, which timm's list of names does not know."""
+    data = make(image_size=None, resize=None)
+    module = torch.nn.Module()
+    module.encoder = Embedder("test_vit", dim=4, pooling="avg", model_args={"img_size": 32})
+    backbone: Any = module.encoder.backbone
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "tag": None}
+    data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
+    settings = data.image_settings()
+    assert settings.mean == (0.1, 0.2, 0.3) and (settings.image_size, settings.resize) == (32, 37)
+    module.encoder = torch.nn.Linear(1, 1)
+    assert data.image_settings().mean == pytest.approx((0.485, 0.456, 0.406))
+
+
+def trainer_of(data: ImagesDataModule, stage: str, **options: Any) -> Trainer:
+    """A trainer that is about to do something with the data."""
+    trainer = Trainer(**QUIET, **options)
+    trainer.state.fn = TrainerFn(stage)
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    data.trainer = trainer
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("stage", "broken", "options", "limit", "seen"),
+    [
+        ("fit", "0-13.jpg", {"val_fraction": 0.3}, 1, False),
+        ("fit", "0-13.jpg", {}, 1, True),
+        ("fit", "0-13.jpg", {}, 0, False),
+        ("validate", "0-13.jpg", {"val_fraction": 0.3}, 1, False),
+        ("test", "0-13.jpg", {"val_fraction": 0.3}, 1, True),
+        ("test", "0-3.jpg", {}, 1, False),
+        ("predict", "0-3.jpg", {}, 1, False),
+        ("fit", "0-3.jpg", {}, 1, True),
+    ],
+)
+def test_a_stage_looks_at_its_own_images(
+    make: Make, tmp_path: Path, stage: str, broken: str, options: dict[str, Any], limit: int, seen: bool
+) -> None:
+    """A test set that is kept for the end must not stop a training, nor cost the time to check and cache it."""
+    (tmp_path / broken).write_bytes(b"")
+    data = make(**options)
+    trainer_of(data, stage, limit_val_batches=limit)
+    if seen:
+        with pytest.raises(InputError, match=broken):
+            data.prepare_data()
+    else:
+        data.prepare_data()
+        data.setup(stage)
+
+
+def test_skipped_images_change_no_split(make: Make, tmp_path: Path) -> None:
+    """The classes that validate follow from the seed; a broken disk must not move others into the training."""
+    right, ours = make(val_fraction=0.25), make(val_fraction=0.25, unreadable="skip")
+    right.setup()
+    for number in range(3):
+        (tmp_path / f"{number}-5.jpg").write_bytes(b"")
+    with pytest.warns(UserWarning, match="3 of 36 images"):
+        ours.setup()
+    assert names(ours, ours.val_set) == names(right, right.val_set) - {"class 5"}
+    assert names(ours, ours.train_set) == names(right, right.train_set) - {"class 5"}
+    assert ours.class_names == right.class_names
+
+
+def use_on_ranks(rank: int, _ranks: int, root: Path) -> tuple[int, list[list[int]], float]:
+    """What a rank gets of a data set with a broken image and a cache that the first rank has made."""
+    data = Listed(root, cache=root / "cache", unreadable="skip", val_fraction=0.25)
+    if rank == 0:
+        data.prepare_data()
+    dist.barrier()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    batches = [batch["index"].tolist() for batch in loader]
+    return len(file_set(data.train_set)), batches, float(sum(file_set(data.val_set)[0]["image"].flatten()))
+
+
+def test_ranks_share_the_cache_and_not_the_batches(make: Make, tmp_path: Path) -> None:
+    """One machine decodes once; and no image is in the batches of two ranks at a time."""
+    make()
+    (tmp_path / "1-4.jpg").write_bytes(b"")
+    (first, ours, pixels), (second, theirs, others) = run_ranks(2, use_on_ranks, tmp_path)
+    assert first == second and pixels == others and len(ours) == len(theirs) > 0
+    assert all(not set(one) & set(other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("column", ["is_query", "is_gallery"])
+def test_an_evaluation_without_a_role_is_refused(make: Make, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found at the first validation, it would cost an epoch."""
+    data = make()
+    roles = {"is_query": np.ones(12, bool), "is_gallery": np.ones(12, bool), column: np.zeros(12, bool)}
+    splits = data.read()
+    assert isinstance(splits.test, ImageTable)
+    monkeypatch.setattr(data, "read", lambda: replace(splits, test=replace(splits.test, **roles)))
+    with pytest.raises(InputError, match=f"{column} is false for every image of the validation set"):
+        data.setup("fit")
+
+
+def test_super_classes_must_be_known(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images without one are not of one kind."""
+    data = make(super_classes_per_batch=1)
+    splits = data.read()
+    supers = np.where(np.arange(36) < 3, -1, 0)
+    monkeypatch.setattr(data, "read", lambda: replace(splits, train=replace(splits.train, super_labels=supers)))
+    with pytest.raises(InputError, match="and 3 have none"):
+        data.setup("fit")
+
+
 def read_differently(rank: int, _ranks: int, root: Path) -> str:
     """What a rank hears whose folder lacks a file that another's has."""
     data = FolderDataModule(root / str(rank), image_size=8, resize=8, num_workers=0, classes_per_batch=1)
@@ -241,6 +352,8 @@ def test_ranks_must_see_the_same_files(tmp_path: Path) -> None:
         ({"recipe": "standrad"}, "standard"),
         ({"num_workers": -1}, "num_workers must not be negative, got -1"),
         ({"fold": 2}, "fold=2 needs folds"),
+        ({"folds": 3, "val_fraction": 0.5}, "two splits: set one of them"),
+        ({"cache": "cache", "resize": None, "train_transform": len}, "set resize to the shorter side"),
     ],
 )
 def test_wrong_options(make: Make, options: dict[str, Any], message: str) -> None:
@@ -258,3 +371,8 @@ def test_workers_share_the_cores(make: Make, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     loader = data.train_dataloader()
     assert loader.num_workers == 8 and loader.persistent_workers
+    data.trainer = SimpleNamespace(num_devices=16)  # type: ignore[assignment]
+    assert data.train_dataloader().num_workers == 4
+    several = make(num_workers=None, several=True)
+    several.setup()
+    assert [each.persistent_workers for each in several.test_dataloader().values()] == [False, False]

@@ -275,3 +275,10 @@ def test_option_errors(options: dict[str, Any], message: str, tmp_path: Path) ->
     """Wrong fractions and sizes are refused when the object is made, with the value in the message."""
     with pytest.raises(InputError, match=message):
         FolderDataModule(tmp_path, **options)
+
+
+def test_a_cache_among_the_classes_is_refused(make: Maker) -> None:
+    """The next run would take it for a class without images."""
+    root = make({"a": 2, "b": 2})
+    with pytest.raises(InputError, match="among the classes: choose a folder elsewhere"):
+        module(root, cache=root / "cache")

@@ -181,7 +181,8 @@ def test_whatever_changes_the_pictures_makes_another_cache(
     other, options = change(table, what)
     new = build(other, folder, **options)
     assert new.path != old and sum(opened.values()) == 6
-    assert files(folder) == [new.path.name]
+    # Another list of files may be another data set, whose cache is still wanted.
+    assert files(folder) == sorted([new.path.name, *([old.name] if what == "order" else [])])
     if what not in ("encoding", "replaced"):
         assert all(np.array_equal(np.asarray(new[row]), uncached(other, row, **options)) for row in range(6))
 

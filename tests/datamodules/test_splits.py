@@ -66,6 +66,14 @@ def test_what_a_data_set_brings_along_stays() -> None:
     """A published validation split is part of the benchmark."""
     given_val = Splits(table([0, 0, 1]), None, ["a", "b", "c"], val=table([2, 2]))
     assert HoldOut(0.5)(given_val) is given_val
+    with pytest.raises(InputError, match="folds=2, but the data set has validation images of its own"):
+        HoldOut(folds=2)(given_val)
+
+
+def test_nothing_is_held_out_of_nothing() -> None:
+    """A table of test rows alone can be tested, whatever the config says of training."""
+    alone = Splits(table([]), table([0, 0]), ["a"])
+    assert HoldOut(folds=3)(alone) is alone and HoldOut(0.5)(alone) is alone
 
 
 def test_distractors_stay_distractors() -> None:
@@ -80,6 +88,7 @@ def test_distractors_stay_distractors() -> None:
     [
         ({"fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
         ({"fraction": -0.1}, "got -0.1"),
+        ({"fraction": 0.5, "folds": 2}, "two splits: set one of them"),
         ({"folds": 1}, "folds must be at least 2, or None for no folds, got 1"),
         ({"folds": 3, "fold": 3}, "less than folds=3, got 3"),
         ({"fold": 1}, "fold=1 needs folds"),
