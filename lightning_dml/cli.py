@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule
@@ -16,6 +18,17 @@ from lightning_dml.errors import InputError
 
 BY_NAME = (callbacks, datamodules, losses, modules)
 """Imported here, so that a config may name their classes without the module."""
+
+SETTINGS: dict[str, Any] = {
+    "trainer_class": DMLTrainer,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    # Lightning would re-wrap the P x K sampler and break K per class.
+    "trainer_defaults": {"use_distributed_sampler": False},
+    # A requeued job would otherwise die on the config that it wrote itself.
+    "save_config_kwargs": {"overwrite": True},
+}
+EPILOG = "lightning-dml study --help: many trainings that differ in stated ways, and their table"
 
 
 class DMLCLI(LightningCLI):
@@ -55,25 +68,51 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 and one line on stderr for input that the caller can put right.
     """
+    arguments = sys.argv[1:] if args is None else list(args)
     try:
-        DMLCLI(
-            LightningModule,
-            LightningDataModule,
-            trainer_class=DMLTrainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            # Lightning would re-wrap the P x K sampler and break K per class.
-            trainer_defaults={"use_distributed_sampler": False},
-            # A requeued job would otherwise die on the config that it wrote itself.
-            save_config_kwargs={"overwrite": True},
-            args=list(args) if args is not None else None,
-        )
+        if arguments[:1] == ["study"]:
+            from lightning_dml.study.command import main as study
+
+            study(arguments[1:], config_parser)
+        else:
+            DMLCLI(
+                LightningModule,
+                LightningDataModule,
+                **SETTINGS,
+                parser_kwargs={"epilog": EPILOG},
+                args=None if args is None else arguments,
+            )
     except (ValueError, ModuleNotFoundError, FileNotFoundError, MisconfigurationException) as error:
         message = _message(error)
         if message is None:
             raise
         print(f"lightning-dml: error: {message}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def config_parser() -> Callable[[dict[str, Any]], object]:
+    """What reads a training config as `fit` does, makes nothing of it, and raises InputError for a wrong one."""
+    parser = _ConfigParser(
+        LightningModule, LightningDataModule, **SETTINGS, run=False, parser_kwargs={"exit_on_error": False}
+    ).parser
+
+    def parse(config: dict[str, Any]) -> object:
+        try:
+            return parser.parse_object(config)
+        except (ArgumentError, ValueError, ImportError) as error:
+            # jsonargparse ends with all that it was given, which may be a whole config.
+            text = " ".join(str(error).partition("Given value type")[0].split())
+            raise InputError(_message(error) or text) from error
+
+    return parse
+
+
+class _ConfigParser(DMLCLI):
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.config = {"seed_everything": False}
+
+    def instantiate_classes(self) -> None:
+        pass
 
 
 def _message(error: BaseException) -> str | None:

@@ -20,6 +20,7 @@ MODULES = [
     "lightning_dml.retrieval",
     "lightning_dml.callbacks",
     "lightning_dml.datamodules",
+    "lightning_dml.report",
 ]
 
 SHIPPED = {
@@ -27,9 +28,11 @@ SHIPPED = {
     "lightning_dml.losses": [
         "BinomialDevianceLoss",
         "CircleLoss",
+        "Context",
         "ContrastiveLoss",
         "DirectWeightingLoss",
         "FastAPLoss",
+        "FromLoss",
         "GeneralPairWeightingLoss",
         "LiftedStructureLoss",
         "MarginLoss",
@@ -42,7 +45,10 @@ SHIPPED = {
         "SupConLoss",
         "TripletLoss",
         "TupletMarginLoss",
+        "context_free",
+        "observed_weights",
         "pair_weights",
+        "weight_curve",
     ],
     "lightning_dml.losses.curves": [
         "Constant",
@@ -74,6 +80,7 @@ SHIPPED = {
         "recall_at_k",
         "reciprocal_rank",
     ],
+    "lightning_dml.report": ["DrawnCurve", "curve_figure", "save_curves"],
     "lightning_dml.callbacks": [
         "DriftMonitor",
         "MemoryBankCallback",

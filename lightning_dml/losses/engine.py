@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_dml.losses.labels import PairLabels
@@ -170,14 +170,14 @@ def row_statistics(anchors: Tensor, references: Tensor, task: PairTask) -> Tenso
 
 
 @contextmanager
-def drawing_again(miner: Miner | None) -> Iterator[None]:
-    """Puts a sampled miner back afterwards, so that the next sweep draws the same pairs."""
-    state = {} if miner is None else miner.state_dict()
+def drawing_again(module: nn.Module | None) -> Iterator[None]:
+    """Puts every miner in a module that draws back afterwards, so that the next sweep draws the same pairs."""
+    state = {} if module is None else module.state_dict()
     try:
         yield
     finally:
-        if miner is not None:
-            miner.load_state_dict(state)
+        if module is not None:
+            module.load_state_dict(state)
 
 
 class _PairSums(torch.autograd.Function):

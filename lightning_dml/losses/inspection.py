@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses.base import PairWeightingLoss
 from lightning_dml.losses.engine import drawing_again
-
-_TINY = 1e-4  # tilt of the probing axes; the similarities change by half its square, 5e-9 of their value
+from lightning_dml.losses.measured import measured_weights
 
 
 def pair_weights(
@@ -30,9 +27,8 @@ def pair_weights(
     in-batch, where each row is an anchor and a reference, it is `(weights + weights.T) @ embeddings`.
 
     The weights of our losses are what the engine uses. Those of any other loss that depends on inner products, cosines
-    or distances of unit rows are measured: each reference gets an axis of its own by which it is tilted very slightly,
-    and the anchors' gradient along that axis is the weight of the pair, to about eight digits. In-batch, such a loss
-    tells only the sum of both directions of a pair; the answer then holds half of it at both places.
+    or distances of unit rows are measured, to about ten digits; see `measured_weights`. In-batch, such a loss tells
+    only the sum of both directions of a pair; the answer then holds half of it at both places.
 
     Args:
         loss: one of ours, or any module called `loss(embeddings, labels[, ref_emb=..., ref_labels=...])`.
@@ -47,7 +43,8 @@ def pair_weights(
         (N, M) float64; M is N in-batch.
 
     Raises:
-        InputError: if the loss cannot be called so, as a loss with proxies of its own dimension.
+        InputError: if the loss cannot be called so, as a loss with proxies of its own dimension, or depends on more
+            than the similarities of pairs.
 
     Examples:
         >>> from lightning_dml.losses import ContrastiveLoss
@@ -63,7 +60,7 @@ def pair_weights(
         return _own_weights(loss, embeddings, labels, ref_emb, ref_labels, indices, ref_indices)
     if indices is not None or ref_indices is not None:
         raise InputError(f"{type(loss).__name__} takes no indices; leave indices and ref_indices out")
-    return _measured_weights(loss, embeddings, labels, ref_emb, ref_labels)
+    return measured_weights(loss, embeddings, labels, ref_emb, ref_labels)
 
 
 @torch.no_grad()
@@ -78,43 +75,11 @@ def _own_weights(
 ) -> Tensor:
     references, task = loss.prepare(embeddings, labels, ref_emb, ref_labels, indices, ref_indices, together=False)
     similarity = embeddings @ references.T
-    with drawing_again(loss.miner):  # looking must not change what training draws
-        masks = task.mined(similarity, slice(0, len(embeddings)), slice(0, len(references)))
     extra = () if task.statistics is None else (task.statistics,)
-    _, weights = task.weighting(similarity, *masks, *extra)
+    with drawing_again(loss.miner), drawing_again(task.weighting):  # looking must not change what training draws
+        masks = task.mined(similarity, slice(0, len(embeddings)), slice(0, len(references)))
+        _, weights = task.weighting(similarity, *masks, *extra)
     active = weights != 0
     divisor = {"anchors": len(embeddings), "active_anchors": active.any(dim=1).sum(), "pairs": active.sum()}
     scaled: Tensor = weights / max(1, int(divisor[loss.reduction]))
     return scaled
-
-
-def _measured_weights(
-    loss: nn.Module, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None
-) -> Tensor:
-    references = embeddings if ref_emb is None else ref_emb
-    # Every reference is tilted towards an axis that nothing else has, and stays of unit length.
-    axes = _TINY * torch.eye(len(references), dtype=torch.float64, device=references.device)
-    tilted = torch.cat((references * math.sqrt(1 - _TINY**2), axes), dim=1)
-    keywords = {}
-    if ref_emb is None:
-        anchors = tilted.requires_grad_()
-    else:
-        anchors = torch.cat((embeddings, embeddings.new_zeros(len(embeddings), len(references))), dim=1)
-        anchors.requires_grad_()
-        keywords = {"ref_emb": tilted, "ref_labels": ref_labels}
-    try:
-        with torch.enable_grad():
-            value = loss(anchors, labels, **keywords)
-    except Exception as error:
-        raise InputError(
-            f"loss {type(loss).__name__} has no weights of pairs of samples: it could not be called with embeddings of "
-            f"another dimension, as a loss with proxies cannot ({error})"
-        ) from error
-    if not value.requires_grad:
-        return embeddings.new_zeros(len(embeddings), len(references))
-    (gradient,) = torch.autograd.grad(value, anchors)
-    weights: Tensor = gradient[:, embeddings.shape[1] :] / _TINY
-    if ref_emb is not None:
-        return weights
-    weights.fill_diagonal_(0)
-    return (weights + weights.T) / 4  # measured from either end, equal but for rounding

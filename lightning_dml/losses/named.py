@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import get_args
 
+from torch import Tensor
+
+from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.losses.base import PairWeightingLoss, Reduction
-from lightning_dml.losses.curves import WeightCurve
+from lightning_dml.losses.engine import PairTask
+from lightning_dml.losses.halves import Side, direct_weighting, with_statistics
 from lightning_dml.losses.mining import Miner
 from lightning_dml.losses.weighting.contrastive import ContrastiveWeighting
 from lightning_dml.losses.weighting.direct import DirectWeighting
 from lightning_dml.losses.weighting.distance import DistanceContrastiveWeighting, HadsellWeighting
+from lightning_dml.losses.weighting.halves import MeasuredWeights
 from lightning_dml.losses.weighting.multi_similarity import MultiSimilarityWeighting
 from lightning_dml.losses.weighting.triplet import Measure
 
@@ -118,16 +123,21 @@ class DirectWeightingLoss(PairWeightingLoss):
     curves are. The value is no measure of progress, only its gradient has a meaning. The formula is this library's
     reconstruction: the paper's own could not be read.
 
+    A side may also be taken from another loss, ours or another library's, by `FromLoss`: its weights then depend on the
+    whole row, by the formula with :math:`w_{ij}` for :math:`w(S_{ij})`. In a config, {from_loss: {class_path: ...}}
+    does the same. Both sides of one loss have its gradient.
+
     Args:
-        positive: weight curve of positives, a callable from similarities to weights of the same shape.
-        negative: weight curve of negatives.
+        positive: weight curve of positives, a callable from similarities to weights of the same shape; or `FromLoss`.
+        negative: weight curve of negatives; or `FromLoss`.
         miner: see `PairWeightingLoss`.
         reduction: see `PairWeightingLoss`.
         gather: see `PairWeightingLoss`.
         block_bytes: see `PairWeightingLoss`.
 
     Raises:
-        InputError: for a curve that is not callable.
+        InputError: for a side that is neither a curve nor from a loss, or has parameters to train. A call raises it too
+            where a side's loss works in-batch only, or is measured and the references are too many or sharded.
 
     Examples:
         >>> from lightning_dml.losses import curves
@@ -136,11 +146,35 @@ class DirectWeightingLoss(PairWeightingLoss):
 
     def __init__(
         self,
-        positive: WeightCurve,
-        negative: WeightCurve,
+        positive: Side,
+        negative: Side,
         miner: Miner | None = None,
         reduction: Reduction = "anchors",
         gather: bool = True,
         block_bytes: int = 16 * 2**20,
     ) -> None:
-        super().__init__(DirectWeighting(positive, negative), miner, reduction, gather, block_bytes)
+        super().__init__(direct_weighting(positive, negative), miner, reduction, gather, block_bytes)
+
+    def prepare(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        indices: Tensor | None,
+        ref_indices: Tensor | None,
+        together: bool,
+    ) -> tuple[Tensor, PairTask]:
+        """What the engine is to do; see `PairWeightingLoss.prepare`. The weights that must be measured are here."""
+        references, task = super().prepare(embeddings, labels, ref_emb, ref_labels, indices, ref_indices, together)
+        assert isinstance(task.weighting, DirectWeighting)
+        return references, with_statistics(task, task.weighting, embeddings, references, together)
+
+    def _check_sharded(self, ref_emb: Tensor | None) -> None:
+        super()._check_sharded(ref_emb)
+        assert isinstance(self.weighting, DirectWeighting)
+        if distributed.is_distributed() and any(isinstance(each, MeasuredWeights) for each in self.weighting.rows()):
+            raise InputError(
+                "ref_sharded=True needs weights that come row by row, and those of another library's loss are measured "
+                "on all references at once: hold them on every rank, or take the side from a loss of this library"
+            )

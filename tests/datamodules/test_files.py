@@ -302,7 +302,7 @@ def test_ranks_share_the_cache_and_not_the_batches(make: Make, tmp_path: Path) -
 def test_an_evaluation_without_a_role_is_refused(make: Make, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found at the first validation, it would cost an epoch."""
     data = make()
-    roles = {"is_query": np.ones(12, bool), "is_gallery": np.ones(12, bool), column: np.zeros(12, bool)}
+    roles: dict[str, Any] = {"is_query": np.ones(12, bool), "is_gallery": np.ones(12, bool), column: np.zeros(12, bool)}
     splits = data.read()
     assert isinstance(splits.test, ImageTable)
     monkeypatch.setattr(data, "read", lambda: replace(splits, test=replace(splits.test, **roles)))

@@ -1,0 +1,246 @@
+"""The figure of weight curves: weight against similarity of several losses, over the pairs of a real batch."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import StepPatch
+from torch import Tensor, nn
+
+from lightning_dml.errors import InputError
+from lightning_dml.losses import Context, ObservedWeights, weight_curve
+from lightning_dml.losses.observed import ObservedSide
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+"""Colours of Okabe and Ito that the colour-blind tell apart, without their yellow, which is faint on white."""
+
+STYLES = ("-", "--", "-.", ":")
+
+Side = Literal["positive", "negative"]
+
+
+class DrawnCurve(NamedTuple):
+    """A weight curve as points.
+
+    Attributes:
+        similarity: (n,) ascending cosine similarities.
+        positive: (n,) weights of positives, per anchor.
+        negative: (n,) weights of negatives.
+    """
+
+    similarity: Tensor
+    positive: Tensor
+    negative: Tensor
+
+    @classmethod
+    def of(cls, loss: nn.Module, similarity: Tensor, context: Context | None = None) -> DrawnCurve:
+        """The curve of a loss at the similarities (n,); see `weight_curve`."""
+        return cls(similarity, *weight_curve(loss, similarity, context=context))
+
+
+def curve_figure(
+    curves: Mapping[str, DrawnCurve],
+    observed: Mapping[str, ObservedWeights] | None = None,
+    *,
+    relative: bool = False,
+    caption: str | None = None,
+) -> Figure:
+    """Draws weight curves, positives and negatives apart, on the pairs of a batch where there are some.
+
+    Each loss has a colour and a line style of its own. Observed weights are points in the colour of the loss of the
+    same name, multiplied by the number of anchors so that they lie where its curve is, and behind them stands the
+    density of the pairs over similarity. The height is that of what lies between -0.98 and 0.98, as losses on
+    distances have infinite weights at 1.
+
+    Args:
+        curves: by the name that the legend gives.
+        observed: what `observed_weights` saw, by name; all of one batch, for the density is that of the first.
+        relative: divides the weights of each loss by the largest of its curve on either side, so that shapes can be
+            compared where scales differ.
+        caption: a line below, such as the context of the curves.
+
+    Returns:
+        A figure of 11 x 5.6 inches, not known to pyplot.
+
+    Raises:
+        InputError: with nothing to draw, with more than 28 losses, or for a loss of no curve that is to be relative.
+    """
+    observed = observed or {}
+    names = list(dict.fromkeys((*curves, *observed)))
+    if not 1 <= len(names) <= len(PALETTE) * len(STYLES):
+        raise InputError(f"curves must be 1 to {len(PALETTE) * len(STYLES)} losses, got {len(names)}")
+    looks = dict(zip(names, zip(cycle(PALETTE), cycle(STYLES), strict=False), strict=False))
+    scales = {name: _scale(name, curves.get(name), relative) for name in names}
+    large = matplotlib.rc_context({"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13})
+    with large:  # legible at half size
+        figure = Figure(figsize=(11, 5.6), layout="constrained")
+        sides: tuple[Side, Side] = ("positive", "negative")
+        for panel, side in zip(figure.subplots(1, 2), sides, strict=True):
+            if observed:
+                first = next(iter(observed.values()))
+                _density(panel, _of(first, side), first.edges)
+            tops: list[float] = [0.0]
+            for name, (colour, style) in looks.items():
+                if name in observed:
+                    tops += _points(panel, observed[name], side, name, colour, scales[name])
+                if name in curves:
+                    tops += _line(panel, curves[name], side, name, colour, style, scales[name])
+            _frame(panel, side, relative, min(tops), max(tops))
+        _legend(figure)
+        if caption:
+            figure.supxlabel(caption, fontsize=12, color="0.3")
+    return figure
+
+
+def save_curves(
+    figure: Figure,
+    curves: Mapping[str, DrawnCurve],
+    path_stem: str | Path,
+    observed: Mapping[str, ObservedWeights] | None = None,
+) -> list[Path]:
+    """Writes a figure as PNG and SVG, and its numbers as CSV, each aside and then renamed.
+
+    The table has a row for each point: loss, kind (`curve` or `pair`), side (`positive` or `negative`), similarity and
+    weight per anchor, which for pairs is the observed weight times the number of anchors.
+
+    Args:
+        figure: from `curve_figure`.
+        curves: what it shows.
+        path_stem: path without a suffix; folders are made.
+        observed: what it shows as points.
+
+    Returns:
+        The three paths.
+    """
+    stem = Path(path_stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg", "csv")]
+    # The same figure is the same file: no date, and no ids by chance.
+    with matplotlib.rc_context({"svg.hashsalt": "lightning-dml"}):
+        _aside(paths[0], lambda path: figure.savefig(path, format="png", dpi=150))
+        _aside(paths[1], lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+    _aside(paths[2], lambda path: _write_table(path, curves, observed or {}))
+    return paths
+
+
+def _scale(name: str, curve: DrawnCurve | None, relative: bool) -> float:
+    if not relative:
+        return 1.0
+    if curve is None:
+        raise InputError(f"relative weights need a curve of each loss, and {name!r} has none: give it one")
+    inner = curve.similarity.abs() <= 0.98
+    largest = max(
+        (float(each[inner].abs().max()) for each in (curve.positive, curve.negative) if inner.any()), default=0
+    )
+    return 1 / largest if largest else 1.0
+
+
+def _of(observed: ObservedWeights, side: Side) -> ObservedSide:
+    return observed.positives if side == "positive" else observed.negatives
+
+
+def _line(panel: Axes, curve: DrawnCurve, side: Side, name: str, colour: str, style: str, scale: float) -> list[float]:
+    weights = (curve.positive if side == "positive" else curve.negative).detach().cpu() * scale
+    similarity = curve.similarity.detach().cpu()
+    panel.plot(similarity.numpy(), weights.numpy(), color=colour, linestyle=style, linewidth=2.4, label=name, zorder=4)
+    inner = weights[(similarity.abs() <= 0.98) & weights.isfinite()]
+    return [float(inner.min()), float(inner.max())] if len(inner) else []
+
+
+def _points(panel: Axes, observed: ObservedWeights, side: Side, name: str, colour: str, scale: float) -> list[float]:
+    seen = _of(observed, side)
+    weights = seen.weight * observed.anchors * scale
+    panel.scatter(
+        seen.similarity.numpy(),
+        weights.numpy(),
+        s=12,
+        color=colour,
+        alpha=0.35,
+        linewidths=0,
+        label=f"{name}, pairs of a batch",
+        rasterized=True,  # thousands of points are slow to draw in an SVG
+        zorder=3,
+    )
+    inner = weights[(seen.similarity.abs() <= 0.98) & weights.isfinite()]
+    return [float(inner.min()), float(inner.max())] if len(inner) else []
+
+
+def _density(panel: Axes, seen: ObservedSide, edges: Tensor) -> None:
+    """Share of the side's pairs per unit of similarity, in grey behind everything else, with a scale at the right."""
+    behind = panel.twinx()
+    heights = seen.counts.double() / max(1, seen.pairs) / (edges[1] - edges[0])
+    behind.stairs(heights.numpy(), edges.numpy(), fill=True, color="0.87", label="density of the pairs")
+    behind.set_ylim(0, max(1e-9, float(heights.max())) * 1.25)
+    behind.set_ylabel("pairs, share per unit of S", color="0.4")
+    behind.tick_params(colors="0.4", labelsize=11)
+    behind.spines[["top"]].set_visible(False)
+    panel.set_zorder(behind.get_zorder() + 1)
+    panel.patch.set_visible(False)
+
+
+def _frame(panel: Axes, side: Side, relative: bool, low: float, high: float) -> None:
+    sign = "\N{MINUS SIGN}" if side == "positive" else ""
+    unit = "relative to the largest" if relative else "per anchor"
+    panel.set_title("Positives: pull together" if side == "positive" else "Negatives: push apart")
+    panel.set_xlabel("cosine similarity S of the pair")
+    panel.set_ylabel(f"weight {sign}dL/dS, {unit}")
+    panel.set_xlim(-1, 1)
+    panel.set_xticks([-1, -0.5, 0, 0.5, 1])
+    room = 0.06 * ((high - low) or 1.0)
+    panel.set_ylim(low - room, high + room)
+    panel.axhline(0, color="0.6", linewidth=0.8, zorder=1)
+    panel.spines[["top"]].set_visible(False)
+
+
+def _legend(figure: Figure) -> None:
+    found = {}
+    for axes in figure.axes:
+        found.update(dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
+    # Curves first, and the grey behind them last.
+    kinds = (Line2D, PathCollection, StepPatch)
+    handles = {label: each for kind in kinds for label, each in found.items() if isinstance(each, kind)}
+    columns = min(3, len(handles))
+    legend = figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False, handlelength=3
+    )
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+
+
+def _aside(path: Path, write: Callable[[Path], object]) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_table(path: Path, curves: Mapping[str, DrawnCurve], observed: Mapping[str, ObservedWeights]) -> None:
+    sides: tuple[Side, Side] = ("positive", "negative")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("loss", "kind", "side", "similarity", "weight"))
+        for name, curve in curves.items():
+            for side in sides:
+                weights = curve.positive if side == "positive" else curve.negative
+                for similarity, weight in zip(curve.similarity.tolist(), weights.tolist(), strict=True):
+                    table.writerow((name, "curve", side, similarity, weight))
+        for name, seen in observed.items():
+            for side in sides:
+                pairs = _of(seen, side)
+                for similarity, weight in zip(
+                    pairs.similarity.tolist(), (pairs.weight * seen.anchors).tolist(), strict=True
+                ):
+                    table.writerow((name, "pair", side, similarity, weight))

@@ -1,0 +1,233 @@
+"""The command `lightning-dml study`: many trainings that differ in stated ways, each exactly once, and their table.
+
+    lightning-dml study --config configs/study/smoke.yaml
+
+The study file (YAML):
+
+* `base`: training configs, as `fit --config` takes them, by path from the study file's folder, laid over each other;
+  a mapping among them is laid over too.
+* `axes`: what is varied. An axis is a list of values, whose name is then the dotted option (`trainer.max_epochs: [1,
+  2]`); or `{option: trainer.max_epochs, values: [1, 2]}` under a name of its own; or variants, a mapping of names to
+  overrides (`{none: {}, long: {trainer.max_epochs: 9}}`). `{variants: ...}` or `{option, values}` may have a `label`
+  for the figure. Overrides are dotted or nested; an item of a list goes by its class, as in
+  `trainer.callbacks.MemoryBankCallback.init_args.momentum`, `null` takes it out, and `trainer.callbacks+` adds one
+  (lightning_dml.study.overrides).
+* `seeds`: each point is trained with each ([0] if left out).
+* `exclude`: combinations to leave out, each a mapping of axes to a variant or several.
+* `baseline`: a variant for some axes or all; a point is compared with the one that has these variants and its own on
+  the other axes.
+* `metric`, `mode` (max or min), `value` (last or best): what is compared; `metrics`: what is reported too;
+  `labels`: what the figure calls metrics and axes.
+* `name` (the file's), `output` (runs/study/NAME), `storage` (sqlite:///OUTPUT/study.db; any SQLAlchemy URL, or
+  journal:FILE), `lease` (120 seconds without a sign of life, after which a worker on another machine counts as dead),
+  `keep_checkpoints` (true).
+
+Several workers share a study by its storage: start the command as often as there are machines or GPUs, at once or
+later, or with `--workers`. A training is claimed by one of them. One whose worker was killed is taken over from its
+last checkpoint, one that failed stays failed until `--retry-failed`, one that finished is never repeated. SIGTERM,
+SIGINT, SIGUSR1 and SIGUSR2 end the training and put it back to waiting. SQLite is for workers on one machine; for
+several take a server, or journal:FILE on a shared file system. In a SLURM array every task is a worker:
+
+    #SBATCH --array=0-7 --ntasks=1 --gpus=1 --signal=B:TERM@60
+    exec lightning-dml study --config configs/study/NAME.yaml
+
+A training is one whole run on the task's node; it may use several GPUs there (trainer.devices), not several nodes.
+
+Grid and seeds may grow: a training is known by its config, so only those that are new are run. The base config must
+stay; another one needs another name. Each training has a folder, OUTPUT/trials/KEY, with its config, log, logs of the
+loggers, checkpoints and result; a result that is there is taken and not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from lightning_dml.errors import InputError
+from lightning_dml.study.grid import Point, Run, check_configs, identity, points_of, runs_of
+from lightning_dml.study.ledger import Entry, Ledger
+from lightning_dml.study.reading import write_whole
+from lightning_dml.study.storage import exists, needed, open_storage
+from lightning_dml.study.study_file import StudyFile
+from lightning_dml.study.summary import count_states, rows_of, seconds_of_one, state_of
+from lightning_dml.study.worker import FIT, Worker
+
+ITSELF = (sys.executable, "-m", "lightning_dml", "study")
+
+
+def main(
+    arguments: Sequence[str],
+    make_parser: Callable[[], Callable[[dict[str, Any]], object]],
+    fit: Sequence[str] = FIT,
+    itself: Sequence[str] = ITSELF,
+) -> None:
+    """Runs `lightning-dml study`.
+
+    Args:
+        arguments: those after `study`.
+        make_parser: makes what reads a training config and raises InputError for a wrong one.
+        fit: the command of one training.
+        itself: the command that starts further workers; the arguments are put behind it.
+
+    Raises:
+        InputError: for a study that cannot be run.
+        SystemExit: with status 1 if a training failed, with 128 + the signal's number if one came.
+    """
+    options = _options(arguments)
+    study = StudyFile.read(options.config)
+    points = points_of(study)
+    runs = runs_of(study, points)
+    needed("optuna"), needed("scipy")
+    if not options.report_only:
+        check_configs(points, make_parser())
+    if options.dry_run or options.report_only:
+        ledger = _ledger(study) if exists(study.storage) else None
+        if ledger:
+            ledger.pin(identity(study.base), begin=False)  # a report on another base would be empty, over a full one
+        entries = ledger.entries() if ledger else {}
+        if options.dry_run:
+            print(_plan(study, runs, entries, options.workers))
+        else:
+            report(study, points, runs, entries)
+        return
+    ledger = _ledger(study)
+    ledger.pin(identity(study.base))
+    if options.workers > 1:
+        stopped = _start_workers(options, itself)
+    else:
+        worker = Worker(study, runs, ledger, fit)
+        worker.work(options.retry_failed, options.trials)
+        stopped = worker.stopped
+    entries = ledger.entries()
+    if not options.no_report:
+        report(study, points, runs, entries)
+        failed = [run for run in runs if state_of(run, entries) == "failed"]
+        for run in failed:
+            print(f"FAILED {run.label}: {entries[run.key].attributes['error']}")
+        if any(state_of(run, entries) in ("running", "waiting") for run in runs):
+            print("What other workers have is not waited for; the same command goes on with what is left.")
+    if stopped is not None:
+        raise SystemExit(128 + stopped)
+    if any(state_of(run, entries) == "failed" for run in runs):
+        raise SystemExit(1)
+
+
+def report(study: StudyFile, points: Sequence[Point], runs: Sequence[Run], entries: Mapping[str, Entry]) -> None:
+    """Writes the tables and figures of a study into its output folder and prints the table."""
+    from lightning_dml.study.figure import figure_of  # matplotlib
+    from lightning_dml.study.tables import markdown, points_csv, trials_csv
+
+    rows = rows_of(study, points, entries)
+    table = markdown(study, rows, runs, entries)
+    print(table)
+    write_whole(study.output / "table.md", table)
+    write_whole(study.output / "table.csv", points_csv(study, rows))
+    write_whole(study.output / "trials.csv", trials_csv(study, runs, entries))
+    written = ["table.md", "table.csv", "trials.csv"]
+    for axis in study.axes:
+        if len(axis.variants) < 2 or not any(row.means[study.metric].n for row in rows):
+            continue
+        figure = figure_of(study, axis, rows)
+        name = "".join(each if each.isalnum() or each in "-_." else "_" for each in axis.name)
+        for ending in ("png", "svg"):
+            write_whole(study.output / f"{name}.{ending}", partial(figure.savefig, dpi=150))
+            written.append(f"{name}.{ending}")
+    print(f"{study.output}: {', '.join(written)}")
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lightning-dml study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-c", "--config", required=True, help="the study file")
+    parser.add_argument("--dry-run", action="store_true", help="list what would run and how long it takes; run nothing")
+    parser.add_argument("--report-only", action="store_true", help="write tables and figures of what is there")
+    parser.add_argument("--retry-failed", action="store_true", help="try the trainings that failed once more")
+    parser.add_argument("--workers", type=_count, default=1, help="workers on this machine, one GPU each in turn")
+    parser.add_argument("--trials", type=_count, help="the most trainings that a worker starts")
+    parser.add_argument("--no-report", action="store_true", help="write no tables and figures at the end")
+    return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _ledger(study: StudyFile) -> Ledger:
+    return Ledger(open_storage(study.storage), study.name, study.mode, study.lease)
+
+
+def _plan(study: StudyFile, runs: Sequence[Run], entries: Mapping[str, Entry], workers: int) -> str:
+    lines = [f"{state_of(run, entries):9}{_seconds(run, entries):>9}  {run.key}  {run.label}" for run in runs]
+    lines.append(f"study {study.name}: {count_states(runs, entries)}")
+    one, left = seconds_of_one(runs, entries), sum(state_of(run, entries) == "waiting" for run in runs)
+    if math.isnan(one):
+        lines.append("No training has finished yet, so there is no telling how long the rest takes.")
+    else:
+        each = f"{workers} workers" if workers > 1 else "one worker"
+        lines.append(
+            f"One took {_duration(one)} (median); the {left} that wait take {each} about "
+            f"{_duration(math.ceil(left / workers) * one)}."
+        )
+    return "\n".join(lines)
+
+
+def _seconds(run: Run, entries: Mapping[str, Entry]) -> str:
+    return f"{entries[run.key].attributes['result']['wall']:.0f} s" if state_of(run, entries) == "finished" else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _start_workers(options: argparse.Namespace, itself: Sequence[str]) -> int | None:
+    """Runs several workers as processes of their own; returns the signal that ended them, if one did."""
+    command = [*itself, "--config", options.config, "--no-report"]
+    command += ["--trials", str(options.trials)] if options.trials else []
+    # Only the first tries again what failed: a second could try again what has just failed anew.
+    first = ["--retry-failed"] if options.retry_failed else []
+    came: list[int] = []
+    processes = [
+        subprocess.Popen(command + (first if place == 0 else []), env=_environment(place, options.workers))
+        for place in range(options.workers)
+    ]
+
+    def pass_on(signum: int, _: object) -> None:
+        came.append(signum)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    before = {each: signal.signal(each, pass_on) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        statuses = [process.wait() for process in processes]
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if not came and any(status == 2 for status in statuses):
+        raise InputError("a worker could not go on; its message stands above")
+    return came[0] if came else None
+
+
+def _environment(place: int, workers: int) -> dict[str, str]:
+    """Of one local worker: a GPU of its own as long as there are some, and its share of the processor's cores."""
+    import torch
+
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    devices = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    devices = devices or [str(each) for each in range(torch.cuda.device_count())]
+    if len(devices) > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
+    return environment

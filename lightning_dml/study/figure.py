@@ -1,0 +1,119 @@
+"""The figure of a study: its metrics against one axis, mean and interval over the seeds for each variant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
+
+from lightning_dml.study.statistics import Mean
+from lightning_dml.study.study_file import Axis, StudyFile
+from lightning_dml.study.summary import Row
+
+# Okabe and Ito's colours, without the yellow, which is lost on white; style and marker tell more series apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES = ("-", "--", ":")
+APART = 5.0  # points between the series
+ROOM = 0.08  # beside the data, as a part of their span
+LOG_SPAN = 20.0  # values that differ by more are shown on a logarithmic axis
+FRACTIONS = ("recall@", "precision@", "map@", "ndcg@", "r_precision", "mrr", "nmi", "ami")
+
+
+def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
+    """A panel for each metric, a line for each combination of the other axes, in the order of the study file."""
+    variants = [list(each.variants) for each in study.axes]
+    order = list(axis.variants)
+    series: dict[str, dict[str, Row]] = {}
+
+    def in_the_file(row: Row) -> list[int]:
+        return [held.index(each) for held, each in zip(variants, row.point.choice.values(), strict=True)]
+
+    for row in sorted(rows, key=in_the_file):
+        others = ", ".join(f"{name}={variant}" for name, variant in row.point.choice.items() if name != axis.name)
+        series.setdefault(others, {})[row.point.choice[axis.name]] = row
+    places = list(axis.numbers or range(len(order)))
+    several, panels = len(series) > 1, len(study.metrics)
+    figure = Figure(figsize=(5.2 + 2.0 * several, 0.9 + 2.4 * panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, name in enumerate(study.metrics):
+        axes = figure.add_subplot(panels, 1, panel + 1)
+        for number, (others, held) in enumerate(series.items()):
+            means = [held[variant].means[name] if variant in held else None for variant in order]
+            # Side by side in points, as intervals at one place would hide each other.
+            shift = ScaledTranslation(APART * (number - (len(series) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
+            _draw(axes, places, means, others, number, bool(axis.numbers) or several, shift)
+        _scale(axes, axis, order)
+        _frame(axes, [row.means[name] for row in rows])
+        axes.set_ylabel(study.labels.get(name, _with_unit(name)))
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.axes[-1].set_xlabel(study.labels.get(axis.name, axis.label))
+    if several:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
+    seeds = sorted({row.means[study.metric].n for row in rows})
+    count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    figure.suptitle(f"{study.name}: mean and 95% interval over {count} seed{'s' * (seeds[-1] != 1)}", fontsize=11)
+    return figure
+
+
+def _draw(
+    axes: Axes,
+    places: Sequence[float],
+    means: Sequence[Mean | None],
+    label: str,
+    number: int,
+    joined: bool,
+    shift: ScaledTranslation,
+) -> None:
+    """One line, which is broken where the grid has no such point or the point no result."""
+    shown = [mean if mean is not None and mean.n else None for mean in means]
+    axes.errorbar(
+        places,
+        [math.nan if mean is None else mean.mean for mean in shown],
+        yerr=[0.0 if mean is None or math.isnan(mean.low) else mean.high - mean.mean for mean in shown],
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle=STYLES[number // len(COLOURS) % len(STYLES)] if joined else "none",
+        markersize=5,
+        linewidth=1.4,
+        capsize=3,
+        label=label,
+        transform=axes.transData + shift,
+    )
+
+
+def _scale(axes: Axes, axis: Axis, order: Sequence[str]) -> None:
+    if not axis.numbers:
+        long = any(len(name) > 12 for name in order) or len(order) > 6
+        axes.set_xticks(range(len(order)), order, rotation=30 if long else 0, ha="right" if long else "center")
+        axes.set_xlim(-0.5, len(order) - 0.5)
+        return
+    low, high = min(axis.numbers), max(axis.numbers)
+    if low > 0 and high / low >= LOG_SPAN:
+        axes.set_xscale("log")
+        room = (high / low) ** ROOM
+        axes.set_xlim(low / room, high * room)
+    else:
+        axes.set_xlim(low - ROOM * (high - low), high + ROOM * (high - low))
+    axes.set_xticks(axis.numbers, order)
+    axes.minorticks_off()
+
+
+def _frame(axes: Axes, means: Sequence[Mean]) -> None:
+    """Sets the limits of y, as matplotlib does not count data that are shifted by points."""
+    bounds = [each for mean in means for each in (mean.mean, mean.low, mean.high) if not math.isnan(each)]
+    if bounds:
+        room = ROOM * (max(bounds) - min(bounds)) or 0.05 * abs(bounds[0]) or 1.0
+        axes.set_ylim(min(bounds) - room, max(bounds) + room)
+
+
+def _with_unit(name: str) -> str:
+    return f"{name} (fraction)" if name.rpartition("/")[2].startswith(FRACTIONS) else name

@@ -1,0 +1,110 @@
+"""The folder of one training: the config that is written there, the checkpoint to go on from, the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_dml.study.grid import Run
+from lightning_dml.study.overrides import overlay
+from lightning_dml.study.reading import write_whole
+
+CONFIG, RESULT, LOG = "trial.yaml", "result.json", "log.txt"
+RECORD = "lightning_dml.study.record.StudyRecord"
+
+
+def training_config(run: Run, folder: Path) -> dict[str, Any]:
+    """The config of `lightning-dml fit` for one training, which writes into `folder` alone.
+
+    Loggers keep their class and write into the folder; no logger at all stays none, and Lightning's default becomes a
+    CSVLogger. Checkpoints go to `folder/checkpoints`. `StudyRecord` is added to the callbacks.
+    """
+    record = {"class_path": RECORD, "init_args": {"path": str(folder / RESULT)}}
+    trainer = dict(run.point.config.get("trainer") or {})
+    callbacks = trainer.get("callbacks") or []
+    callbacks = [_in_folder(each, folder) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    settings = {
+        "default_root_dir": str(folder),
+        "enable_progress_bar": False,
+        "logger": _loggers(trainer.get("logger"), folder),
+        "callbacks": [*callbacks, record],
+    }
+    return {"seed_everything": run.seed, **run.point.config, "trainer": {**trainer, **settings}}
+
+
+def write_config(run: Run, folder: Path) -> Path:
+    """Writes the training's config, with the command that repeats it by hand."""
+    path = folder / CONFIG
+    header = f"# {run.label}\n#   python -m lightning_dml fit --config {path}\n"
+    write_whole(path, header + yaml.safe_dump(training_config(run, folder), sort_keys=False, allow_unicode=True))
+    return path
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole, if there is one."""
+    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in found if path.is_file() and zipfile.is_zipfile(path)), None)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What `StudyRecord` wrote; None if the training did not come to its end."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def metric_value(result: Mapping[str, Any], name: str, mode: str, value: str) -> float:
+    """The last value of a metric or its best; not a number where it is missing or was not finite."""
+    key = mode if value == "best" else "last"
+    found = result.get("metrics", {}).get(name, {}).get(key)
+    return math.nan if found is None else float(found)
+
+
+def set_aside(folder: Path, suffix: str) -> Path:
+    """Renames a folder, so that the next attempt starts in an empty one."""
+    place, number = folder.with_name(f"{folder.name}-{suffix}"), 2
+    while place.exists():
+        place, number = folder.with_name(f"{folder.name}-{suffix}-{number}"), number + 1
+    os.replace(folder, place)
+    return place
+
+
+def keep_logged(folder: Path) -> None:
+    """Renames the metrics of the start before, as CSVLogger deletes what it finds."""
+    path, number = folder / "metrics.csv", 1
+    while path.exists() and (folder / f"metrics-start{number}.csv").exists():
+        number += 1
+    if path.exists():
+        os.replace(path, folder / f"metrics-start{number}.csv")
+
+
+def _loggers(loggers: Any, folder: Path) -> Any:
+    if loggers is False:
+        return False
+    if loggers is None or loggers is True:
+        loggers = {"class_path": "pytorch_lightning.loggers.CSVLogger"}
+    several = loggers if isinstance(loggers, list) else [loggers]
+    return [_logger(each, folder) for each in several]
+
+
+def _logger(logger: Any, folder: Path) -> Any:
+    logger = logger if isinstance(logger, Mapping) else {"class_path": logger}
+    place: dict[str, Any] = {"save_dir": str(folder)}
+    if str(logger.get("class_path")).endswith(("CSVLogger", "TensorBoardLogger")):
+        place.update(name="", version="")  # else they would make folders of their own inside
+    return overlay(logger, {"init_args": place})
+
+
+def _in_folder(callback: Any, folder: Path) -> Any:
+    if isinstance(callback, Mapping) and str(callback.get("class_path")).endswith("ModelCheckpoint"):
+        return overlay(callback, {"init_args": {"dirpath": str(folder / "checkpoints")}})
+    return callback

@@ -1,0 +1,35 @@
+"""The studies of this repository: every point of each is a training config that can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_dml.cli import config_parser
+from lightning_dml.study.grid import check_configs, points_of
+from lightning_dml.study.study_file import StudyFile
+
+FOLDER = Path(__file__).parents[2] / "configs/study"
+POINTS = {
+    "smoke": 5,
+    "positives": 8,
+    "negatives": 11,
+    "memory_ratio": 6,
+    "batch_size": 10,
+    "momentum": 18,
+    "mining_weighting": 25,
+}
+
+
+def test_all_are_here() -> None:
+    """A study that no test reads breaks with the next change of an option."""
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*POINTS, "glyphs"}  # glyphs is laid over the others' base
+
+
+@pytest.mark.parametrize(("name", "points"), POINTS.items())
+def test_it_can_be_read(name: str, points: int) -> None:
+    """Hours of training must not end at a typing error in the last variant."""
+    grid = points_of(StudyFile.read(FOLDER / f"{name}.yaml"))
+    assert len(grid) == points
+    check_configs(grid, config_parser())

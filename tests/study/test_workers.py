@@ -1,0 +1,246 @@
+"""Workers on one storage: killed, late, several at once; every training is in the result exactly once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from lightning_dml.study.grid import points_of, runs_of
+from lightning_dml.study.study_file import StudyFile
+
+ROOT = Path(__file__).parents[2]
+STUDY: dict[str, Any] = {
+    "base": {"model.value": 0.5, "model.seconds": 0.05},
+    "axes": {"model.value": [0.1, 0.2], "model.other": [0, 1]},
+    "seeds": [0, 1],
+    "metric": "val/recall@1",
+}
+POINTS = 2 * 2 * 2
+
+
+class Folder:
+    """A working folder with a study file, and the workers that were started there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def write(self, **changes: Any) -> None:
+        """Writes the study file."""
+        (self.path / "grid.yaml").write_text(json.dumps({**STUDY, **changes}))
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        """Starts a worker."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.study.pretend", "study", "--config", "grid.yaml", *options],
+            cwd=self.path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def run(self, *options: str, status: int = 0) -> str:
+        """Runs a worker to its end and returns what it printed."""
+        process = self.start(*options)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == status, printed
+        return printed
+
+    def starts(self) -> Counter[str]:
+        """How often each training was started."""
+        return Counter(
+            path.parent.name
+            for path in self.path.glob("runs/study/grid/trials/*/starts.txt")
+            for _ in path.read_text().splitlines()
+        )
+
+    def trials(self) -> list[dict[str, str]]:
+        """The rows of trials.csv."""
+        with (self.path / "runs/study/grid/trials.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def finished(self) -> Counter[str]:
+        """How many trials of each training Optuna itself has as completed."""
+        storage = f"sqlite:///{self.path}/runs/study/grid/study.db"
+        trials = optuna.load_study(study_name="grid", storage=storage).get_trials(deepcopy=False)
+        return Counter(each.user_attrs["key"] for each in trials if each.state == optuna.trial.TrialState.COMPLETE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Folder]:
+    """A folder with the study of this file; no worker outlives the test."""
+    made = Folder(tmp_path)
+    made.write()
+    yield made
+    for process in made.processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def until(condition: Callable[[], bool], seconds: float = 40) -> None:
+    """Waits for something that other processes bring about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and is more than the rest of a dead one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_killed_in_mid_trial_and_resumed_by_two_workers_at_once(folder: Folder) -> None:
+    """The promise of the command: whatever dies, every grid point and seed is in the result once, trained once."""
+    folder.write(base={"model.value": 0.5, "model.seconds": 0.05, "model.then": "hang"}, axes=STUDY["axes"])
+    hanging = folder.path / "runs/study/grid/trials"
+    first = folder.start()
+    until(lambda: any(hanging.glob("*/checkpoints/last.ckpt")))
+    (started,) = hanging.glob("*/starts.txt")
+    (line,) = started.read_text().splitlines()
+    trainer = int(line.split()[0])
+    assert is_running(trainer)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    until(lambda: not is_running(trainer))  # else two trainings would write into one folder
+    # What hung goes on from its checkpoint and ends; those after it would hang as well, so they get one each.
+    for run in runs_of(study := StudyFile.read(folder.path / "grid.yaml"), points_of(study)):
+        place = hanging / run.key
+        if run.key != started.parent.name:
+            (place / "checkpoints").mkdir(parents=True)
+            (place / "checkpoints/last.ckpt").write_bytes((started.parent / "checkpoints/last.ckpt").read_bytes())
+    workers = [folder.start("--no-report"), folder.start("--no-report")]
+    printed = [worker.communicate(timeout=60)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], printed
+    keys = {path.name for path in hanging.iterdir()}
+    assert len(keys) == POINTS
+    assert folder.finished() == dict.fromkeys(keys, 1)
+    assert folder.starts() == {**dict.fromkeys(keys, 1), started.parent.name: 2}
+    assert [line.split(maxsplit=1)[1] for line in started.read_text().splitlines()] == ["anew", "going on"]
+    assert sum("going on from last.ckpt" in each for each in "".join(printed).splitlines()) == POINTS
+    folder.run("--report-only")
+    trials = folder.trials()
+    assert {each["key"] for each in trials} == keys and len(trials) == POINTS
+    assert {each["state"] for each in trials} == {"finished"}
+    for each in trials:
+        value = float(each["model.value"]) + int(each["seed"]) / 100
+        assert float(each["val/recall@1 last"]) == pytest.approx(value)
+
+
+def test_two_workers_that_begin_a_study_at_once(folder: Folder) -> None:
+    """Both find an empty storage: tables, study and trials are made by both, and still nothing runs twice."""
+    workers = [folder.start("--no-report") for _ in range(2)]
+    printed = [worker.communicate(timeout=60)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], printed
+    assert len(folder.starts()) == POINTS and set(folder.starts().values()) == {1}
+    assert set(folder.finished().values()) == {1} and len(folder.finished()) == POINTS
+    again = folder.run()
+    assert "attempt" not in again and f"{POINTS} trainings: {POINTS} finished" in again
+    assert set(folder.starts().values()) == {1}
+    folder.write(axes={**STUDY["axes"], "model.value": [0.1, 0.2, 0.3], "model.more": {"no": {}}})
+    plan = folder.run("--dry-run")
+    assert f"12 trainings: {POINTS} finished, 4 waiting" in plan
+    assert "One took 1 s (median); the 4 that wait take one worker about 4 s." in plan
+    grown = folder.run("--no-report")
+    assert sum("attempt 1" in line for line in grown.splitlines()) == 4
+    assert set(folder.starts().values()) == {1} and len(folder.starts()) == 12
+    folder.write(base={"model.value": 0.5, "model.seconds": 0.06})
+    tables = (folder.path / "runs/study/grid/table.csv").read_text()
+    assert "base has changed" in folder.run("--report-only", status=2)
+    assert (folder.path / "runs/study/grid/table.csv").read_text() == tables
+    refused = folder.run(status=2)
+    assert "base has changed since the study grid began, at model.seconds (was 0.05, is 0.06)" in refused
+
+
+def test_a_failure_is_noted_and_the_others_go_on(folder: Folder) -> None:
+    """One setting that runs out of memory must not take the night's other trainings with it."""
+    axes = {"model.then": ["raise", "nan", "die", None]}
+    folder.write(axes=axes, seeds=[0], base={"model.value": 0.5})
+    printed = folder.run(status=1)
+    assert "4 trainings: 1 finished, 3 failed" in printed
+    errors = {each["model.then"]: each["error"] for each in folder.trials()}
+    assert "InputError: margin must be positive" in errors["raise"] and "log.txt" in errors["raise"]
+    assert "val/recall@1 is not a finite number" in errors["nan"]
+    assert "status 137" in errors["die"]
+    assert errors["null"] == ""
+    assert "attempt" not in folder.run(status=1)
+    again = folder.run("--retry-failed", status=1)
+    assert sum("attempt 2" in line for line in again.splitlines()) == 3
+    kept = Counter(path.name.partition("-failed")[1:] for path in folder.path.glob("runs/study/grid/trials/*"))
+    assert kept == {("-failed", ""): 3, ("-failed", "-2"): 3, ("", ""): 1}
+    assert set(folder.starts().values()) == {1}
+
+
+def test_a_metric_that_is_not_logged_ends_the_study(folder: Folder) -> None:
+    """A typo in the metric's name would fail every training after hours; what was trained is kept for the right one."""
+    folder.write(metric="val/recal@1")
+    printed = folder.run(status=2)
+    assert "val/recal@1 was not logged by the training, which logged val/recall@1" in printed
+    assert sum(folder.starts().values()) == 1
+    folder.write()
+    assert "3 finished" in folder.run("--retry-failed", "--trials", "3")
+    assert len(folder.starts()) == 3 and set(folder.starts().values()) == {1}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_puts_the_training_back(folder: Folder, signum: signal.Signals) -> None:
+    """The end of a job's time is no failure: the next job goes on where this one was."""
+    folder.write(base={"model.value": 0.5, "model.then": "hang"}, axes={"model.other": [1]}, seeds=[0])
+    worker = folder.start()
+    trials = folder.path / "runs/study/grid/trials"
+    until(lambda: any(trials.glob("*/checkpoints/last.ckpt")))
+    trainer = int(next(trials.glob("*/starts.txt")).read_text().split()[0])
+    worker.send_signal(signum)
+    printed, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 128 + signum, printed
+    assert "put back to waiting" in printed and not is_running(trainer)
+    assert "attempt 1, going on from last.ckpt" in folder.run()
+
+
+def test_the_command_starts_workers_and_passes_signals_on(folder: Folder) -> None:
+    """One line is enough for a machine with several GPUs, and Ctrl-C ends all that it started."""
+    printed = folder.run("--workers", "2", "--trials", "1")
+    assert f"{POINTS} trainings: 2 finished, 6 waiting" in printed and sum(folder.starts().values()) == 2
+    folder.write(base=STUDY["base"], axes={"model.then": ["hang"], "model.other": [2, 3]}, seeds=[0])
+    both = folder.start("--workers", "2")
+    trials = folder.path / "runs/study/grid/trials"
+    until(lambda: len(list(trials.glob("*/starts.txt"))) == 4)
+    trainers = [int(path.read_text().split()[0]) for path in trials.glob("*/starts.txt")]
+    both.send_signal(signal.SIGINT)
+    said, _ = both.communicate(timeout=30)
+    assert both.returncode == 128 + signal.SIGINT, said
+    assert said.count("put back to waiting") == 2 and "2 trainings: 2 waiting" in said
+    assert not any(is_running(trainer) for trainer in trainers)
+
+
+def test_wrong_options_are_refused_before_anything_is_made(folder: Folder) -> None:
+    """A refusal after the storage was made would leave half a study behind."""
+    folder.write(axes={"model.valeu": [1]})
+    assert "error: the training config of (model.valeu=1) is refused" in folder.run(status=2)
+    folder.write(storage="runs/study.db")
+    assert "storage must be an SQLAlchemy URL" in folder.run(status=2)
+    folder.write(storage="sqlite:////nowhere/at/all/study.db" if os.getuid() else "mysql+none://x/y")
+    assert "error: " in folder.run(status=2)
+    folder.write()
+    assert "must be a whole number" in folder.run("--workers", "0", status=2)
+    assert f"{POINTS} waiting" in folder.run("--dry-run")
+    assert not (folder.path / "runs").exists()
