@@ -8,7 +8,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env quickstart test test-fast lint types bench docs clean distclean FORCE
+.PHONY: help env quickstart test tests test-fast lint types bench docs clean distclean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) \
@@ -39,7 +39,11 @@ $(DOCS_STAMP): $(STAMP)
 quickstart: $(STAMP) ## train the quickstart; ARGS="--trainer.max_epochs 1" passes options on
 	$(PY) -m lightning_dml fit --config configs/quickstart.yaml $(ARGS)
 
-test: lint types ## lint, types, and every test
+# mypy beside the tests, which wait for processes of theirs a good part of the time.
+test: lint ## lint, types, and every test
+	@$(MAKE) --no-print-directory -j 2 types tests
+
+tests: $(STAMP)
 	OMP_NUM_THREADS=2 $(PY) -m pytest
 
 test-fast: $(STAMP) ## the tests that are not marked slow

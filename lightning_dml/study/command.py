@@ -12,7 +12,8 @@ The study file (YAML):
   for the figure. Overrides are dotted or nested; an item of a list goes by its class, as in
   `trainer.callbacks.MemoryBankCallback.init_args.momentum`, `null` takes it out, and `trainer.callbacks+` adds one
   (lightning_dml.study.overrides).
-* `seeds`: each point is trained with each ([0] if left out).
+* `seeds`: each point is trained with each ([0] if left out). A seed is given to `seed_everything`, and to the dotted
+  options in `seed_options`, such as [data.init_args.seed] for the batches and their augmentation.
 * `exclude`: combinations to leave out, each a mapping of axes to a variant or several.
 * `baseline`: a variant for some axes or all; a point is compared with the one that has these variants and its own on
   the other axes.

@@ -25,11 +25,13 @@ class Point:
         config: the training config, without the seed.
         key: hash of the config: the same training has the same key whatever the axes are called, so that an axis that
             is added with a variant that changes nothing keeps the trials that are there.
+        seed_options: dotted options that get the seed too.
     """
 
     choice: Mapping[str, str]
     config: Mapping[str, Any]
     key: str
+    seed_options: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -133,11 +135,13 @@ def _point(study: StudyFile, choice: dict[str, str]) -> Point:
         except InputError as error:
             raise InputError(f"axes.{axis.name}, variant {variant}: {error}") from error
     config.pop("seed_everything", None)
+    for option in study.seed_options:
+        config = overlay(config, {option: 0})  # so that the parser sees whether there is such an option
     try:
         text = json.dumps(identity(config), sort_keys=True)
     except TypeError as error:
         raise InputError(f"the training config of ({choice}) must be of numbers, texts, lists and mappings") from error
-    return Point(choice, config, hashlib.sha256(text.encode()).hexdigest()[:12])
+    return Point(choice, config, hashlib.sha256(text.encode()).hexdigest()[:12], study.seed_options)
 
 
 def _matches(choice: Mapping[str, str], excluded: Mapping[str, tuple[str, ...]]) -> bool:

@@ -14,7 +14,7 @@ from lightning_dml.study.overrides import overlay
 from lightning_dml.study.reading import read_yaml
 
 KEYS = (
-    "name", "base", "axes", "seeds", "exclude", "baseline", "metric", "metrics", "mode", "value",
+    "name", "base", "axes", "seeds", "seed_options", "exclude", "baseline", "metric", "metrics", "mode", "value",
     "storage", "output", "lease", "keep_checkpoints", "labels",
 )  # fmt: skip
 LONG_FORM = {"option", "values", "variants", "label"}
@@ -45,6 +45,7 @@ class StudyFile:
     base: dict[str, Any]
     axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
+    seed_options: tuple[str, ...]
     exclude: tuple[dict[str, tuple[str, ...]], ...]
     baseline: dict[str, str]
     metric: str
@@ -89,6 +90,7 @@ class StudyFile:
             base=_base(content["base"], path.parent),
             axes=axes,
             seeds=_seeds(content.get("seeds", [0])),
+            seed_options=_options(content.get("seed_options")),
             exclude=tuple(_choices(each, axes, "exclude") for each in _list(content.get("exclude"), "exclude")),
             baseline=_baseline(content.get("baseline"), axes),
             metric=metric,
@@ -166,6 +168,13 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
     if len(set(seeds)) != len(seeds):
         raise InputError(f"seeds must differ from each other, got {seeds!r}")
     return tuple(seeds)
+
+
+def _options(options: Any) -> tuple[str, ...]:
+    named = _list(options, "seed_options")
+    if any(not isinstance(each, str) or not each for each in named):
+        raise InputError(f"seed_options must be a list of dotted options, such as [data.init_args.seed], got {named!r}")
+    return tuple(named)
 
 
 def _baseline(baseline: Any, axes: tuple[Axis, ...]) -> dict[str, str]:

@@ -36,7 +36,10 @@ def training_config(run: Run, folder: Path) -> dict[str, Any]:
         "logger": _loggers(trainer.get("logger"), folder),
         "callbacks": [*callbacks, record],
     }
-    return {"seed_everything": run.seed, **run.point.config, "trainer": {**trainer, **settings}}
+    config = {"seed_everything": run.seed, **run.point.config, "trainer": {**trainer, **settings}}
+    for option in run.point.seed_options:
+        config = overlay(config, {option: run.seed})
+    return config
 
 
 def write_config(run: Run, folder: Path) -> Path:

@@ -62,6 +62,16 @@ def test_a_training_is_known_by_its_config(tmp_path: Path) -> None:
     assert not {point.key for point in points_of(study(tmp_path, changed))} & keys
 
 
+def test_options_that_take_the_seed_are_read(tmp_path: Path) -> None:
+    """Seeds that all see the same batches tell less than they seem to; and a misspelt option tells nothing."""
+    found = study(tmp_path, seed_options=["data.seed"])
+    assert [point.config["data"] for point in points_of(found)] == 4 * [{"seed": 0}]
+    assert {point.seed_options for point in points_of(found)} == {("data.seed",)}
+    for wrong in ("data.seed", [3], [""]):
+        with pytest.raises(InputError, match="seed_options must be a list"):
+            study(tmp_path, seed_options=wrong)
+
+
 def test_the_baseline_keeps_the_other_axes(tmp_path: Path) -> None:
     """Slow is compared with slow when the baseline speaks of the value only."""
     found = study(tmp_path, baseline={"model.value": 0.1})

@@ -79,7 +79,7 @@ def test_a_training_writes_into_its_own_folder(tmp_path: Path) -> None:
     study = StudyFile.read(SMOKE)
     run = runs_of(study, points_of(study))[-1]
     config = training_config(run, tmp_path / "one")
-    assert config["seed_everything"] == run.seed == 1
+    assert config["seed_everything"] == config["data"]["init_args"]["seed"] == run.seed == 1
     trainer = config["trainer"]
     assert {each["init_args"]["save_dir"] for each in trainer["logger"]} == {str(tmp_path / "one")}
     names = [each["class_path"].rpartition(".")[2] for each in trainer["callbacks"]]
@@ -155,7 +155,8 @@ def test_a_real_training_is_killed_and_goes_on(
 ) -> None:
     """SIGKILL to worker and training; the next worker resumes the training from its checkpoint and reports."""
     saver = {"class_path": "pytorch_lightning.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
-    module = {"embedder": {"class_path": "tests.tiny.TinyEmbedder"}, "loss": {"class_path": "ContrastiveLoss"}}
+    loss = {"class_path": "lightning_dml.losses.ContrastiveLoss"}
+    module = {"embedder": {"class_path": "tests.tiny.TinyEmbedder"}, "loss": loss}
     base = {
         "model": {"class_path": "MetricLearningModule", "init_args": module},
         "data": {"class_path": "tests.tiny.TinyData"},
