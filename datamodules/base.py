@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning_dml import distributed
 from lightning_dml.datamodules.hierarchical import HierarchicalPKBatchSampler
 from lightning_dml.datamodules.images import LabelledImages
 from lightning_dml.datamodules.loading import CountResumedEpoch, ResumableLoader
+from lightning_dml.datamodules.opening import cores
 from lightning_dml.datamodules.samplers import PKBatchSampler, UnpaddedDistributedSampler
 from lightning_dml.errors import InputError
 from lightning_dml.losses.labels import UNLABELLED
@@ -270,9 +270,8 @@ class RetrievalDataModule(LightningDataModule):
 
     def _workers(self) -> int:
         """One for each core that this rank has: the ranks of a machine share its cores."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ranks = self.trainer.num_devices if self.trainer else 1
-        return min(8, max(1, cores // ranks))
+        return min(8, max(1, cores() // ranks))
 
     def _name(self, label: int) -> str:
         return repr(self.class_names[label]) if self.class_names is not None else str(label)

@@ -140,7 +140,7 @@ def in_order(
     """
     # PIL imports its formats at the first file that needs them, which fails where two threads meet there.
     Image.init()
-    count = workers if workers is not None else min(8, _cores())
+    count = workers if workers is not None else min(8, cores())
     pool = ThreadPoolExecutor(count, thread_name_prefix="images")
     begun: deque[Future[Outcome]] = deque()
     try:
@@ -152,6 +152,13 @@ def in_order(
             yield begun.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Strictly:
@@ -200,9 +207,3 @@ def _reason(error: Exception) -> tuple[str, str]:
 def _unreadable(path: Path | str, row: int | None, reason: str, way_out: str) -> UnreadableImage:
     where = "" if row is None else f" (row {int(row)} of the data set)"
     return UnreadableImage(f"cannot read image {path}{where}: {reason}; {way_out}", reason)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
