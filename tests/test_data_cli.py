@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_dml.cli import main
+from lightning_dml.datamodules import FolderDataModule, PKBatchSampler
 from tests.datamodules import replicas
 
 MODEL: dict[str, Any] = {
@@ -193,6 +194,12 @@ def test_class_weights_are_by_name(run: Run, tmp_path: Path, weights: Any) -> No
     """Labels are numbers that nobody knows; folders have names."""
     options = {**SMALL, "root": str(make_table(tmp_path)), "val_fraction": 0.3, "class_weights": weights}
     run("fit", "FolderDataModule", options)
+    data = FolderDataModule(**options)
+    data.setup("fit")
+    sampler = data.train_dataloader().batch_sampler
+    assert isinstance(sampler, PKBatchSampler) and sampler._rates is not None and data.class_names is not None
+    share = sampler._rates[data.class_names.index("a")]
+    assert share == pytest.approx(0.75 if isinstance(weights, dict) else 0.5)
 
 
 def test_a_bank_takes_the_cache_of_the_training(run: Run, tmp_path: Path) -> None:
