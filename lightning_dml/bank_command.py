@@ -53,8 +53,8 @@ class DMLTrainer(Trainer):
             raise InputError(f"output must be a file in a folder that exists, got {output!r}")
         if datamodule is None:
             raise InputError("bank embeds the training set of a data module: give one with --data")
-        outputs: Any = self.predict(model, datamodule=_TrainingSet(datamodule), ckpt_path=ckpt_path)
-        embeddings, labels, indices = _columns(outputs, type(model).__name__, self.strategy.root_device)
+        outputs: Any = self.predict(model, datamodule=TrainingSet(datamodule), ckpt_path=ckpt_path)
+        embeddings, labels, indices = columns_of(outputs, type(model).__name__, self.strategy.root_device, "a bank")
         # By index, so that the order is that of one rank; then by chance, as a smaller bank takes the last rows.
         order = torch.argsort(indices, stable=True)
         order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
@@ -65,7 +65,7 @@ class DMLTrainer(Trainer):
         return bank
 
 
-class _TrainingSet(LightningDataModule):
+class TrainingSet(LightningDataModule):
     """Shows the training set of another data module to `predict`, each sample once over all ranks."""
 
     def __init__(self, inner: LightningDataModule) -> None:
@@ -96,13 +96,22 @@ class _TrainingSet(LightningDataModule):
         """What the data module does to a batch on its device, augmentation for one."""
         return self.inner.on_after_batch_transfer(batch, dataloader_idx)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The training images in their order."""
+    def training_loader(self) -> Any:
+        """The data module's training DataLoader.
+
+        Raises:
+            InputError: if it is none over a set of known length.
+        """
         loader: Any = self.inner.train_dataloader()
         if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
             raise InputError(
-                f"bank needs one training DataLoader over a set of known length, got {type(loader).__name__}"
+                f"needed is one training DataLoader over a set of known length, got {type(loader).__name__}"
             )
+        return loader
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The training images in their order."""
+        loader = self.training_loader()
         sizes = getattr(self.inner, "eval_batch_size", None), loader.batch_size
         return DataLoader(
             loader.dataset,
@@ -114,8 +123,18 @@ class _TrainingSet(LightningDataModule):
         )
 
 
-def _columns(outputs: Any, name: str, device: torch.device) -> list[torch.Tensor]:
-    """Embeddings, labels and indices of all ranks, on the CPU, less the rows that are to stay out."""
+def columns_of(outputs: Any, name: str, device: torch.device, purpose: str) -> list[torch.Tensor]:
+    """Embeddings, labels and indices that all ranks predicted, on the CPU, less the rows that are to stay out.
+
+    Args:
+        outputs: of `Trainer.predict`.
+        name: of the module's class, for errors.
+        device: where collectives work.
+        purpose: what they are for, as an error says it.
+
+    Raises:
+        InputError: if a rank has none, or `predict_step` returns something else.
+    """
     names = ("embeddings", "labels", "indices")
     fits = bool(outputs) and all(isinstance(each, dict) and set(names) <= set(each) for each in outputs)
     # Together, as a rank that raises alone would leave the others waiting.
@@ -123,7 +142,7 @@ def _columns(outputs: Any, name: str, device: torch.device) -> list[torch.Tensor
     if not all(has for has, _ in states):
         raise InputError(f"there are fewer training batches than the {len(states)} ranks: use fewer ranks")
     if not all(right for _, right in states):
-        raise InputError(f"{name}.predict_step must return a dict with {', '.join(names)} for a bank to be made of")
+        raise InputError(f"{name}.predict_step must return a dict with {', '.join(names)} for {purpose} to be made of")
     columns = [torch.cat([each[column] for each in outputs]).to(device) for column in names]
     if all("enqueue" in each for each in outputs):
         wanted = torch.cat([each["enqueue"] for each in outputs]).to(device)

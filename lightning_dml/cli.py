@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities import rank_zero_warn
 
@@ -28,7 +29,10 @@ SETTINGS: dict[str, Any] = {
     # A requeued job would otherwise die on the config that it wrote itself.
     "save_config_kwargs": {"overwrite": True},
 }
-EPILOG = "lightning-dml study --help: many trainings that differ in stated ways, and their table"
+EPILOG = (
+    "lightning-dml study --help: many trainings that differ in stated ways, and their table. "
+    "lightning-dml curves --help: weight curves of losses"
+)
 
 
 class DMLCLI(LightningCLI):
@@ -74,6 +78,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from lightning_dml.study.command import main as study
 
             study(arguments[1:], config_parser)
+        elif arguments[:1] == ["curves"]:
+            from lightning_dml.curves_command import main as curves
+
+            curves(arguments[1:], read_training)
         else:
             DMLCLI(
                 LightningModule,
@@ -92,9 +100,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def config_parser() -> Callable[[dict[str, Any]], object]:
     """What reads a training config as `fit` does, makes nothing of it, and raises InputError for a wrong one."""
-    parser = _ConfigParser(
-        LightningModule, LightningDataModule, **SETTINGS, run=False, parser_kwargs={"exit_on_error": False}
-    ).parser
+    parser = _config_cli().parser
 
     def parse(config: dict[str, Any]) -> object:
         try:
@@ -105,6 +111,40 @@ def config_parser() -> Callable[[dict[str, Any]], object]:
             raise InputError(_message(error) or text) from error
 
     return parse
+
+
+def read_training(paths: Sequence[str]) -> tuple[LightningModule, LightningDataModule | None]:
+    """Model and data of training configs that are laid over each other, without a trainer, and with their seed set.
+
+    Args:
+        paths: configs as `fit --config` takes them.
+
+    Raises:
+        InputError: for a file that is not there.
+    """
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise InputError(f"training config {missing[0]!r} does not exist")
+    cli = _config_cli()
+    try:
+        cli.config = cli.parser.parse_args([part for path in paths for part in ("--config", path)])
+    except ArgumentError as error:
+        text = " ".join(str(error).partition("Given value type")[0].split())
+        raise InputError(_message(error) or f"{', '.join(paths)}: {text}") from error
+    seed = cli.config.get("seed_everything")
+    if seed is not None and seed is not False:
+        seed_everything(0 if seed is True else seed, workers=True)
+    parts = cli.config.clone()
+    for part in ("trainer", "config"):  # a trainer's loggers would make folders
+        parts.pop(part, None)
+    made = (getattr(cli.parser, "instantiate", None) or cli.parser.instantiate_classes)(parts)
+    return made.model, made.get("data")
+
+
+def _config_cli() -> _ConfigParser:
+    return _ConfigParser(
+        LightningModule, LightningDataModule, **SETTINGS, run=False, parser_kwargs={"exit_on_error": False}
+    )
 
 
 class _ConfigParser(DMLCLI):

@@ -25,6 +25,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 """Colours of Okabe and Ito that the colour-blind tell apart, without their yellow, which is faint on white."""
 
 STYLES = ("-", "--", "-.", ":")
+PAIRS = ", pairs of a batch"
 
 Side = Literal["positive", "negative"]
 
@@ -65,22 +66,21 @@ def curve_figure(
     Args:
         curves: by the name that the legend gives.
         observed: what `observed_weights` saw, by name; all of one batch, for the density is that of the first.
-        relative: divides the weights of each loss by the largest of its curve on either side, so that shapes can be
-            compared where scales differ.
+        relative: divides the weights of each loss by the largest that is shown of it on that side, so that shapes can
+            be compared where scales differ.
         caption: a line below, such as the context of the curves.
 
     Returns:
         A figure of 11 x 5.6 inches, not known to pyplot.
 
     Raises:
-        InputError: with nothing to draw, with more than 28 losses, or for a loss of no curve that is to be relative.
+        InputError: with nothing to draw, or with more than 28 losses.
     """
     observed = observed or {}
     names = list(dict.fromkeys((*curves, *observed)))
     if not 1 <= len(names) <= len(PALETTE) * len(STYLES):
         raise InputError(f"curves must be 1 to {len(PALETTE) * len(STYLES)} losses, got {len(names)}")
     looks = dict(zip(names, zip(cycle(PALETTE), cycle(STYLES), strict=False), strict=False))
-    scales = {name: _scale(name, curves.get(name), relative) for name in names}
     large = matplotlib.rc_context({"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13})
     with large:  # legible at half size
         figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -91,10 +91,12 @@ def curve_figure(
                 _density(panel, _of(first, side), first.edges)
             tops: list[float] = [0.0]
             for name, (colour, style) in looks.items():
-                if name in observed:
-                    tops += _points(panel, observed[name], side, name, colour, scales[name])
-                if name in curves:
-                    tops += _line(panel, curves[name], side, name, colour, style, scales[name])
+                curve, seen = curves.get(name), observed.get(name)
+                scale = _scale(curve, seen, side) if relative else 1.0
+                if seen is not None:
+                    tops += _points(panel, seen, side, name, colour, scale)
+                if curve is not None:
+                    tops += _line(panel, curve, side, name, colour, style, scale)
             _frame(panel, side, relative, min(tops), max(tops))
         _legend(figure)
         if caption:
@@ -133,16 +135,21 @@ def save_curves(
     return paths
 
 
-def _scale(name: str, curve: DrawnCurve | None, relative: bool) -> float:
-    if not relative:
-        return 1.0
-    if curve is None:
-        raise InputError(f"relative weights need a curve of each loss, and {name!r} has none: give it one")
-    inner = curve.similarity.abs() <= 0.98
-    largest = max(
-        (float(each[inner].abs().max()) for each in (curve.positive, curve.negative) if inner.any()), default=0
-    )
+def _scale(curve: DrawnCurve | None, seen: ObservedWeights | None, side: Side) -> float:
+    """What makes the largest weight that is shown 1."""
+    shown = []
+    if curve is not None:
+        shown.append(_inner(curve.similarity, curve.positive if side == "positive" else curve.negative))
+    if seen is not None:
+        pairs = _of(seen, side)
+        shown.append(_inner(pairs.similarity, pairs.weight * seen.anchors))
+    largest = max((float(each.abs().max()) for each in shown if len(each)), default=0.0)
     return 1 / largest if largest else 1.0
+
+
+def _inner(similarity: Tensor, weights: Tensor) -> Tensor:
+    """The weights that the height of a figure is made for."""
+    return weights[(similarity.abs() <= 0.98) & weights.isfinite()]
 
 
 def _of(observed: ObservedWeights, side: Side) -> ObservedSide:
@@ -153,7 +160,7 @@ def _line(panel: Axes, curve: DrawnCurve, side: Side, name: str, colour: str, st
     weights = (curve.positive if side == "positive" else curve.negative).detach().cpu() * scale
     similarity = curve.similarity.detach().cpu()
     panel.plot(similarity.numpy(), weights.numpy(), color=colour, linestyle=style, linewidth=2.4, label=name, zorder=4)
-    inner = weights[(similarity.abs() <= 0.98) & weights.isfinite()]
+    inner = _inner(similarity, weights)
     return [float(inner.min()), float(inner.max())] if len(inner) else []
 
 
@@ -167,11 +174,11 @@ def _points(panel: Axes, observed: ObservedWeights, side: Side, name: str, colou
         color=colour,
         alpha=0.35,
         linewidths=0,
-        label=f"{name}, pairs of a batch",
+        label=f"{name}{PAIRS}",
         rasterized=True,  # thousands of points are slow to draw in an SVG
         zorder=3,
     )
-    inner = weights[(seen.similarity.abs() <= 0.98) & weights.isfinite()]
+    inner = _inner(seen.similarity, weights)
     return [float(inner.min()), float(inner.max())] if len(inner) else []
 
 
@@ -209,6 +216,13 @@ def _legend(figure: Figure) -> None:
     # Curves first, and the grey behind them last.
     kinds = (Line2D, PathCollection, StepPatch)
     handles = {label: each for kind in kinds for label, each in found.items() if isinstance(each, kind)}
+    points = [label for label in handles if label.endswith(PAIRS)]
+    if len(points) > 1 and all(label.removesuffix(PAIRS) in handles for label in points):
+        # The colours are told already.
+        grey = Line2D([], [], color="0.35", marker="o", markersize=4, linestyle="none")
+        curves = {label: each for label, each in handles.items() if isinstance(each, Line2D)}
+        behind = {label: each for label, each in handles.items() if isinstance(each, StepPatch)}
+        handles = {**curves, PAIRS.removeprefix(", "): grey, **behind}
     columns = min(3, len(handles))
     legend = figure.legend(
         handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False, handlelength=3

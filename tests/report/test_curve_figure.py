@@ -96,8 +96,10 @@ def test_the_legend_is_outside_the_data() -> None:
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert not any(box.overlaps(panel.get_window_extent()) for panel in figure.axes)
-    pairs = ["multi-similarity, pairs of a batch", "SupCon, pairs of a batch"]
-    assert legend_texts(figure) == [*LOSSES, *pairs, "density of the pairs"]
+    assert legend_texts(figure) == [*LOSSES, "pairs of a batch", "density of the pairs"]
+    alone = curve_figure({"contrastive": drawn()["contrastive"]}, seen())
+    pairs = [f"{name}, pairs of a batch" for name in seen()]  # no curve tells their colours
+    assert legend_texts(alone) == ["contrastive", *pairs, "density of the pairs"]
 
 
 def test_text_is_legible_at_half_size() -> None:
@@ -138,17 +140,23 @@ def test_an_infinite_end_does_not_flatten_the_rest() -> None:
     assert 45 < figure.axes[0].get_ylim()[1] < 60  # 1 / 0.02 and some room
 
 
-def test_relative_curves_reach_one() -> None:
-    """Circle's weights are eighty times contrastive's; shapes are compared on one scale."""
+def test_relative_weights_reach_one_on_each_side() -> None:
+    """Circle's weights are eighty times contrastive's; shapes are compared on one scale, curve and pairs alike."""
     curves = {name: drawn()[name] for name in ("contrastive", "SupCon")}
-    figure = curve_figure(curves, {"SupCon": seen()["SupCon"]}, relative=True)
-    for name in curves:
-        points = [np.asarray(line.get_xydata()) for panel in figure.axes[:2] for line in curve_lines(panel, name)]
-        largest = max(float(np.abs(each[np.abs(each[:, 0]) <= 0.98, 1]).max()) for each in points)
-        assert largest == pytest.approx(1)
+    observed = {"SupCon": seen()["SupCon"]}
+    figure = curve_figure(curves, observed, relative=True)
+    for panel in figure.axes[:2]:
+        for name in curves:
+            shown = [np.asarray(line.get_xydata()) for line in curve_lines(panel, name)]
+            if name in observed:
+                (dots,) = (each for each in panel.collections if str(each.get_label()).startswith(name))
+                shown.append(np.asarray(dots.get_offsets()))
+            largest = max(float(np.abs(each[np.abs(each[:, 0]) <= 0.98, 1]).max()) for each in shown)
+            assert largest == pytest.approx(1)
     assert figure.axes[0].get_ylabel().endswith("relative to the largest")
-    with pytest.raises(InputError, match="'SupCon' has none"):
-        curve_figure({}, {"SupCon": seen()["SupCon"]}, relative=True)
+    for panel in curve_figure({}, observed, relative=True).axes[:2]:  # without a curve too
+        heights = np.asarray(panel.collections[0].get_offsets())[:, 1]
+        assert float(np.abs(heights).max()) == pytest.approx(1)
 
 
 def test_a_figure_needs_something_to_draw() -> None:
