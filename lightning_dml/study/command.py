@@ -37,6 +37,10 @@ A training is one whole run on the task's node; it may use several GPUs there (t
 Grid and seeds may grow: a training is known by its config, so only those that are new are run. The base config must
 stay; another one needs another name. Each training has a folder, OUTPUT/trials/KEY, with its config, log, logs of the
 loggers, checkpoints and result; a result that is there is taken and not trained again.
+
+The report, in OUTPUT: `table.md`, `table.csv`, `trials.csv`, and for each axis `AXIS.png` and `.svg`, the metrics
+against its variants. Where each variant is another loss (`model.init_args.loss`), `AXIS-curves.png` and `.svg` set
+the metrics beside the weight curves, a row for each variant.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ from typing import Any
 from lightning_dml.errors import InputError
 from lightning_dml.study.grid import Point, Run, check_configs, identity, points_of, runs_of
 from lightning_dml.study.ledger import Entry, Ledger
+from lightning_dml.study.loss_axis import chooses_the_loss
 from lightning_dml.study.reading import write_whole
 from lightning_dml.study.storage import exists, needed, open_storage
 from lightning_dml.study.study_file import StudyFile
@@ -135,11 +140,19 @@ def report(study: StudyFile, points: Sequence[Point], runs: Sequence[Run], entri
     for axis in study.axes:
         if len(axis.variants) < 2 or not any(row.means[study.metric].n for row in rows):
             continue
-        figure = figure_of(study, axis, rows)
         name = "".join(each if each.isalnum() or each in "-_." else "_" for each in axis.name)
-        for ending in ("png", "svg"):
-            write_whole(study.output / f"{name}.{ending}", partial(figure.savefig, dpi=150))
-            written.append(f"{name}.{ending}")
+        figures = {name: figure_of(study, axis, rows)}
+        try:
+            if chooses_the_loss(axis, points):
+                from lightning_dml.study.curve_axis import curve_axis_figure  # torch
+
+                figures[f"{name}-curves"] = curve_axis_figure(study, axis, rows)
+        except InputError as error:
+            print(f"{name}-curves is not drawn: {error}")
+        for stem, figure in figures.items():
+            for ending in ("png", "svg"):
+                write_whole(study.output / f"{stem}.{ending}", partial(figure.savefig, dpi=150))
+                written.append(f"{stem}.{ending}")
     print(f"{study.output}: {', '.join(written)}")
 
 

@@ -26,16 +26,8 @@ FRACTIONS = ("recall@", "precision@", "map@", "ndcg@", "r_precision", "mrr", "nm
 
 def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
     """A panel for each metric, a line for each combination of the other axes, in the order of the study file."""
-    variants = [list(each.variants) for each in study.axes]
     order = list(axis.variants)
-    series: dict[str, dict[str, Row]] = {}
-
-    def in_the_file(row: Row) -> list[int]:
-        return [held.index(each) for held, each in zip(variants, row.point.choice.values(), strict=True)]
-
-    for row in sorted(rows, key=in_the_file):
-        others = ", ".join(f"{name}={variant}" for name, variant in row.point.choice.items() if name != axis.name)
-        series.setdefault(others, {})[row.point.choice[axis.name]] = row
+    series = series_of(study, axis, rows)
     places = list(axis.numbers or range(len(order)))
     several, panels = len(series) > 1, len(study.metrics)
     figure = Figure(figsize=(5.2 + 2.0 * several, 0.9 + 2.4 * panels), layout="constrained")
@@ -48,8 +40,9 @@ def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
             shift = ScaledTranslation(APART * (number - (len(series) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
             _draw(axes, places, means, others, number, bool(axis.numbers) or several, shift)
         _scale(axes, axis, order)
-        _frame(axes, [row.means[name] for row in rows])
-        axes.set_ylabel(study.labels.get(name, _with_unit(name)))
+        # Set by hand, as matplotlib does not count data that are shifted by points.
+        axes.set_ylim(limits([row.means[name] for row in rows]))
+        axes.set_ylabel(metric_label(study, name))
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
@@ -58,10 +51,43 @@ def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
     if several:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
+    figure.suptitle(f"{study.name}: mean and 95% interval over {seeds_in(study, rows)}", fontsize=11)
+    return figure
+
+
+def series_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """The rows by the variants of the other axes and then that of this one, in the order of the study file."""
+    variants = [list(each.variants) for each in study.axes]
+    series: dict[str, dict[str, Row]] = {}
+
+    def in_the_file(row: Row) -> list[int]:
+        return [held.index(each) for held, each in zip(variants, row.point.choice.values(), strict=True)]
+
+    for row in sorted(rows, key=in_the_file):
+        others = ", ".join(f"{name}={variant}" for name, variant in row.point.choice.items() if name != axis.name)
+        series.setdefault(others, {})[row.point.choice[axis.name]] = row
+    return series
+
+
+def metric_label(study: StudyFile, name: str) -> str:
+    """What the figures call a metric, with the unit where it is known."""
+    return study.labels.get(name, _with_unit(name))
+
+
+def seeds_in(study: StudyFile, rows: Sequence[Row]) -> str:
+    """How many seeds the points have, such as "3 seeds" or "0 to 2 seeds"."""
     seeds = sorted({row.means[study.metric].n for row in rows})
     count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    figure.suptitle(f"{study.name}: mean and 95% interval over {count} seed{'s' * (seeds[-1] != 1)}", fontsize=11)
-    return figure
+    return f"{count} seed{'s' * (seeds[-1] != 1)}"
+
+
+def limits(means: Sequence[Mean]) -> tuple[float, float] | None:
+    """Of a scale that shows all means and intervals; None if there is nothing to show."""
+    bounds = [each for mean in means for each in (mean.mean, mean.low, mean.high) if not math.isnan(each)]
+    if not bounds:
+        return None
+    room = ROOM * (max(bounds) - min(bounds)) or 0.05 * abs(bounds[0]) or 1.0
+    return min(bounds) - room, max(bounds) + room
 
 
 def _draw(
@@ -105,14 +131,6 @@ def _scale(axes: Axes, axis: Axis, order: Sequence[str]) -> None:
         axes.set_xlim(low - ROOM * (high - low), high + ROOM * (high - low))
     axes.set_xticks(axis.numbers, order)
     axes.minorticks_off()
-
-
-def _frame(axes: Axes, means: Sequence[Mean]) -> None:
-    """Sets the limits of y, as matplotlib does not count data that are shifted by points."""
-    bounds = [each for mean in means for each in (mean.mean, mean.low, mean.high) if not math.isnan(each)]
-    if bounds:
-        room = ROOM * (max(bounds) - min(bounds)) or 0.05 * abs(bounds[0]) or 1.0
-        axes.set_ylim(min(bounds) - room, max(bounds) + room)
 
 
 def _with_unit(name: str) -> str:
