@@ -5,7 +5,9 @@
 The study file (YAML):
 
 * `base`: training configs, as `fit --config` takes them, by path from the study file's folder, laid over each other;
-  a mapping among them is laid over too.
+  a mapping among them is laid over too. In a second `--config`, `base+` adds to the list, and `base.1` replaces what
+  is in place 1; axes, baseline and labels are merged, and the names joined. So one file puts many studies on other
+  data: `--config positives.yaml --config hanzi.yaml` is the study positives-hanzi.
 * `axes`: what is varied. An axis is a list of values, whose name is then the dotted option (`trainer.max_epochs: [1,
   2]`); or `{option: trainer.max_epochs, values: [1, 2]}` under a name of its own; or variants, a mapping of names to
   overrides (`{none: {}, long: {trainer.max_epochs: 9}}`). `{variants: ...}` or `{option, values}` may have a `label`
@@ -87,7 +89,7 @@ def main(
         SystemExit: with status 1 if a training failed, with 128 + the signal's number if one came.
     """
     options = _options(arguments)
-    study = StudyFile.read(options.config)
+    study = StudyFile.read(*options.config)
     points = points_of(study)
     runs = runs_of(study, points)
     needed("optuna"), needed("scipy")
@@ -160,7 +162,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lightning-dml study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-c", "--config", required=True, help="the study file")
+    parser.add_argument(
+        "-c", "--config", required=True, action="append", help="the study file; several are laid over each other"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would run and how long it takes; run nothing")
     parser.add_argument("--report-only", action="store_true", help="write tables and figures of what is there")
     parser.add_argument("--retry-failed", action="store_true", help="try the trainings that failed once more")
@@ -207,7 +211,7 @@ def _duration(seconds: float) -> str:
 
 def _start_workers(options: argparse.Namespace, itself: Sequence[str]) -> int | None:
     """Runs several workers as processes of their own; returns the signal that ended them, if one did."""
-    command = [*itself, "--config", options.config, "--no-report"]
+    command = [*itself, *(part for path in options.config for part in ("--config", path)), "--no-report"]
     command += ["--trials", str(options.trials)] if options.trials else []
     # Only the first tries again what failed: a second could try again what has just failed anew.
     first = ["--retry-failed"] if options.retry_failed else []

@@ -17,6 +17,7 @@ KEYS = (
     "name", "base", "axes", "seeds", "seed_options", "exclude", "baseline", "metric", "metrics", "mode", "value",
     "storage", "output", "lease", "keep_checkpoints", "labels",
 )  # fmt: skip
+MERGED = ("axes", "baseline", "labels")  # of several files; of all other keys the last one's counts
 LONG_FORM = {"option", "values", "variants", "label"}
 
 
@@ -59,21 +60,22 @@ class StudyFile:
     labels: Mapping[str, str]
 
     @classmethod
-    def read(cls, path: str | Path) -> StudyFile:
-        """Reads and checks a study file.
+    def read(cls, *paths: str | Path) -> StudyFile:
+        """Reads and checks a study file, or several that are laid over each other.
 
         Raises:
             InputError: naming the key, what it holds, and what it may hold.
         """
-        path = Path(path)
-        content = read_yaml(path)
-        unknown = [key for key in content if key not in KEYS]
-        if unknown:
-            raise InputError(f"{path} has the key {unknown[0]!r}, which no study has; there are {', '.join(KEYS)}")
+        content: dict[str, Any] = {}
+        for path in map(Path, paths):
+            upper = _read(path)
+            if not content and "base" not in upper and any(map(_is_base, upper)):
+                raise InputError(f"{path} changes the base of another study file: give that one first, by --config")
+            content = _laid_over(content, upper)
         missing = [key for key in ("base", "axes", "metric") if not content.get(key)]
         if missing:
-            raise InputError(f"{path} needs {missing[0]}")
-        name = str(content.get("name") or path.stem)
+            raise InputError(f"{', '.join(map(str, paths))} needs {missing[0]}")
+        name = content["name"]
         if not re.fullmatch(r"[\w.+-]+", name):
             raise InputError(f"name must consist of letters, digits and . _ + -, got {name!r}")
         axes = _axes(content["axes"])
@@ -87,7 +89,7 @@ class StudyFile:
             raise InputError(f"labels must map names of metrics to what the figure says, got {labels!r}")
         return cls(
             name=name,
-            base=_base(content["base"], path.parent),
+            base=_base(content["base"]),
             axes=axes,
             seeds=_seeds(content.get("seeds", [0])),
             seed_options=_options(content.get("seed_options")),
@@ -105,12 +107,51 @@ class StudyFile:
         )
 
 
-def _base(layers: Any, folder: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """A study file, its name filled in and the paths in its base put right."""
+    content = read_yaml(path)
+    unknown = [key for key in content if key not in KEYS and not _is_base(key)]
+    if unknown:
+        raise InputError(f"{path} has the key {unknown[0]!r}, which no study has; there are {', '.join(KEYS)}")
+    read: dict[str, Any] = {}
+    for key, value in content.items():
+        read[key] = _from_folder(value, path.parent) if _is_base(key) else value
+    return {**read, "name": str(content.get("name") or path.stem)}
+
+
+def _laid_over(content: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """The study of `content` with what `upper` says."""
+    merged = dict(content)
+    base = content.get("base") or []
+    layers = {"base": base if isinstance(base, list) else [base]}
+    for key, value in upper.items():
+        if _is_base(key):
+            layers = overlay(layers, {key: value})
+        elif key == "name" and content:
+            merged["name"] = f"{content['name']}-{value}"
+        elif key in MERGED and isinstance(value, Mapping) and isinstance(content.get(key), Mapping):
+            merged[key] = {**content[key], **value}
+        else:
+            merged[key] = value
+    return {**merged, **layers}
+
+
+def _is_base(key: Any) -> bool:
+    return bool(re.fullmatch(r"base(\+|\.\d+)?", str(key)))
+
+
+def _from_folder(layers: Any, folder: Path) -> Any:
+    if isinstance(layers, list):
+        return [_from_folder(each, folder) for each in layers]
+    return str(folder / layers) if isinstance(layers, str) else layers
+
+
+def _base(layers: Any) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for layer in layers if isinstance(layers, list) else [layers]:
         if not isinstance(layer, str | Mapping):
             raise InputError(f"base must be paths of training configs, or overrides among them, got {layer!r}")
-        config = overlay(config, read_yaml(folder / layer) if isinstance(layer, str) else layer)
+        config = overlay(config, read_yaml(Path(layer)) if isinstance(layer, str) else layer)
     return config
 
 

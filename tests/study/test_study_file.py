@@ -92,6 +92,32 @@ def test_base_configs_and_overrides_lie_over_each_other(tmp_path: Path) -> None:
     }
 
 
+def test_a_second_study_file_lies_over_the_first(tmp_path: Path) -> None:
+    """A grid on other data, or with more seeds, is one short file and a study of its own, not a copy of the first."""
+    study(tmp_path, base=["base.yaml", {"model.value": 1}], baseline={"speed": "slow"}, labels={"speed": "pace"})
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "data.yaml").write_text('{"model": {"data": "other"}}')
+    upper = {
+        "base+": ["data.yaml", {"model.more": 1}],
+        "base.1": {"model.value": 2},
+        "axes": {"model.seed": [5]},
+        "seeds": [3],
+        "labels": {"model.seed": "s"},
+    }
+    (folder / "over.yaml").write_text(json.dumps(upper))
+    both = StudyFile.read(tmp_path / "fast.yaml", folder / "over.yaml")
+    assert both.base == {"model": {"value": 2, "data": "other", "more": 1}, "seed_everything": 7}
+    assert [axis.name for axis in both.axes] == ["model.value", "speed", "model.seed"]
+    assert (both.name, both.seeds, both.baseline) == ("fast-over", (3,), {"speed": "slow"})
+    assert both.labels == {"speed": "pace", "model.seed": "s"} and "fast-over" in both.storage
+    with pytest.raises(InputError, match=r"over\.yaml changes the base of another"):
+        StudyFile.read(folder / "over.yaml")
+    (folder / "wrong.yaml").write_text('{"bases": []}')
+    with pytest.raises(InputError, match=r"wrong\.yaml has the key 'bases'"):
+        StudyFile.read(tmp_path / "fast.yaml", folder / "wrong.yaml")
+
+
 def test_few_configs_show_every_variant(tmp_path: Path) -> None:
     """A typo in any variant is found by parsing as many configs as the longest axis has variants."""
     points = points_of(study(tmp_path))
