@@ -6,7 +6,6 @@ import os
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,14 @@ import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_dml.bank_command import TrainingSet, columns_of
+from lightning_dml.callbacks.pair_observation import Rows, drawn_from, observe, thinned
 from lightning_dml.errors import InputError
-from lightning_dml.losses import (
-    Context,
-    ObservedWeights,
-    PairWeightingLoss,
-    context_free,
-    observed_weights,
-    weight_curve,
-)
+from lightning_dml.losses import Context, ObservedWeights, context_free, weight_curve
 from lightning_dml.memory import MemoryBank
-from lightning_dml.memory.bank import EMPTY
 from lightning_dml.report import DrawnCurve, curve_figure, save_curves
 
 USAGE = """%(prog)s --losses '[ContrastiveLoss, MultiSimilarityLoss]'
@@ -37,40 +29,6 @@ USAGE = """%(prog)s --losses '[ContrastiveLoss, MultiSimilarityLoss]'
 
 ReadTraining = Callable[[Sequence[str]], tuple[LightningModule, LightningDataModule | None]]
 """Makes model and data of training configs."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A batch and what it is held against.
-
-    Attributes:
-        embeddings: (N, D) float anchors with unit rows.
-        labels: (N,) int64.
-        indices: (N,) int64 sample indices.
-        bank: references; None for the batch itself.
-    """
-
-    embeddings: Tensor
-    labels: Tensor
-    indices: Tensor
-    bank: MemoryBank | None
-
-    def __str__(self) -> str:
-        against = f"a memory bank of {len(self.bank):,}" if self.bank is not None else "itself"
-        return f"a batch of {len(self.labels)} against {against}"
-
-    def seen_by(self, loss: nn.Module, limit: int, seed: int) -> ObservedWeights:
-        """What `observed_weights` says of the loss, with at most `limit` drawn pairs on a side."""
-        batch, bank = (self.embeddings, self.labels), self.bank
-        if bank is None:
-            return observed_weights(loss, *batch, indices=self.indices, limit=limit, seed=seed)
-        kept = bank.labels != EMPTY
-        if not isinstance(loss, PairWeightingLoss):
-            # As in training: others know no indices, and a sample's own copies would be positives.
-            kept &= ~((bank.indices >= 0) & torch.isin(bank.indices, self.indices))
-        rows = bank.embeddings[kept].to(self.embeddings.dtype), bank.labels[kept]
-        own, theirs = self.indices, bank.indices[kept]
-        return observed_weights(loss, *batch, *rows, indices=own, ref_indices=theirs, limit=limit, seed=seed)
 
 
 def main(arguments: Sequence[str], read_training: ReadTraining) -> None:
@@ -139,7 +97,7 @@ def curves(
     if named is not None and training is None:
         curve_of = {name: _curve(loss, points, context) for name, loss in named.items()}
     seen: dict[str, ObservedWeights] = {}
-    found: Pairs | None = None
+    shown = None
     if training is not None:
         if ckpt_path is None:
             rank_zero_warn(
@@ -150,9 +108,11 @@ def curves(
         if data is None:
             raise InputError("training must have data, whose batch is to be drawn; none of the configs has any")
         bank = _bank(bank_file, ckpt_path)
-        found = _pairs(model, data, ckpt_path, bank, seed)
+        batch = _batch(model, data, ckpt_path, bank, seed)
         named = named or _named(_loss_of(model, bank))
-        seen = {name: found.seen_by(loss, pairs, seed) for name, loss in named.items()}
+        seen = {name: _seen(name, loss, batch, bank, pairs, seed) for name, loss in named.items()}
+        against = "itself" if bank is None else f"a memory bank of {len(bank):,}"
+        shown = f"a batch of {len(batch.labels)} against {against}"
         for name, loss in named.items():
             try:
                 curve_of[name] = _curve(loss, points, context)
@@ -161,7 +121,7 @@ def curves(
                     raise
                 print(f"{name} is drawn by its pairs alone: {error}")
     assert named is not None
-    caption = _caption(named, curve_of, context, found)
+    caption = _caption(named, curve_of, context, shown)
     figure = curve_figure(curve_of, seen, relative=relative, caption=caption)
     for name, observed in seen.items():
         sides = (("positive", observed.positives), ("negative", observed.negatives))
@@ -253,14 +213,14 @@ def _curve(loss: nn.Module, points: int, context: Context | None) -> DrawnCurve:
 
 
 def _caption(
-    named: Mapping[str, nn.Module], curve_of: Mapping[str, DrawnCurve], context: Context | None, found: Pairs | None
+    named: Mapping[str, nn.Module], curve_of: Mapping[str, DrawnCurve], context: Context | None, shown: str | None
 ) -> str | None:
     lines = []
     with_context = [name for name in curve_of if not context_free(named[name])]
     if with_context:
         lines.append(f"Curve of an anchor with {context or Context()}: {', '.join(with_context)}.")
-    if found is not None:
-        lines.append(f"Points and density: {found}.")
+    if shown is not None:
+        lines.append(f"Points and density: {shown}.")
     return "\n".join(lines) or None
 
 
@@ -292,9 +252,20 @@ def _loss_of(model: LightningModule, bank: MemoryBank | None) -> nn.Module:
     return loss
 
 
-def _pairs(
+def _seen(name: str, loss: nn.Module, batch: Rows, bank: MemoryBank | None, limit: int, seed: int) -> ObservedWeights:
+    """The weights of all pairs, as the training would have them, with at most `limit` drawn ones on a side to show."""
+    references = None if bank is None else drawn_from(bank, len(bank), seed, 0, batch.labels.device)
+    observed = observe(loss, batch, references, [len(batch.labels)])
+    if observed is None:
+        raise InputError(
+            f"the memory bank holds nothing but the samples of the batch, which {name} is not given: take a larger bank"
+        )
+    return thinned(observed, limit, seed)
+
+
+def _batch(
     model: LightningModule, data: LightningDataModule, ckpt_path: str | None, bank: MemoryBank | None, seed: int
-) -> Pairs:
+) -> Rows:
     trainer = Trainer(
         devices=1,
         logger=False,
@@ -311,7 +282,7 @@ def _pairs(
             "bank and a config of one training"
         )
     model.to("cpu")
-    return Pairs(nn.functional.normalize(embeddings.float(), dim=1), labels, indices, bank)
+    return Rows(nn.functional.normalize(embeddings.float(), dim=1), labels, indices)
 
 
 class _OneBatch(TrainingSet):

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from lightning_dml import MemoryBank
 from lightning_dml.cli import main
-from lightning_dml.curves_command import Pairs
-from lightning_dml.losses import Context, ContrastiveLoss, MultiSimilarityLoss, pair_weights, weight_curve
+from lightning_dml.losses import Context, MultiSimilarityLoss, weight_curve
 from tests.test_cli import CLASSES, FOLDER_CONFIG, pictures
 
 
@@ -123,30 +122,6 @@ def test_a_bank_from_a_file_and_no_bank(config: str, capsys: pytest.CaptureFixtu
     with pytest.warns(UserWarning, match="curves runs without --ckpt_path"):
         main(["curves", "--training", config, "--losses", f"{OURS}ContrastiveLoss"])
     assert "6 positives of total force 1, 24 negatives" in capsys.readouterr().out
-
-
-def test_pairs_are_those_of_the_training() -> None:
-    """A sample's own copies in the bank are no positives, and empty slots no negatives, for any library's loss."""
-    from pytorch_metric_learning.losses import ContrastiveLoss as Other
-
-    embeddings = F.normalize(torch.randn(12, 4), dim=1)
-    labels, indices = torch.arange(12) % 3, torch.arange(12)
-    bank = MemoryBank(size=8, dim=4)
-    bank.enqueue(embeddings[2:9], labels[2:9], indices[2:9])
-    bank.enqueue(torch.full((1, 4), torch.nan), labels[:1], indices[:1])  # refused: an empty slot
-    pairs = Pairs(embeddings[:6], labels[:6], indices[:6], bank)
-    batch = embeddings[:6], labels[:6]
-    ours = pairs.seen_by(ContrastiveLoss(margin=0.1), 1000, 0)
-    weights = pair_weights(
-        ContrastiveLoss(margin=0.1), *batch, embeddings[2:9], labels[2:9], indices=indices[:6], ref_indices=indices[2:9]
-    )
-    same, own = labels[:6, None] == labels[2:9], indices[:6, None] == indices[2:9]
-    assert ours.positives.weight.tolist() == pytest.approx((-weights[same & ~own]).tolist())
-    assert ours.negatives.weight.tolist() == pytest.approx(weights[~same].tolist())
-    other = pairs.seen_by(Other(pos_margin=1, neg_margin=0.1), 1000, 0)
-    rows = slice(6, 9)  # those of samples in the batch are left out, as the module leaves them out
-    assert other.positives.pairs == int((labels[:6, None] == labels[rows]).sum())
-    assert other.negatives.pairs == int((labels[:6, None] != labels[rows]).sum())
 
 
 def test_a_loss_without_a_curve_is_drawn_by_its_pairs(config: str, capsys: pytest.CaptureFixture[str]) -> None:

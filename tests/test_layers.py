@@ -19,12 +19,13 @@ LAYERS = (
     (PACKAGE,),  # the package's own __init__, whose lazy table is no import
     ("distributed", "errors"),
     ("losses", "memory", "retrieval"),
+    ("report",),
     ("modules",),
     ("callbacks", "datamodules"),
-    ("bank_command", "cli", "study", "report", "__main__"),
+    ("bank_command", "curves_command", "cli", "study", "__main__"),
 )
 HEIGHTS = {part: height for height, parts in enumerate(LAYERS) for part in parts}
-WITHOUT_LIGHTNING = {PACKAGE, "distributed", "errors", "losses", "memory", "retrieval"}
+WITHOUT_LIGHTNING = {PACKAGE, "distributed", "errors", "losses", "memory", "report", "retrieval"}
 LIGHTNING_AND_TIMM = {"lightning", "lightning_fabric", "pytorch_lightning", "timm"}
 ONLY_IN_THE_REPOSITORY = {"callbacks", "datamodules", "tests"}  # folders here, no packages of that name in the wheel
 

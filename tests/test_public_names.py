@@ -80,13 +80,14 @@ SHIPPED = {
         "recall_at_k",
         "reciprocal_rank",
     ],
-    "lightning_dml.report": ["DrawnCurve", "curve_figure", "save_curves"],
+    "lightning_dml.report": ["DrawnCurve", "curve_figure", "save_curves", "save_training", "training_figure"],
     "lightning_dml.callbacks": [
         "DriftMonitor",
         "MemoryBankCallback",
         "ReproducibleSteps",
         "RetrievalReport",
         "StepEndSignals",
+        "WeightCurveLogger",
     ],
     "lightning_dml.datamodules": [
         "CUB200DataModule",
@@ -140,6 +141,7 @@ def test_this_release_ships(module: str, name: str) -> None:
         ("lightning_dml.losses", ["faiss", "pytorch_lightning", "timm"]),
         ("lightning_dml.memory", ["faiss", "pytorch_lightning", "timm"]),
         ("lightning_dml.retrieval", ["pytorch_lightning", "timm"]),
+        ("lightning_dml.report", ["faiss", "pytorch_lightning", "timm"]),
     ],
 )
 def test_importing_a_lower_layer_loads_no_upper_library(module: str, unwanted: list[str]) -> None:

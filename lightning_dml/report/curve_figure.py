@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from lightning_dml.errors import InputError
 from lightning_dml.losses import Context, ObservedWeights, weight_curve
 from lightning_dml.losses.observed import ObservedSide
+from lightning_dml.report.saving import save_figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 """Colours of Okabe and Ito that the colour-blind tell apart, without their yellow, which is faint on white."""
@@ -124,15 +124,7 @@ def save_curves(
     Returns:
         The three paths.
     """
-    stem = Path(path_stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg", "csv")]
-    # The same figure is the same file: no date, and no ids by chance.
-    with matplotlib.rc_context({"svg.hashsalt": "lightning-dml"}):
-        _aside(paths[0], lambda path: figure.savefig(path, format="png", dpi=150))
-        _aside(paths[1], lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
-    _aside(paths[2], lambda path: _write_table(path, curves, observed or {}))
-    return paths
+    return save_figure(figure, path_stem, lambda path: _write_table(path, curves, observed or {}))
 
 
 def _scale(curve: DrawnCurve | None, seen: ObservedWeights | None, side: Side) -> float:
@@ -230,15 +222,6 @@ def _legend(figure: Figure) -> None:
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
-
-
-def _aside(path: Path, write: Callable[[Path], object]) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _write_table(path: Path, curves: Mapping[str, DrawnCurve], observed: Mapping[str, ObservedWeights]) -> None:
