@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "configs/study"
 POINTS = {
     "smoke": 5,
     "positives": 11,
-    "negatives": 11,
+    "negatives": 13,
     "memory_ratio": 6,
     "batch_size": 10,
     "momentum": 18,
