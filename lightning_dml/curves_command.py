@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Subset
 from lightning_dml.bank_command import TrainingSet, columns_of
 from lightning_dml.callbacks.pair_observation import Rows, drawn_from, observe, thinned
 from lightning_dml.errors import InputError
-from lightning_dml.losses import Context, ObservedWeights, context_free, weight_curve
+from lightning_dml.losses import Context, ObservedWeights, PairWeightingLoss, context_free, weight_curve
+from lightning_dml.losses.measured import MEASURED_REFERENCES
 from lightning_dml.memory import MemoryBank
 from lightning_dml.report import DrawnCurve, curve_figure, save_curves
 
@@ -75,7 +76,7 @@ def curves(
         relative: divide each loss's weights by their largest, to compare shapes.
         points: similarities from -1 to 1 at which a curve is computed.
         pairs: most pairs of each side to draw as points.
-        seed: of the batch and of the pairs that are drawn.
+        seed: which batch, by the epoch of its sampler where that has any, and which pairs are drawn.
         output: path without a suffix for a PNG, an SVG and a CSV file, which replace older ones.
     """
     for name, value, least in (("points", points, 2), ("pairs", pairs, 1)):
@@ -142,7 +143,8 @@ def _options(arguments: Sequence[str]) -> dict[str, Any]:
         formatter_class=_ShortHelp,
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file with the arguments below")
-    parser.add_function_arguments(curves, as_group=False, skip={"read_training"})
+    # As in LightningCLI, other libraries' constructors may leave types out.
+    parser.add_function_arguments(curves, as_group=False, skip={"read_training"}, fail_untyped=False)
     try:
         parsed = parser.parse_args(list(arguments))
         # The older name goes with version 5.
@@ -161,6 +163,11 @@ def _options(arguments: Sequence[str]) -> dict[str, Any]:
             given = text.rpartition("Given value: ")[2]
             if nested := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", given):  # of --losses.KEY VALUE
                 given = f"{nested[2]} for losses.{nested[1]}"
+            # Of all the types that were tried, only a class's own complaint tells what is wrong.
+            told = re.search(r"Problem with given class_path '(?!torch\.nn\.Module)([\w.]+)': (.*?)(?= - |$)", text)
+            if told:
+                why = re.split(r" Errors:| Given value", told[2])[0]
+                raise InputError(f"losses: {told[1]}: {why}") from error
             raise InputError(
                 f"losses must be classes with their init_args, or a mapping of names to these, got {given}: classes of "
                 "lightning_dml.losses go by their names, others by their full paths"
@@ -188,7 +195,7 @@ def _named(losses: Mapping[str, nn.Module] | Sequence[nn.Module] | nn.Module) ->
                 "losses has one class twice, and the legend could not tell them apart: give names, as in "
                 "losses: {narrow: {class_path: ...}, wide: {class_path: ...}}"
             )
-    if not named:
+    if not named or (set(named) == {"Module"} and type(named["Module"]) is nn.Module):  # what {} is made into
         raise InputError("losses is empty: name one at least")
     wrong = next((name for name, each in named.items() if not isinstance(each, nn.Module)), None)
     if wrong is not None:
@@ -234,12 +241,20 @@ def _bank(bank_file: str | None, ckpt_path: str | None) -> MemoryBank | None:
         return None
     if not Path(ckpt_path).is_file():
         raise InputError(f"ckpt_path {ckpt_path!r} does not exist")
-    callbacks = torch.load(ckpt_path, map_location="cpu", weights_only=True).get("callbacks", {})
-    states = [state for key, state in callbacks.items() if str(key).startswith("MemoryBankCallback")]
-    states = [state["bank"] for state in states if state.get("bank") is not None]
+    try:
+        callbacks = torch.load(ckpt_path, map_location="cpu", weights_only=True)["callbacks"]
+    except Exception as error:
+        raise InputError(f"ckpt_path {ckpt_path!r} is no checkpoint of a training, or is damaged") from error
+    states = {key: each["bank"] for key, each in callbacks.items() if str(key).startswith("MemoryBankCallback")}
+    states = {str(key): state for key, state in states.items() if state is not None}
     if not states:
         return None
-    bank = MemoryBank.from_state_dict(states[0])
+    if len(states) > 1 and "MemoryBankCallback" not in states:
+        raise InputError(
+            f"ckpt_path {ckpt_path!r} has several memory banks, {', '.join(states)}: write one to a file with "
+            "MemoryBank.from_state_dict(...).save(...), and give it as bank_file"
+        )
+    bank = MemoryBank.from_state_dict(states.get("MemoryBankCallback", next(iter(states.values()))))
     return bank if len(bank) else None
 
 
@@ -254,7 +269,12 @@ def _loss_of(model: LightningModule, bank: MemoryBank | None) -> nn.Module:
 
 def _seen(name: str, loss: nn.Module, batch: Rows, bank: MemoryBank | None, limit: int, seed: int) -> ObservedWeights:
     """The weights of all pairs, as the training would have them, with at most `limit` drawn ones on a side to show."""
-    references = None if bank is None else drawn_from(bank, len(bank), seed, 0, batch.labels.device)
+    references = None
+    if bank is not None:
+        most = len(bank) if isinstance(loss, PairWeightingLoss) else min(len(bank), MEASURED_REFERENCES)
+        if most < len(bank):
+            print(f"{name} is another library's loss: of the memory bank's {len(bank):,} rows {most:,} are drawn")
+        references = drawn_from(bank, most, seed, 0, batch.labels.device)
     observed = observe(loss, batch, references, [len(batch.labels)])
     if observed is None:
         raise InputError(
@@ -297,6 +317,9 @@ class _OneBatch(TrainingSet):
         loader = self.training_loader()
         torch.manual_seed(self.seed)  # of samplers that draw from torch's generator, and of augmentation
         batches: Any = loader.batch_sampler
+        for each in (batches, loader.sampler):
+            if callable(getattr(each, "set_epoch", None)):
+                each.set_epoch(self.seed)
         drawn = next(iter(batches), None)
         if not drawn:
             raise InputError("the training has no batch: make its set larger or its batch smaller")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_dml import MemoryBank
+from lightning_dml import MemoryBank, curves_command
 from lightning_dml.cli import main
 from lightning_dml.losses import Context, MultiSimilarityLoss, weight_curve
 from tests.test_cli import CLASSES, FOLDER_CONFIG, pictures
@@ -139,6 +139,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no such loss": (("--losses", "Contrastive"), "losses .* got Contrastive: .*by their names"),
     "no such loss of a name": (("--losses.a", "Foo"), "got Foo for losses.a"),
     "an empty list": (("--losses", "[]"), "losses is empty"),
+    "an empty mapping": (("--losses", "{}"), "losses is empty"),
+    "no such option": (
+        ("--losses", f"{{class_path: {OURS}ContrastiveLoss, init_args: {{margn: 1}}}}"),
+        "'margn' is not",
+    ),
     "no loss": (("--losses", "torch.nn.ReLU"), "ReLU"),
     "a class twice": (("--losses", f"[{OURS}ContrastiveLoss, {OURS}ContrastiveLoss]"), "one class twice.*names"),
     "a value of a loss": (("--losses.a", f"{OURS}ContrastiveLoss", "--losses.a.margin", "wide"), "margin"),
@@ -149,6 +154,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "output": ((*CONTRASTIVE, "--output", "no/such/folder/curves"), "output must be .*'no/such/folder/curves'"),
     "a bank without a training": ((*CONTRASTIVE, "--bank_file", "all.pt"), "bank_file is of no use.*--training"),
     "no such training": (("--training", "nowhere.yaml"), "'nowhere.yaml' does not exist"),
+    "no checkpoint": (("--training", "folder.yaml", "--ckpt_path", "folder.yaml"), "'folder.yaml' is no checkpoint"),
     "no such checkpoint": (("--training", "folder.yaml", "--ckpt_path", "x.ckpt"), "'x.ckpt' does not exist"),
     "no such bank": (("--training", "folder.yaml", "--bank_file", "x.pt"), "no memory bank file x.pt"),
     "a wrong training": (("--training", "[folder.yaml, wrong.yaml]"), "nonsense"),
@@ -169,6 +175,54 @@ def test_one_clear_line_says_what_is_wrong(config: str, capsys: pytest.CaptureFi
     assert len(said) == 1
     assert re.search(words, said[0]), said[0]
     assert not list(Path().glob("curves.*"))
+
+
+def test_a_loss_without_types_is_taken(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other people's constructors say nothing of types, and `fit` takes them."""
+    Path("mine.py").write_text(
+        "from lightning_dml.losses import ContrastiveLoss\n"
+        "class Mine(ContrastiveLoss):\n    def __init__(self, margin):\n        super().__init__(margin)\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    main(["curves", "--losses", "{class_path: mine.Mine, init_args: {margin: 0.7}}", "--points", "21"])
+    assert [each for each, weight in table(side="negative") if weight] == pytest.approx([0.8, 0.9, 1.0])
+
+
+@pytest.mark.filterwarnings("ignore:curves runs without")
+def test_another_seed_is_another_batch(config: str) -> None:
+    """One batch may be an odd one."""
+    similarities = []
+    for seed in ("0", "1", "0"):
+        main(["curves", "--training", config, "--losses", f"{OURS}ContrastiveLoss", "--seed", seed])
+        similarities.append(sorted(each for each, _ in table(kind="pair")))
+    assert similarities[0] == pytest.approx(similarities[2]) and similarities[0] != pytest.approx(similarities[1])
+
+
+@pytest.mark.filterwarnings("ignore:curves runs without")
+def test_a_loss_that_is_measured_sees_a_part_of_a_large_bank(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured against a whole memory, a loss would take all of the machine's."""
+    main(["bank", "--config", config, "--output", "all.pt"])
+    monkeypatch.setattr(curves_command, "MEASURED_REFERENCES", 10)
+    losses = f"[{OURS}ContrastiveLoss, pytorch_metric_learning.losses.MultiSimilarityLoss]"
+    capsys.readouterr()
+    main(["curves", "--training", config, "--bank_file", "all.pt", "--losses", losses])
+    rows = len(MemoryBank.load("all.pt"))
+    assert f"of the memory bank's {rows} rows 10 are drawn" in capsys.readouterr().out
+    assert len(table(kind="pair", loss="ContrastiveLoss")) > len(table(kind="pair", loss="MultiSimilarityLoss")) > 0
+
+
+@pytest.mark.filterwarnings("ignore:curves runs without")
+def test_one_of_several_banks_is_not_taken_in_silence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A figure of the wrong bank looks like one of the right one."""
+    bank = MemoryBank(size=4, dim=16)
+    bank.enqueue(F.normalize(torch.randn(4, 16), dim=1), torch.arange(4))
+    names = [f"MemoryBankCallback{{'attribute': '{each}'}}" for each in "ab"]
+    torch.save({"callbacks": {name: {"bank": bank.state_dict()} for name in names}}, "two.ckpt")
+    with pytest.raises(SystemExit):
+        main(["curves", "--training", config, "--ckpt_path", "two.ckpt"])
+    assert "several memory banks" in capsys.readouterr().err
 
 
 def test_a_name_of_two_libraries_asks_for_the_whole_path(config: str, capsys: pytest.CaptureFixture[str]) -> None:

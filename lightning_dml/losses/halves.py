@@ -14,13 +14,10 @@ from lightning_dml.losses.base import PairWeightingLoss
 from lightning_dml.losses.curves import Curve, WeightCurve
 from lightning_dml.losses.engine import PairTask, row_statistics
 from lightning_dml.losses.labels import UNLABELLED
-from lightning_dml.losses.measured import measured_weights
+from lightning_dml.losses.measured import MEASURED_REFERENCES, measured_weights
 from lightning_dml.losses.mining import Miner
 from lightning_dml.losses.weighting.direct import DirectWeighting
 from lightning_dml.losses.weighting.halves import LossWeights, MeasuredWeights, RowWeights, check_frozen
-
-MEASURED_REFERENCES = 8192
-"""Most references that another library's loss is measured against: its probing axes then take half a GiB."""
 
 
 class FromLoss(nn.Module):

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from lightning_dml.errors import InputError
 
+MEASURED_REFERENCES = 8192
+"""Most references that another library's loss is measured against: its probing axes then take half a GiB."""
+
 _TILT = 1e-7  # of the probing axes; the similarities change by half its square, which is less than rounding
 _MISMATCH = 1e-3  # of the gradient and of what the weights make of it, relative; rounding is far below
 
@@ -25,7 +28,7 @@ def measured_weights(
     Each reference gets an axis of its own by which it is tilted very slightly, and the anchors' gradient along that
     axis is the weight of the pair. The gradient along all other axes must follow from the weights, or the loss depends
     on something else. In-batch a loss tells only the sum of both directions of a pair; the answer then holds half of
-    it at both places. The axes take 8 M (D + M) bytes.
+    it at both places. The axes take 8 M (D + M) bytes, and there may be 8,192 references.
 
     Args:
         loss: any module called `loss(embeddings, labels[, ref_emb=..., ref_labels=...])`.
@@ -39,11 +42,16 @@ def measured_weights(
 
     Raises:
         InputError: if the loss cannot be called so, as a loss with proxies of its own dimension; or if it depends on
-            more than the similarities of pairs, and so has no such weights.
+            more than the similarities of pairs, and so has no such weights; or for more references.
     """
+    references = embeddings if ref_emb is None else ref_emb
+    if len(references) > MEASURED_REFERENCES:
+        raise InputError(
+            f"ref_emb has {len(references)} rows, and the weights of {type(loss).__name__} can be measured against at "
+            f"most {MEASURED_REFERENCES}: draw some of them"
+        )
     # Validation may run in inference mode, where nothing has a gradient.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(embeddings.device.type, enabled=False):
-        references = embeddings if ref_emb is None else ref_emb
         references = references.detach().double().clone()
         # Every reference is tilted towards an axis that nothing else has, and stays of unit length.
         axes = _TILT * torch.eye(len(references), dtype=torch.float64, device=references.device)

@@ -100,7 +100,7 @@ def curve_figure(
             _frame(panel, side, relative, min(tops), max(tops))
         _legend(figure)
         if caption:
-            figure.supxlabel(caption, fontsize=12, color="0.3")
+            figure.supxlabel(as_text(caption), fontsize=12, color="0.3")
     return figure
 
 
@@ -127,6 +127,11 @@ def save_curves(
     return save_figure(figure, path_stem, lambda path: _write_table(path, curves, observed or {}))
 
 
+def as_text(name: str) -> str:
+    """A name as matplotlib shows it: no mathematics between dollars, and in the legend even if it begins with `_`."""
+    return ("\N{ZERO WIDTH SPACE}" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def _scale(curve: DrawnCurve | None, seen: ObservedWeights | None, side: Side) -> float:
     """What makes the largest weight that is shown 1."""
     shown = []
@@ -151,7 +156,15 @@ def _of(observed: ObservedWeights, side: Side) -> ObservedSide:
 def _line(panel: Axes, curve: DrawnCurve, side: Side, name: str, colour: str, style: str, scale: float) -> list[float]:
     weights = (curve.positive if side == "positive" else curve.negative).detach().cpu() * scale
     similarity = curve.similarity.detach().cpu()
-    panel.plot(similarity.numpy(), weights.numpy(), color=colour, linestyle=style, linewidth=2.4, label=name, zorder=4)
+    panel.plot(
+        similarity.numpy(),
+        weights.numpy(),
+        color=colour,
+        linestyle=style,
+        linewidth=2.4,
+        label=as_text(name),
+        zorder=4,
+    )
     inner = _inner(similarity, weights)
     return [float(inner.min()), float(inner.max())] if len(inner) else []
 
@@ -166,7 +179,7 @@ def _points(panel: Axes, observed: ObservedWeights, side: Side, name: str, colou
         color=colour,
         alpha=0.35,
         linewidths=0,
-        label=f"{name}{PAIRS}",
+        label=f"{as_text(name)}{PAIRS}",
         rasterized=True,  # thousands of points are slow to draw in an SVG
         zorder=3,
     )

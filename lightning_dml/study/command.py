@@ -22,8 +22,8 @@ The study file (YAML):
 * `metric`, `mode` (max or min), `value` (last or best): what is compared; `metrics`: what is reported too;
   `labels`: what the figure calls metrics and axes.
 * `name` (the file's), `output` (runs/study/NAME), `storage` (sqlite:///OUTPUT/study.db; any SQLAlchemy URL, or
-  journal:FILE), `lease` (120 seconds without a sign of life, after which a worker on another machine counts as dead),
-  `keep_checkpoints` (true).
+  journal:FILE), both from the folder that the command is started in; `lease` (120 seconds without a sign of life, after
+  which a worker on another machine counts as dead), `keep_checkpoints` (true).
 
 Several workers share a study by its storage: start the command as often as there are machines or GPUs, at once or
 later, or with `--workers`. A training is claimed by one of them. One whose worker was killed is taken over from its
@@ -49,9 +49,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -60,6 +57,7 @@ from typing import Any
 from lightning_dml.errors import InputError
 from lightning_dml.study.grid import Point, Run, check_configs, identity, points_of, runs_of
 from lightning_dml.study.ledger import Entry, Ledger
+from lightning_dml.study.local_workers import run_workers
 from lightning_dml.study.loss_axis import chooses_the_loss
 from lightning_dml.study.reading import write_whole
 from lightning_dml.study.storage import exists, needed, open_storage
@@ -86,7 +84,7 @@ def main(
 
     Raises:
         InputError: for a study that cannot be run.
-        SystemExit: with status 1 if a training failed, with 128 + the signal's number if one came.
+        SystemExit: with status 1 if a training failed or a worker died, with 128 + the signal's number if one came.
     """
     options = _options(arguments)
     study = StudyFile.read(*options.config)
@@ -97,6 +95,11 @@ def main(
         check_configs(points, make_parser())
     if options.dry_run or options.report_only:
         ledger = _ledger(study) if exists(study.storage) else None
+        if ledger is None and options.report_only:
+            raise InputError(
+                f"storage {study.storage} is not there, so there is nothing to report: start the command in the folder "
+                "where the study ran, or leave --report-only out"
+            )
         if ledger:
             ledger.pin(identity(study.base), begin=False)  # a report on another base would be empty, over a full one
         entries = ledger.entries() if ledger else {}
@@ -107,8 +110,12 @@ def main(
         return
     ledger = _ledger(study)
     ledger.pin(identity(study.base))
+    ended: list[str] = []
     if options.workers > 1:
-        stopped = _start_workers(options, itself)
+        command = [*itself, *(part for path in options.config for part in ("--config", path)), "--no-report"]
+        command += ["--trials", str(options.trials)] if options.trials else []
+        # Only the first tries again what failed: a second could try again what has just failed anew.
+        stopped, ended = run_workers(command, options.workers, ["--retry-failed"] if options.retry_failed else [])
     else:
         worker = Worker(study, runs, ledger, fit)
         worker.work(options.retry_failed, options.trials)
@@ -124,6 +131,9 @@ def main(
     if stopped is not None:
         raise SystemExit(128 + stopped)
     if any(state_of(run, entries) == "failed" for run in runs):
+        raise SystemExit(1)
+    if ended:  # with no training failed, it is the workers that did not do what they should
+        print(f"{', '.join(ended)}; what they had is taken over when the same command is started again")
         raise SystemExit(1)
 
 
@@ -207,45 +217,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _start_workers(options: argparse.Namespace, itself: Sequence[str]) -> int | None:
-    """Runs several workers as processes of their own; returns the signal that ended them, if one did."""
-    command = [*itself, *(part for path in options.config for part in ("--config", path)), "--no-report"]
-    command += ["--trials", str(options.trials)] if options.trials else []
-    # Only the first tries again what failed: a second could try again what has just failed anew.
-    first = ["--retry-failed"] if options.retry_failed else []
-    came: list[int] = []
-    processes = [
-        subprocess.Popen(command + (first if place == 0 else []), env=_environment(place, options.workers))
-        for place in range(options.workers)
-    ]
-
-    def pass_on(signum: int, _: object) -> None:
-        came.append(signum)
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-
-    before = {each: signal.signal(each, pass_on) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        statuses = [process.wait() for process in processes]
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-    if not came and any(status == 2 for status in statuses):
-        raise InputError("a worker could not go on; its message stands above")
-    return came[0] if came else None
-
-
-def _environment(place: int, workers: int) -> dict[str, str]:
-    """Of one local worker: a GPU of its own as long as there are some, and its share of the processor's cores."""
-    import torch
-
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    devices = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-    devices = devices or [str(each) for each in range(torch.cuda.device_count())]
-    if len(devices) > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
-    return environment

@@ -42,8 +42,7 @@ def overlay(config: Any, overrides: Any, where: str = "") -> Any:
     if not isinstance(config, Mapping) or _other_class(config, overrides):
         config = {}
     result = dict(copy.deepcopy(config))
-    for key, value in overrides.items():
-        head, inner = _split(key, value)
+    for head, inner in _split_all(overrides):
         path = f"{where}.{head}" if where else head
         if head.endswith("+"):
             result[head[:-1]] = _appended(result.get(head[:-1]), inner, path)
@@ -54,8 +53,7 @@ def overlay(config: Any, overrides: Any, where: str = "") -> Any:
 
 def _overlay_items(items: list[Any], overrides: Mapping[Any, Any], where: str) -> list[Any]:
     result: list[Any] = copy.deepcopy(items)
-    for key, value in overrides.items():
-        head, inner = _split(key, value)
+    for head, inner in _split_all(overrides):
         place = _place(result, head, where)
         if inner is None:
             del result[place]
@@ -84,9 +82,30 @@ def _appended(items: Any, added: Any, where: str) -> list[Any]:
     return copy.deepcopy([*(items or []), *(added if isinstance(added, list) else [added])])
 
 
-def _split(key: Any, value: Any) -> tuple[str, Any]:
-    head, _, rest = str(key).partition(".")
-    return head, {rest: value} if rest else value
+def _split_all(overrides: Mapping[Any, Any]) -> list[tuple[str, Any]]:
+    """First parts of the keys with what lies below them, one after the other.
+
+    Mappings below one first part are one mapping, so that it is no matter whether `a.class_path` or `a.init_args.x`
+    comes first.
+    """
+    parts: list[tuple[str, Any]] = []
+    for key, value in overrides.items():
+        head, _, rest = str(key).partition(".")
+        inner = {rest: value} if rest else value
+        place = next((number for number, (other, _) in reversed(list(enumerate(parts))) if other == head), None)
+        if place is not None and isinstance(parts[place][1], Mapping) and isinstance(inner, Mapping):
+            parts[place] = head, _joined(parts[place][1], inner)
+        else:
+            parts.append((head, inner))
+    return parts
+
+
+def _joined(lower: Mapping[Any, Any], upper: Mapping[Any, Any]) -> dict[Any, Any]:
+    joined = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(joined.get(key), Mapping) and isinstance(value, Mapping)
+        joined[key] = _joined(joined[key], value) if both else value
+    return joined
 
 
 def _other_class(config: Mapping[str, Any], overrides: Mapping[Any, Any]) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lightning_dml.study.storage import needed
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-6  # of the values: a metric is a mean in float32
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Mean:
 class Comparison:
     """Paired t test: the mean difference, its 95% confidence interval, and the two-sided p value.
 
-    p is nan for fewer than two pairs, and where all differences are the same, as they then have no spread to test by.
+    p is nan for fewer than two pairs, and where all differences are the same but for rounding, as they then have no
+    spread to test by; nor has the interval one then.
     """
 
     difference: Mean
@@ -53,6 +55,8 @@ def mean_of(values: Sequence[float]) -> Mean:
 def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
     """Compares by the seeds that both have.
 
+    Differences that are equal but for rounding have neither an interval nor a p value.
+
     Args:
         values: by seed.
         baseline: by seed.
@@ -64,8 +68,11 @@ def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Compa
     """
     differences = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
     difference = mean_of(differences)
-    if difference.n < 2 or len(set(differences)) == 1:
-        return Comparison(difference, math.nan)
+    shared = values.keys() & baseline.keys()
+    size = max([abs(each[seed]) for each in (values, baseline) for seed in shared], default=0.0)
+    if difference.n < 2 or max(differences) - min(differences) <= ROUNDING * size:
+        # Equal but for rounding: their spread tells nothing of the seeds.
+        return Comparison(Mean(difference.n, difference.mean, math.nan, math.nan), math.nan)
     t = difference.mean / _error_of_mean(differences, difference.mean)
     return Comparison(difference, 2 * float(needed("scipy.stats").t.sf(abs(t), difference.n - 1)))
 

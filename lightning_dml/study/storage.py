@@ -49,7 +49,12 @@ def open_storage(storage: str) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = _file(storage)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.name in ("", ":memory:") or path.is_dir():
+            raise InputError(f"storage must name a file that all workers can open, got {storage!r}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"storage {storage} cannot be made: {error}") from error
     if storage.startswith(JOURNAL):
         journal = needed("optuna.storages.journal")
         opened: BaseStorage = journal.JournalStorage(journal.JournalFileBackend(str(path)))
@@ -72,7 +77,7 @@ def _open_database(storage: str, optuna: ModuleType) -> BaseStorage:
         except ImportError as error:
             raise InputError(f"storage {storage.partition('://')[0]}:// needs its driver: {error}") from error
         except errors.ArgumentError as error:
-            raise InputError(f"storage is no SQLAlchemy URL: {error}") from error
+            raise InputError(f"storage {storage!r} is no SQLAlchemy URL: {' '.join(str(error).split())}") from error
         # Workers that start at once all create the tables, and all but one find them there already.
         except (errors.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             if opening == OPENINGS - 1:

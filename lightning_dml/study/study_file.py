@@ -18,6 +18,7 @@ KEYS = (
     "storage", "output", "lease", "keep_checkpoints", "labels",
 )  # fmt: skip
 MERGED = ("axes", "baseline", "labels")  # of several files; of all other keys the last one's counts
+SEEDS = range(2**32)  # what seed_everything takes
 LONG_FORM = {"option", "values", "variants", "label"}
 
 
@@ -79,10 +80,13 @@ class StudyFile:
         if not re.fullmatch(r"[\w.+-]+", name):
             raise InputError(f"name must consist of letters, digits and . _ + -, got {name!r}")
         axes = _axes(content["axes"])
-        output = Path(content.get("output") or Path("runs/study") / name)
+        output = Path(_text(content, "output", "a path") if content.get("output") else Path("runs/study") / name)
+        blocked = next((each for each in (output, *output.parents) if each.exists() and not each.is_dir()), None)
+        if blocked is not None:
+            raise InputError(f"output must be a folder, and {blocked} is a file, got {str(output)!r}")
         metric = _text(content, "metric")
         further = content.get("metrics") or []
-        if not isinstance(further, list):
+        if not isinstance(further, list) or any(not isinstance(each, str) for each in further):
             raise InputError(f"metrics must be a list of names of logged values, got {further!r}")
         labels = content.get("labels") or {}
         if not isinstance(labels, dict):
@@ -96,7 +100,7 @@ class StudyFile:
             exclude=tuple(_choices(each, axes, "exclude") for each in _list(content.get("exclude"), "exclude")),
             baseline=_baseline(content.get("baseline"), axes),
             metric=metric,
-            metrics=tuple(dict.fromkeys([metric, *map(str, further)])),
+            metrics=tuple(dict.fromkeys([metric, *further])),
             mode=_one_of(content, "mode", ("max", "min")),
             value=_one_of(content, "value", ("last", "best")),
             storage=str(content.get("storage") or f"sqlite:///{output}/study.db"),
@@ -125,7 +129,9 @@ def _laid_over(content: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]
     base = content.get("base") or []
     layers = {"base": base if isinstance(base, list) else [base]}
     for key, value in upper.items():
-        if _is_base(key):
+        if key == "base":
+            layers = {"base": value}
+        elif _is_base(key):
             layers = overlay(layers, {key: value})
         elif key == "name" and content:
             merged["name"] = f"{content['name']}-{value}"
@@ -183,7 +189,7 @@ def _axis(name: str, content: Any) -> Axis:
                 f"{where}.{wrong[0]} must be overrides of the training config, such as "
                 f"{{trainer.max_epochs: 3}}, got {variants[wrong[0]]!r}"
             )
-        return Axis(name, {str(key): dict(value) for key, value in variants.items()}, (), label)
+        return Axis(name, {_shown(key): dict(value) for key, value in variants.items()}, (), label)
     values = content["values"]
     if not isinstance(values, list) or not values:
         raise InputError(f"{where} is empty: give it at least one value")
@@ -204,8 +210,8 @@ def _shown(value: Any) -> str:
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:
-    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
-        raise InputError(f"seeds must be a list of whole numbers that are not negative, got {seeds!r}")
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed not in SEEDS for seed in seeds):
+        raise InputError(f"seeds must be a list of whole numbers from 0 to {SEEDS[-1]}, got {seeds!r}")
     if len(set(seeds)) != len(seeds):
         raise InputError(f"seeds must differ from each other, got {seeds!r}")
     return tuple(seeds)
@@ -260,9 +266,9 @@ def _one_of(content: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> A
     return value
 
 
-def _text(content: Mapping[str, Any], key: str) -> str:
+def _text(content: Mapping[str, Any], key: str, what: str = "the name of a logged value") -> str:
     if not isinstance(content[key], str):
-        raise InputError(f"{key} must be the name of a logged value, got {content[key]!r}")
+        raise InputError(f"{key} must be {what}, got {content[key]!r}")
     return str(content[key])
 
 

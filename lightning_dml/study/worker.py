@@ -27,6 +27,8 @@ GUARD = (sys.executable, "-m", "lightning_dml.study.guard")
 POLL = 0.2  # seconds
 GRACE = 20.0  # seconds that a training has to end by itself; SLURM kills 30 after its SIGTERM
 BEATS_PER_LEASE = 8
+# What asks a job to end; SLURM's --signal usually sends USR1 or USR2 ahead of the time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STORAGE_TRIALS = 8
 
 
@@ -200,11 +202,7 @@ class Worker:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # SLURM's --signal usually sends USR1 or USR2 ahead of the time limit.
-        before = {
-            each: signal.signal(each, note)
-            for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-        }
+        before = {each: signal.signal(each, note) for each in SIGNALS}
         try:
             yield
         finally:

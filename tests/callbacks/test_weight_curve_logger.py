@@ -27,19 +27,21 @@ from torch.utils.data import DataLoader
 
 from lightning_dml import MemoryBank
 from lightning_dml.callbacks import MemoryBankCallback, WeightCurveLogger, weight_curves
-from lightning_dml.callbacks.pair_observation import Rows, drawn_from, exact_curve, figures_of, observe
+from lightning_dml.callbacks.pair_observation import Rows, drawn_from, exact_curve, figures_of, observe, thinned
 from lightning_dml.cli import main
 from lightning_dml.errors import InputError
 from lightning_dml.losses import (
     ContrastiveLoss,
     GeneralPairWeightingLoss,
     MultiSimilarityLoss,
+    ObservedWeights,
     PairWeightingLoss,
     SupConLoss,
     TripletLoss,
     pair_weights,
 )
 from lightning_dml.losses.mining import SemiHardMiner, TopKMiner
+from lightning_dml.losses.observed import ObservedSide
 from tests.helpers import run_ranks
 from tests.scripts.fit_uneven import UnevenBatches
 from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
@@ -278,6 +280,28 @@ def test_entries_of_a_large_bank_are_drawn_evenly() -> None:
         drawn_from(bank, 8, seed, step, device).indices.tolist() for seed, step in ((1, 2), (1, 2), (2, 2), (1, 3))
     ]
     assert again[0] == again[1] and again[0] != again[2] and again[0] != again[3]
+
+
+def test_the_points_of_a_figure_are_drawn_evenly() -> None:
+    """Pairs stand in the order of their anchors: the first of them would show a few anchors and pass for all."""
+
+    def side(pairs: int) -> ObservedSide:
+        numbers = torch.arange(pairs, dtype=torch.float64)
+        return ObservedSide(numbers, numbers + 0.5, 7.0 * pairs, pairs, torch.tensor([pairs]))
+
+    observed = ObservedWeights(side(40), side(60), torch.tensor([-1.0, 1.0]), 10)
+    for name, pairs in (("positives", 40), ("negatives", 60)):
+        times, every = torch.zeros(pairs), getattr(observed, name)
+        for seed in range(400):
+            drawn = getattr(thinned(observed, pairs // 5, seed), name)
+            assert len(set(drawn.similarity.tolist())) == len(drawn.similarity) == pairs // 5
+            assert torch.equal(drawn.weight, drawn.similarity + 0.5)
+            assert (drawn.force, drawn.pairs, drawn.counts.tolist()) == (every.force, pairs, [pairs])
+            times[drawn.similarity.long()] += 1
+        assert float(times.min()) > 48 and float(times.max()) < 112  # 80 each, with a deviation of 8
+        few, again, other = (getattr(thinned(observed, 8, seed), name).similarity.tolist() for seed in (1, 1, 2))
+        assert few == again and few != other
+        assert torch.equal(getattr(thinned(observed, pairs, 0), name).similarity, every.similarity)
 
 
 def test_only_so_many_references_are_looked_at() -> None:

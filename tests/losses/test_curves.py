@@ -25,7 +25,7 @@ FORMULAS: list[tuple[curves.Curve, Callable[[float], float]]] = [
 ]
 
 
-@pytest.mark.parametrize(("curve", "formula"), FORMULAS, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("curve", "formula"), FORMULAS, ids=[repr(curve)[:40] for curve, _ in FORMULAS])
 def test_a_curve_equals_its_formula(curve: curves.Curve, formula: Callable[[float], float]) -> None:
     """A curve is the weight of a pair; a wrong sign or factor would train, only badly."""
     similarity = torch.linspace(-1, 1, 201, dtype=torch.float64).reshape(3, 67)

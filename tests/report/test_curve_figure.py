@@ -102,6 +102,15 @@ def test_the_legend_is_outside_the_data() -> None:
     assert legend_texts(alone) == ["contrastive", *pairs, "density of the pairs"]
 
 
+def test_any_name_stands_in_the_legend() -> None:
+    """Names come from a user's file; matplotlib hides those with an underscore and sets formulas between dollars."""
+    names = ["_private", r"a $\foo{$ b"]
+    figure = curve_figure(dict.fromkeys(names, drawn()["contrastive"]), caption=names[1])
+    figure.draw_without_rendering()  # where a formula would be set
+    shown = [text.lstrip("\N{ZERO WIDTH SPACE}").replace(r"\$", "$") for text in legend_texts(figure)]
+    assert shown == names
+
+
 def test_text_is_legible_at_half_size() -> None:
     """Half of 13 points is what a footnote has."""
     figure = curve_figure(drawn(), seen())

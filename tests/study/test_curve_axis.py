@@ -131,6 +131,9 @@ POSITIVES: dict[str, Any] = {
     "sigmoid down": curves.Sigmoid(rate=-10.0, threshold=0.5),
     "multi-similarity": FromLoss(MultiSimilarityLoss()),
     "none above 0.8": curves.Step(threshold=0.8, above=False),
+    "constant 0.1": curves.Constant(0.1),
+    "constant 0.3": curves.Constant(0.3),
+    "constant 3": curves.Constant(3.0),
 }
 
 

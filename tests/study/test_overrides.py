@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -47,6 +48,20 @@ def test_the_options_of_another_class_do_not_carry_over() -> None:
     for name in ("a.Old", "Old"):
         same = overlay(BASE, {"model.init_args.loss": {"class_path": name, "init_args": {"k": 1}}})
         assert same["model"]["init_args"]["loss"]["init_args"] == {"m": 1, "k": 1}
+
+
+def test_the_order_of_keys_is_no_matter() -> None:
+    """An option that is lost because the class is named after it trains a default that nobody chose."""
+    loss = {"class_path": "a.New", "init_args": {"k": {"x": 1, "y": 2}}}
+    parts = {
+        "model.init_args.loss.init_args.k.x": 1,
+        "model.init_args.loss.class_path": "a.New",
+        "model.init_args.loss": {"init_args": {"k": {"y": 2}}},
+    }
+    for keys in itertools.permutations(parts):
+        found = overlay(BASE, {key: parts[key] for key in keys})
+        assert found["model"]["init_args"]["loss"] == loss
+    assert overlay(BASE, {"model": None, "model.x": 1})["model"] == {"x": 1}  # first away, then anew
 
 
 def test_items_of_a_list_go_by_class_by_place_and_away() -> None:

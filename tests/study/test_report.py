@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ from PIL import Image
 
 from lightning_dml.errors import InputError
 from lightning_dml.study import storage
-from lightning_dml.study.command import report
+from lightning_dml.study.command import main, report
 from lightning_dml.study.figure import COLOURS, figure_of
 from lightning_dml.study.grid import Point, Run, points_of, runs_of
-from lightning_dml.study.ledger import Entry
-from lightning_dml.study.statistics import compare, holm, mean_of
+from lightning_dml.study.ledger import Entry, Ledger
+from lightning_dml.study.statistics import Comparison, Mean, compare, holm, mean_of
 from lightning_dml.study.study_file import StudyFile
-from lightning_dml.study.summary import rows_of
+from lightning_dml.study.summary import Row, rows_of, seconds_of_one
 from lightning_dml.study.tables import markdown, points_csv, trials_csv
 
 
@@ -67,6 +69,33 @@ def value_of(run: Run) -> float:
     return 0.5 + 0.1 * (run.point.choice["loss"] == "other") * (1 + 0.3 * noise) + 0.01 * noise
 
 
+def book_of(
+    folder: Path, values: Mapping[str, Sequence[float]], walls: Sequence[float] = (60.0,) * 12, **changes: Any
+) -> tuple[StudyFile, list[Point], list[Run], dict[str, Entry]]:
+    """A study of one axis, `loss`, whose variants have these values by seed; the first is the baseline."""
+    content = {
+        "base": {"model.a": 0},
+        "axes": {"loss": {name: {"model.a": number} for number, name in enumerate(values)}},
+        "seeds": list(range(max(len(each) for each in values.values()))),
+        "baseline": {"loss": next(iter(values))},
+        "metric": "val/recall@1",
+        "output": str(folder / "out"),
+        **changes,
+    }
+    (folder / "hand.yaml").write_text(json.dumps(content))
+    study = StudyFile.read(folder / "hand.yaml")
+    points = points_of(study)
+    runs = runs_of(study, points)
+    entries: dict[str, Entry] = {}
+    for run in runs:
+        own = values[run.point.choice["loss"]]
+        if run.seed < len(own):
+            metrics = {"val/recall@1": dict.fromkeys(("last", "max", "min"), own[run.seed])}
+            noted = {"result": {"metrics": metrics, "wall": walls[len(entries)]}}
+            entries[run.key] = Entry(run.key, 1, "finished", len(entries), noted)
+    return study, points, runs, entries
+
+
 @pytest.mark.parametrize("n", [2, 3, 10])
 def test_intervals_and_paired_tests_are_scipys(n: int) -> None:
     """A wrong quantile makes every conclusion wrong, and nobody would see it."""
@@ -91,6 +120,46 @@ def test_what_one_seed_cannot_tell_is_left_open() -> None:
     assert math.isnan(compare({0: 1.0}, {0: 0.5}).p)
     assert math.isnan(compare({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5}).p)
     assert compare({0: 1.0}, {1: 0.5}).difference.n == 0
+
+
+def recalls(hits: Sequence[int], queries: int) -> list[float]:
+    """Parts of the queries, in float32 as a metric of torchmetrics gives them."""
+    return [float(np.float32(each / queries)) for each in hits]
+
+
+@pytest.mark.parametrize("scale", [0.001, 1.0, 1000.0])
+@pytest.mark.parametrize(
+    ("own", "baseline", "wanted"),
+    [
+        ([0.93, 0.94, 0.95], [0.92, 0.93, 0.94], 0.01),
+        (recalls([4358, 4487, 4474], 4800), recalls([4332, 4461, 4448], 4800), 26 / 4800),
+        (recalls([4332, 4461, 4448], 4800), recalls([4358, 4487, 4474], 4800), -26 / 4800),
+        ([0.9, 0.8, 0.7], [0.9, 0.8, 0.7], 0.0),
+    ],
+    ids=["decimals", "more hits", "fewer hits", "the same"],
+)
+def test_differences_that_are_equal_up_to_rounding_have_no_p(
+    own: list[float], baseline: list[float], wanted: float, scale: float
+) -> None:
+    """What is left of a subtraction in the last digits would pass for a spread, and p for a proof (1e-9 and less)."""
+    found = compare(
+        {seed: scale * each for seed, each in enumerate(own)}, dict(enumerate(np.multiply(baseline, scale)))
+    )
+    assert found.difference.n == 3
+    assert found.difference.mean == pytest.approx(scale * wanted, abs=1e-7 * scale)
+    assert [math.isnan(each) for each in (found.p, found.difference.low, found.difference.high)] == [True] * 3
+
+
+@pytest.mark.parametrize("queries", [4800, 100_000])
+def test_one_query_is_a_spread(queries: int) -> None:
+    """Seeds that agree to one hit have little spread but some, and their p value is Student's."""
+    baseline = [queries - 468, queries - 339, queries - 352]
+    own = [each + more for each, more in zip(baseline, (26, 26, 27), strict=True)]
+    ours, others = recalls(own, queries), recalls(baseline, queries)
+    found, test = compare(dict(enumerate(ours)), dict(enumerate(others))), scipy.stats.ttest_rel(ours, others)
+    bounds = test.confidence_interval(0.95)
+    assert found.p == pytest.approx(test.pvalue, rel=1e-6)
+    assert (found.difference.low, found.difference.high) == pytest.approx((bounds.low, bounds.high), rel=1e-6)
 
 
 def test_holm_is_the_sequential_rule() -> None:
@@ -130,6 +199,74 @@ def test_the_rows_are_sorted_and_compared_by_seed(tmp_path: Path) -> None:
     assert rows_of(best, points, entries)[0].means["val/recall@1"].mean == pytest.approx(means[0] + 0.1)
     least, *_ = book(tmp_path, metric="val/loss", mode="min")
     assert [row.point.key for row in rows_of(least, points, entries)] == [row.point.key for row in rows]
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_difference_is_the_variant_minus_its_baseline(tmp_path: Path, mode: str) -> None:
+    """With the sign turned, every table would recommend the worse variant."""
+    values = {"plain": [0.5, 0.6, 0.7], "more": [0.6, 0.9, 0.7], "less": [0.5, 0.2, 0.5], "moved": [0.6, 0.7, 0.8]}
+    study, points, _, entries = book_of(tmp_path, values, mode=mode)
+    rows = {row.point.choice["loss"]: row for row in rows_of(study, points, entries)}
+    wanted = {"more": (0.1 + 0.3 + 0.0) / 3, "less": (0.0 - 0.4 - 0.2) / 3, "moved": 0.1}
+    p = {name: float(scipy.stats.ttest_rel(values[name], values["plain"]).pvalue) for name in ("more", "less")}
+    smaller, larger = sorted(p, key=lambda name: p[name])
+    # Of two comparisons, as the one that is moved as a whole has no p value.
+    adjusted = {smaller: 2 * p[smaller], larger: max(2 * p[smaller], p[larger])}
+    for name, difference in wanted.items():
+        comparison = rows[name].comparison
+        assert comparison is not None and comparison.difference.mean == pytest.approx(difference)
+        own = p.get(name, math.nan), adjusted.get(name, math.nan)
+        assert (comparison.p, rows[name].p_holm) == pytest.approx(own, nan_ok=True)
+
+
+def test_every_number_stands_under_its_heading(tmp_path: Path) -> None:
+    """A table whose columns are mixed up looks as good as any other."""
+    study, points, runs, entries = book_of(tmp_path, {"plain": [0.5] * 3, "other": [0.75] * 3})
+    rows = rows_of(study, points, entries)
+    other, plain = rows
+    means = {"val/recall@1": Mean(3, 0.75, 0.625, 0.875)}
+    difference = Mean(3, 0.25, 0.125, 0.375)
+    known = replace(other, means=means, comparison=Comparison(difference, 0.02), p_holm=0.04)
+    unsure = replace(known, comparison=Comparison(Mean(3, -0.25, math.nan, math.nan), math.nan), p_holm=math.nan)
+    rows = [known, unsure, plain]
+    first, second, _ = csv.DictReader(io.StringIO(points_csv(study, rows)))
+    assert first == {
+        **{"loss": "other", "seeds_finished": "3", "seeds_planned": "3", "complete": "yes"},
+        **{"val/recall@1": "0.75", "val/recall@1 ci_low": "0.625", "val/recall@1 ci_high": "0.875"},
+        **{"baseline": "loss=plain", "pairs": "3", "difference": "0.25"},
+        **{"difference ci_low": "0.125", "difference ci_high": "0.375", "p": "0.02", "p_holm": "0.04"},
+    }
+    left_open = {"difference ci_low": "", "difference ci_high": "", "p": "", "p_holm": ""}
+    assert second == {**first, "difference": "-0.25", **left_open}
+    lines = [line for line in markdown(study, rows, runs, entries).splitlines() if line.startswith("|")]
+    header, _, first_line, second_line, last_line = ([each.strip() for each in line.split("|")[1:-1]] for line in lines)
+    name = "val/recall@1 [95% interval]"
+    assert header == ["loss", "n", name, f"difference in {name}", "p", "p (Holm)"]
+    mean = "0.7500 [0.6250, 0.8750]"
+    assert first_line == ["other", "3 of 3", mean, "+0.2500 [+0.1250, +0.3750]", "0.020", "0.040"]
+    assert second_line == ["other", "3 of 3", mean, "-0.2500", "", ""]
+    assert last_line[3:] == ["baseline", "", ""]
+
+
+def test_the_plan_tells_the_median_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One training beside a busy neighbour must not stand for all that are still to come."""
+    walls = (10.0, 90.0, 20.0)
+    study, _, runs, entries = book_of(tmp_path, {"plain": [0.5, 0.5, 0.5], "other": []}, walls=walls)
+    assert seconds_of_one(runs, entries) == 20
+    two = dict(list(entries.items())[:2])
+    assert seconds_of_one(runs, two) == 50 and math.isnan(seconds_of_one(runs, {}))
+    ledger = Ledger(storage.open_storage(study.storage), study.name, study.mode, study.lease)
+    ledger.enter(runs)
+    for run in [each for each in runs if each.key in entries]:
+        claimed = ledger.claim([run])
+        assert claimed is not None
+        ledger.finish(claimed, 0.5, entries[run.key].attributes["result"])
+    for options, words in (([], "one worker about 60 s."), (["--workers", "2"], "2 workers about 40 s.")):
+        main(["--config", str(tmp_path / "hand.yaml"), "--dry-run", *options], lambda: lambda _: None)
+        plan = capsys.readouterr().out
+        assert f"One took 20 s (median); the 3 that wait take {words}" in plan
+        own = [line.split()[1:3] for line in plan.splitlines() if line.startswith("finished")]
+        assert own == [["10", "s"], ["90", "s"], ["20", "s"]]
 
 
 def test_the_tables_hold_what_was_found_and_what_is_missing(tmp_path: Path) -> None:
@@ -181,6 +318,26 @@ def test_the_figure_shows_means_and_intervals_with_labels(tmp_path: Path) -> Non
         assert low < min(mean.low for mean in means) and high > max(mean.high for mean in means)
         left, right = axes.get_xlim()
         assert left < 0.01 < 1.0 < right and high - low < 2 * (max(m.high for m in means) - min(m.low for m in means))
+
+
+def test_error_bars_are_as_long_as_the_intervals(tmp_path: Path) -> None:
+    """Whether bars overlap is the first thing a reader looks at."""
+    values = {"plain": [0.5, 0.6, 0.7], "other": [0.7, 0.75, 0.8], "single": [0.55]}
+    study, points, _, entries = book_of(tmp_path, values)
+    rows: dict[str, Row] = {row.point.choice["loss"]: row for row in rows_of(study, points, entries)}
+    figure = figure_of(study, study.axes[0], list(rows.values()))
+    containers: Any = figure.axes[0].containers
+    (drawn,) = containers
+    line, caps, (bars,) = drawn.lines
+    wanted = []
+    for name in ("plain", "other"):
+        low, high = scipy.stats.t.interval(0.95, 2, np.mean(values[name]), scipy.stats.sem(values[name]))
+        wanted.append((low, high))
+    wanted.append((0.55, 0.55))  # one seed has a point without a bar
+    assert np.asarray(line.get_ydata()) == pytest.approx([0.6, 0.75, 0.55])
+    assert np.asarray(bars.get_segments())[:, :, 0].tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert np.asarray(bars.get_segments())[:, :, 1] == pytest.approx(np.asarray(wanted))
+    assert np.stack([cap.get_ydata() for cap in caps], axis=1) == pytest.approx(np.asarray(wanted))
 
 
 def overlaps_the_data(figure: Figure) -> bool:

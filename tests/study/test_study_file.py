@@ -118,6 +118,16 @@ def test_a_second_study_file_lies_over_the_first(tmp_path: Path) -> None:
         StudyFile.read(tmp_path / "fast.yaml", folder / "wrong.yaml")
 
 
+def test_yes_and_no_are_names_too(tmp_path: Path) -> None:
+    """YAML reads a bare yes as true; the variant and whoever names it must mean the same."""
+    (tmp_path / "base.yaml").write_text("model: {value: 1}\n")
+    (tmp_path / "words.yaml").write_text(
+        "base: base.yaml\nmetric: m\naxes: {memory: {yes: {}, no: {model.value: 2}}}\nbaseline: {memory: no}\n"
+    )
+    found = StudyFile.read(tmp_path / "words.yaml")
+    assert list(found.axes[0].variants) == ["true", "false"] and found.baseline == {"memory": "false"}
+
+
 def test_few_configs_show_every_variant(tmp_path: Path) -> None:
     """A typo in any variant is found by parsing as many configs as the longest axis has variants."""
     points = points_of(study(tmp_path))
@@ -156,6 +166,10 @@ def test_few_configs_show_every_variant(tmp_path: Path) -> None:
         ({"seeds": []}, "seeds must be a list"),
         ({"seeds": [0, True]}, "seeds must be a list"),
         ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"seeds": [2**40]}, "seeds must be a list of whole numbers from 0 to 4294967295"),
+        ({"output": 3}, "output must be a path, got 3"),
+        ({"output": __file__}, "output must be a folder, and .* is a file"),
+        ({"metrics": ["a", 3]}, "metrics must be a list of names"),
         ({"exclude": {"speed": "slow"}}, "exclude must be a list"),
         ({"exclude": [{"sped": "slow"}]}, "exclude has the axis 'sped', which is none of model.value, speed"),
         ({"exclude": [{"speed": "slwo"}]}, "exclude.speed must be among slow, fast, got slwo"),

@@ -201,7 +201,7 @@ def test_a_metric_that_is_not_logged_ends_the_study(folder: Folder) -> None:
     assert len(folder.starts()) == 3 and set(folder.starts().values()) == {1}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_puts_the_training_back(folder: Folder, signum: signal.Signals) -> None:
     """The end of a job's time is no failure: the next job goes on where this one was."""
     folder.write(base={"model.value": 0.5, "model.then": "hang"}, axes={"model.other": [1]}, seeds=[0])
@@ -216,8 +216,9 @@ def test_a_signal_puts_the_training_back(folder: Folder, signum: signal.Signals)
     assert "attempt 1, going on from last.ckpt" in folder.run()
 
 
-def test_the_command_starts_workers_and_passes_signals_on(folder: Folder) -> None:
-    """One line is enough for a machine with several GPUs, and Ctrl-C ends all that it started."""
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR2])
+def test_the_command_starts_workers_and_passes_signals_on(folder: Folder, signum: signal.Signals) -> None:
+    """One line is enough for a machine with several GPUs; Ctrl-C, or SLURM's warning, ends all that it started."""
     printed = folder.run("--workers", "2", "--trials", "1")
     assert f"{POINTS} trainings: 2 finished, 6 waiting" in printed and sum(folder.starts().values()) == 2
     folder.write(base=STUDY["base"], axes={"model.then": ["hang"], "model.other": [2, 3]}, seeds=[0])
@@ -225,11 +226,36 @@ def test_the_command_starts_workers_and_passes_signals_on(folder: Folder) -> Non
     trials = folder.path / "runs/study/grid/trials"
     until(lambda: len(list(trials.glob("*/starts.txt"))) == 4)
     trainers = [int(path.read_text().split()[0]) for path in trials.glob("*/starts.txt")]
-    both.send_signal(signal.SIGINT)
+    both.send_signal(signum)
     said, _ = both.communicate(timeout=30)
-    assert both.returncode == 128 + signal.SIGINT, said
+    assert both.returncode == 128 + signum, said
     assert said.count("put back to waiting") == 2 and "2 trainings: 2 waiting" in said
     assert not any(is_running(trainer) for trainer in trainers)
+
+
+def test_workers_that_die_are_told(folder: Folder) -> None:
+    """A status of 0 with nothing done would let a job script go on to its next step."""
+    folder.write(base={"model.value": 0.5, "model.then": "hang"}, axes={"model.other": [2, 3]}, seeds=[0])
+    both = folder.start("--workers", "2")
+    trials = folder.path / "runs/study/grid/trials"
+    until(lambda: len(list(trials.glob("*/starts.txt"))) == 2)
+    children = Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split()
+    assert len(children) == 2
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    said, _ = both.communicate(timeout=30)
+    assert both.returncode == 1, said
+    assert "worker 1 ended by SIGKILL, worker 2 ended by SIGKILL" in said and "taken over" in said
+
+
+def test_a_report_without_a_study_is_refused(folder: Folder) -> None:
+    """From a wrong folder it would put an empty table over the one of a week of computing."""
+    folder.write(output="gone")
+    table = folder.path / "gone/table.md"
+    table.parent.mkdir()
+    table.write_text("results")
+    assert "gone/study.db is not there, so there is nothing to report" in folder.run("--report-only", status=2)
+    assert table.read_text() == "results"
 
 
 def test_wrong_options_are_refused_before_anything_is_made(folder: Folder) -> None:
@@ -238,8 +264,13 @@ def test_wrong_options_are_refused_before_anything_is_made(folder: Folder) -> No
     assert "error: the training config of (model.valeu=1) is refused" in folder.run(status=2)
     folder.write(storage="runs/study.db")
     assert "storage must be an SQLAlchemy URL" in folder.run(status=2)
-    folder.write(storage="sqlite:////nowhere/at/all/study.db" if os.getuid() else "mysql+none://x/y")
-    assert "error: " in folder.run(status=2)
+    (folder.path / "file").touch()
+    wrong = ("mysql+none://x/y", "sqlite://study.db", "sqlite:///:memory:", "journal:", "sqlite:///file/study.db")
+    for storage in wrong:
+        folder.write(storage=storage, output="elsewhere")
+        printed = folder.run(status=2)
+        assert printed.startswith(f"error: storage {storage}") or f"{storage!r}" in printed, printed
+        assert len(printed.splitlines()) == 1, printed
     folder.write()
     assert "must be a whole number" in folder.run("--workers", "0", status=2)
     assert f"{POINTS} waiting" in folder.run("--dry-run")
