@@ -7,7 +7,6 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
-from lightning_dml.datamodules.opening import cores
 from lightning_dml.errors import InputError
 from lightning_dml.study.worker import SIGNALS
 
@@ -62,7 +61,9 @@ def run_workers(command: Sequence[str], workers: int, first: Sequence[str] = ())
 
 def _environment(place: int, workers: int) -> dict[str, str]:
     """Of one local worker: a GPU of its own as long as there are some, and its share of the processor's cores."""
-    import torch
+    import torch  # takes seconds, which only the process that starts the others needs to spend
+
+    from lightning_dml.datamodules.opening import cores
 
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))

@@ -233,6 +233,13 @@ def test_the_command_starts_workers_and_passes_signals_on(folder: Folder, signum
     assert not any(is_running(trainer) for trainer in trainers)
 
 
+def test_a_worker_starts_without_torch() -> None:
+    """The command plans, reports and waits; what takes seconds to import, the trainings import."""
+    code = "import sys, lightning_dml.study.command; print(*sorted({'torch', 'pytorch_lightning'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == ""
+
+
 def test_workers_that_die_are_told(folder: Folder) -> None:
     """A status of 0 with nothing done would let a job script go on to its next step."""
     folder.write(base={"model.value": 0.5, "model.then": "hang"}, axes={"model.other": [2, 3]}, seeds=[0])
