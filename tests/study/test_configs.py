@@ -15,7 +15,7 @@ POINTS = {
     "smoke": 5,
     "positives": 11,
     "negatives": 13,
-    "memory_ratio": 6,
+    "memory_ratio": 12,
     "batch_size": 10,
     "momentum": 18,
     "mining_weighting": 25,
