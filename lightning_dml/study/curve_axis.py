@@ -74,7 +74,9 @@ class Curves:
         fixed = tuple(side for side in SIDES if alike(everywhere, side))
         split = any(not alike(each, side) for each in rows for side in SIDES)
         peaks = [peak for curve in everywhere for side in SIDES if (peak := curve.peak(side)) > 0] or [1.0]
-        common = min(max(peaks), CUT * statistics.median(peaks))
+        # As high as half of each curve needs: one that is large everywhere would be out of sight.
+        halves = [curve.usual(side) for curve in everywhere for side in SIDES]
+        common = min(max(peaks), max(CUT * statistics.median(peaks), *halves))
         own = [max(curve.peak() for curve in each) for each in rows]
         tops = [common] * len(rows) if min(own) >= FLAT * common else [each or common for each in own]
         return cls(by_row, split, fixed if len(fixed) == 1 else (), tops)

@@ -48,6 +48,10 @@ class LossCurve:
         """The largest absolute weight of the sides, both if none is named."""
         return max(float(self._finite(side).abs().max()) for side in sides or SIDES)
 
+    def usual(self, side: Side) -> float:
+        """The absolute weight that half of the similarities do not exceed."""
+        return float(self._finite(side).abs().median())
+
     @property
     def lowest(self) -> float:
         """The lowest weight: below 0 where a positive is pushed away or a negative pulled, but for rounding."""

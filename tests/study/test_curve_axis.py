@@ -282,6 +282,12 @@ def test_weights_of_other_sizes_stay_legible(tmp_path: Path) -> None:
     assert len(tops) == 1 and 1 < tops.pop() < 3
     said = " ".join(figure.texts[-1].get_text().split())
     assert said.endswith(f"Cut off at the top: exponential (up to {math.exp(9 * 0.98):.3g}).")
+    four = {"class_path": f"{CURVES}.Constant", "init_args": {"value": 4.0}}
+    large = loss("DirectWeightingLoss", positive={"class_path": f"{CURVES}.Constant"}, negative=four)
+    some = {name: variants[name] for name in ("contrastive", "multi-similarity")}
+    study = study_of(tmp_path, {"loss": {**some, "large": large}})
+    figure = curve_axis_figure(study, study.axes[0], rows_in(study))
+    assert [panel.get_ylim()[1] for panel in panels_of(figure, metrics=1)[0]] == pytest.approx(3 * [4.4])  # in sight
     faint = {"class_path": STEP, "init_args": {"value": 0.01}}
     variants = {"contrastive": {}, "faint": loss("DirectWeightingLoss", positive=faint, negative=faint)}
     study = study_of(tmp_path, {"loss": variants})
