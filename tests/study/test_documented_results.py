@@ -1,0 +1,65 @@
+"""The tables of docs/study.md are those of the trainings whose results lie beside it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from lightning_dml.study.grid import points_of, runs_of
+from lightning_dml.study.study_file import StudyFile
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "docs/results").glob("*.csv"))
+PAGE = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+
+
+def study_of(name: str) -> StudyFile:
+    """The study whose results are NAME.csv: one file, or one with another laid over it."""
+    stem, *over = name.split("-")
+    return StudyFile.read(*(ROOT / f"configs/study/{each}.yaml" for each in (stem, *over)))
+
+
+def interval(values: list[float], sign: str = "") -> str:
+    """Mean and 95 % interval by Student's t distribution, as the tables have them."""
+    mean = statistics.fmean(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:{sign}.4f} [{mean - half:{sign}.4f}, {mean + half:{sign}.4f}]"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_page_says_what_was_measured(path: Path) -> None:
+    """A number in the documents that no training gave is what this library is not to have."""
+    study = study_of(path.stem)
+    axes = [axis.name for axis in study.axes]
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["state"] for row in rows} == {"finished"}
+    assert sorted(row["key"] for row in rows) == sorted(run.key for run in runs_of(study, points_of(study)))
+    values: dict[tuple[str, ...], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        for metric in study.metrics:
+            if row[f"{metric} last"]:
+                values[tuple(row[axis] for axis in axes)][metric][int(row["seed"])] = float(row[f"{metric} last"])
+    lines = [line for line in PAGE.splitlines() if line.startswith("| ")]
+    for choice, by_metric in values.items():
+        own = by_metric[study.metric]
+        cells = [*choice, f"{len(own)} of {len(study.seeds)}"]
+        cells += [interval(list(by_metric[metric].values())) for metric in study.metrics if by_metric[metric]]
+        base = tuple(study.baseline.get(axis, each) for axis, each in zip(axes, choice, strict=True))
+        if base == choice:
+            cells.append("baseline")
+        else:
+            cells.append(interval([own[seed] - values[base][study.metric][seed] for seed in own], "+"))
+        wanted = " | ".join(cells)
+        assert any(wanted in line for line in lines), f"{path.stem}: no line with {wanted}"
+
+
+def test_there_are_results() -> None:
+    """The test above would pass with none."""
+    assert {path.stem for path in RESULTS} >= {"positives", "negatives"}
