@@ -22,7 +22,7 @@ from lightning_dml.callbacks.sample_encoding import (
     training_loader,
     undisturbed,
 )
-from lightning_dml.callbacks.training_batches import outputs_of
+from lightning_dml.callbacks.training_batches import outputs_of, warn_of_missed_steps
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank
 
@@ -147,12 +147,7 @@ class DriftMonitor(Callback):
         elif trainer.global_step == 0:  # a second fit of the same trainer goes on
             self.history, self._past, self._warned = [], [], False
         self._last_step = trainer.global_step
-        logged = getattr(trainer, "log_every_n_steps", 0)
-        if trainer.loggers and logged and self.every_n_steps % logged:
-            rank_zero_warn(
-                f"every_n_steps={self.every_n_steps} of DriftMonitor is no multiple of "
-                f"Trainer(log_every_n_steps={logged}), so the logger misses some of the figures"
-            )
+        warn_of_missed_steps(trainer, "DriftMonitor", self.every_n_steps)
         if self.probes:
             self._take_probes(trainer, pl_module)
             if not self._past:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -135,19 +134,6 @@ def figures_of(observed: ObservedWeights | None, factor: float) -> dict[str, flo
             levels = np.quantile(values, list(QUANTILES.values()))
             figures |= {f"{name}_similarity_{q}": float(level) for q, level in zip(QUANTILES, levels, strict=True)}
     return figures
-
-
-def thinned(observed: ObservedWeights, points: int, seed: int) -> ObservedWeights:
-    """At most `points` pairs of each side, drawn evenly; forces and counts stay those of all."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(side: ObservedSide) -> ObservedSide:
-        if len(side.similarity) <= points:
-            return side
-        drawn = torch.randperm(len(side.similarity), generator=generator)[:points].sort().values
-        return dataclasses.replace(side, similarity=side.similarity[drawn], weight=side.weight[drawn])
-
-    return dataclasses.replace(observed, positives=draw(observed.positives), negatives=draw(observed.negatives))
 
 
 def exact_curve(loss: nn.Module) -> DrawnCurve | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning import Trainer
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_dml.errors import InputError
@@ -53,6 +54,16 @@ def mask_of(batch: Any) -> Tensor | None:
     """The mask (N,) of the rows that enter the bank; None for all."""
     mask: Tensor | None = batch.get("enqueue") if isinstance(batch, Mapping) else None
     return mask
+
+
+def warn_of_missed_steps(trainer: Trainer, name: str, every_n_steps: int) -> None:
+    """Warns if a callback of this name logs at steps at which the trainer's loggers do not write."""
+    logged = getattr(trainer, "log_every_n_steps", 0)
+    if trainer.loggers and logged and every_n_steps % logged:
+        rank_zero_warn(
+            f"every_n_steps={every_n_steps} of {name} is no multiple of Trainer(log_every_n_steps={logged}), so the "
+            "logger misses some of the figures"
+        )
 
 
 def training_samples(trainer: Trainer, setting: object) -> int:

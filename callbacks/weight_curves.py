@@ -28,11 +28,12 @@ from lightning_dml.callbacks.pair_observation import (
     gathered,
     loss_of,
     observe,
-    thinned,
 )
 from lightning_dml.callbacks.sample_encoding import mixed_seed
+from lightning_dml.callbacks.training_batches import warn_of_missed_steps
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ObservedWeights
+from lightning_dml.losses.observed import thinned
 from lightning_dml.memory import MemoryBank
 from lightning_dml.report import curve_figure, save_curves, save_training, training_figure
 
@@ -181,12 +182,7 @@ class WeightCurveLogger(Callback):
         self._stopped, self._told, self._last_step = set(), set(), trainer.global_step
         # Asking the trainer for its folder is a collective, so every rank asks.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir, FOLDER, self._prefix)
-        logged = getattr(trainer, "log_every_n_steps", 0)
-        if trainer.loggers and logged and self.every_n_steps % logged:
-            rank_zero_warn(
-                f"every_n_steps={self.every_n_steps} of WeightCurveLogger is no multiple of "
-                f"Trainer(log_every_n_steps={logged}), so the logger misses some of the figures"
-            )
+        warn_of_missed_steps(trainer, "WeightCurveLogger", self.every_n_steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

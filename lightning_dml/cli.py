@@ -15,7 +15,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dml import callbacks, datamodules, losses, modules
 from lightning_dml.bank_command import DMLTrainer
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, input_error_in
+from lightning_dml.parsing import instantiated
 
 BY_NAME = (callbacks, datamodules, losses, modules)
 """Imported here, so that a config may name their classes without the module."""
@@ -137,7 +138,7 @@ def read_training(paths: Sequence[str]) -> tuple[LightningModule, LightningDataM
     parts = cli.config.clone()
     for part in ("trainer", "config"):  # a trainer's loggers would make folders
         parts.pop(part, None)
-    made = (getattr(cli.parser, "instantiate", None) or cli.parser.instantiate_classes)(parts)
+    made = instantiated(cli.parser, parts)
     return made.model, made.get("data")
 
 
@@ -164,8 +165,5 @@ def _message(error: BaseException) -> str | None:
         )
     if isinstance(error, FileNotFoundError | MisconfigurationException):
         return " ".join(str(error).split())
-    # jsonargparse wraps what a constructor raises in a report on every type that the argument might have had.
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, InputError):
-        seen = seen.__cause__ or seen.__context__
-    return None if seen is None else str(seen)
+    ours = input_error_in(error)
+    return None if ours is None else str(ours)

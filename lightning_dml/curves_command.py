@@ -17,11 +17,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_dml.bank_command import TrainingSet, columns_of
-from lightning_dml.callbacks.pair_observation import Rows, drawn_from, observe, thinned
-from lightning_dml.errors import InputError
+from lightning_dml.callbacks.pair_observation import Rows, drawn_from, observe
+from lightning_dml.errors import InputError, input_error_in
 from lightning_dml.losses import Context, ObservedWeights, PairWeightingLoss, context_free, weight_curve
 from lightning_dml.losses.measured import MEASURED_REFERENCES
+from lightning_dml.losses.observed import thinned
 from lightning_dml.memory import MemoryBank
+from lightning_dml.parsing import instantiated
 from lightning_dml.report import DrawnCurve, curve_figure, save_curves
 
 USAGE = """%(prog)s --losses '[ContrastiveLoss, MultiSimilarityLoss]'
@@ -146,15 +148,11 @@ def _options(arguments: Sequence[str]) -> dict[str, Any]:
     # As in LightningCLI, other libraries' constructors may leave types out.
     parser.add_function_arguments(curves, as_group=False, skip={"read_training"}, fail_untyped=False)
     try:
-        parsed = parser.parse_args(list(arguments))
-        # The older name goes with version 5.
-        made = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
+        made = instantiated(parser, parser.parse_args(list(arguments)))
     except ArgumentError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise cause from error
+        ours = input_error_in(error)
+        if ours is not None:
+            raise ours from error
         # jsonargparse goes through every type that the argument might have had.
         text = " ".join(str(error).split())
         if several := re.search(r"Give the full class path to avoid ambiguity: (.*?)\.(?: |$)", text):

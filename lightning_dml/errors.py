@@ -11,5 +11,16 @@ class InputError(ValueError):
     """
 
 
+def input_error_in(error: BaseException) -> InputError | None:
+    """The error itself, or the first of ours among those that led to it.
+
+    jsonargparse wraps what a constructor raises in a report on every type that the argument might have had.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, InputError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
 class NothingToEvaluate(InputError):
     """There are no queries, or there is no gallery, to evaluate."""

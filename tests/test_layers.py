@@ -22,7 +22,7 @@ LAYERS = (
     ("report",),
     ("modules",),
     ("callbacks", "datamodules"),
-    ("bank_command", "curves_command", "cli", "study", "__main__"),
+    ("bank_command", "curves_command", "cli", "parsing", "study", "__main__"),
 )
 HEIGHTS = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 WITHOUT_LIGHTNING = {PACKAGE, "distributed", "errors", "losses", "memory", "report", "retrieval"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -102,24 +102,31 @@ def observed_weights(
     similarity = embeddings.detach().double() @ references.detach().double().T
     positive, negative = pairs.masks(slice(0, len(embeddings)), slice(0, len(references)))
     edges = torch.linspace(-1, 1, bins + 1, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    return ObservedWeights(
-        _side(similarity[positive], -weights[positive], edges, limit, generator),
-        _side(similarity[negative], weights[negative], edges, limit, generator),
+    observed = ObservedWeights(
+        _side(similarity[positive], -weights[positive], edges),
+        _side(similarity[negative], weights[negative], edges),
         edges,
         len(embeddings),
     )
+    return observed if limit is None else thinned(observed, limit, seed)
 
 
-def _side(
-    similarity: Tensor, weight: Tensor, edges: Tensor, limit: int | None, generator: torch.Generator
-) -> ObservedSide:
+def thinned(observed: ObservedWeights, points: int, seed: int) -> ObservedWeights:
+    """At most `points` pairs of each side, drawn evenly; forces and counts stay those of all."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(side: ObservedSide) -> ObservedSide:
+        if len(side.similarity) <= points:
+            return side
+        drawn = torch.randperm(len(side.similarity), generator=generator)[:points].sort().values
+        return replace(side, similarity=side.similarity[drawn], weight=side.weight[drawn])
+
+    return replace(observed, positives=draw(observed.positives), negatives=draw(observed.negatives))
+
+
+def _side(similarity: Tensor, weight: Tensor, edges: Tensor) -> ObservedSide:
     similarity, weight = similarity.cpu(), weight.cpu()
     bins = len(edges) - 1
     places = torch.bucketize(similarity, edges, right=True).sub_(1).clamp_(0, bins - 1)
     counts = torch.bincount(places, minlength=bins)
-    force, pairs = float(weight.sum()), len(weight)
-    if limit is not None and pairs > limit:
-        drawn = torch.randperm(pairs, generator=generator)[:limit].sort().values
-        similarity, weight = similarity[drawn], weight[drawn]
-    return ObservedSide(similarity, weight, force, pairs, counts)
+    return ObservedSide(similarity, weight, float(weight.sum()), len(weight), counts)

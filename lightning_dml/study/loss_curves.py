@@ -12,10 +12,11 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, input_error_in
 
 # By this import a config may name the losses without the module, as for `fit`.
 from lightning_dml.losses import Context, context_free, weight_curve
+from lightning_dml.parsing import instantiated
 from lightning_dml.study.grid import Point
 from lightning_dml.study.loss_axis import loss_config
 
@@ -94,19 +95,14 @@ def _curve(config: Any) -> LossCurve:
     parser = ArgumentParser(exit_on_error=False)
     # As in LightningCLI, other libraries' constructors may leave types out.
     parser.add_subclass_arguments(nn.Module, "loss", fail_untyped=False)
-    # Called instantiate_classes before jsonargparse 4.49, which warns of that name.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    loss = instantiate(parser.parse_object({"loss": config})).loss
+    loss = instantiated(parser, parser.parse_object({"loss": config})).loss
     alone = context_free(loss)
     return LossCurve(*weight_curve(loss, SIMILARITY, context=Context((), ()) if alone else Context()), not alone)
 
 
 def _said(error: BaseException) -> str:
     """One line: of what jsonargparse wraps, the error of ours, else the part that names the option."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, InputError):
-        seen = seen.__cause__ or seen.__context__
-    text = " ".join(str(seen or error).split())
+    text = " ".join(str(input_error_in(error) or error).split())
     text = text.partition(" Given value type")[0]
     text = text.partition("Errors: - ")[2] or text
     return textwrap.shorten(text or type(error).__name__, 400)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dml import MemoryBank
 from lightning_dml.callbacks import MemoryBankCallback, WeightCurveLogger, weight_curves
-from lightning_dml.callbacks.pair_observation import Rows, drawn_from, exact_curve, figures_of, observe, thinned
+from lightning_dml.callbacks.pair_observation import Rows, drawn_from, exact_curve, figures_of, observe
 from lightning_dml.cli import main
 from lightning_dml.errors import InputError
 from lightning_dml.losses import (
@@ -41,7 +41,7 @@ from lightning_dml.losses import (
     pair_weights,
 )
 from lightning_dml.losses.mining import SemiHardMiner, TopKMiner
-from lightning_dml.losses.observed import ObservedSide
+from lightning_dml.losses.observed import ObservedSide, thinned
 from tests.helpers import run_ranks
 from tests.scripts.fit_uneven import UnevenBatches
 from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
