@@ -75,7 +75,7 @@ def curves(
         ckpt_path: checkpoint of that training: its weights, and the memory bank in it.
         bank_file: a memory bank as `lightning-dml bank` writes it, instead of the checkpoint's.
         context: the anchor's other pairs, `positives` and `negatives`, for the curves of losses that look at them.
-        relative: divide each loss's weights by their largest, to compare shapes.
+        relative: divide each loss's weights by the largest that is shown of it on a side, to compare shapes.
         points: similarities from -1 to 1 at which a curve is computed.
         pairs: most pairs of each side to draw as points.
         seed: which batch, by the epoch of its sampler where that has any, and which pairs are drawn.
@@ -120,8 +120,6 @@ def curves(
             try:
                 curve_of[name] = _curve(loss, points, context)
             except InputError as error:
-                if relative:
-                    raise
                 print(f"{name} is drawn by its pairs alone: {error}")
     assert named is not None
     caption = _caption(named, curve_of, context, shown)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +14,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.image_folder import CLASSES, FOLDER_CONFIG, pictures
 
 torch.set_num_threads(2)
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
@@ -29,3 +33,13 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of images and a config for them, in a working folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
+    pictures(tmp_path / "images", CLASSES)
+    (tmp_path / "folder.yaml").write_text(FOLDER_CONFIG)
+    return "folder.yaml"

@@ -16,19 +16,8 @@ from lightning_dml import MemoryBank
 from lightning_dml.bank_command import DMLTrainer
 from lightning_dml.cli import main
 from lightning_dml.errors import InputError
-from tests.test_cli import CLASSES, FOLDER_CONFIG, pictures
 from tests.test_two_ranks import ROOT, TORCHRUN, run
 from tests.tiny import QUIET, TinyData, tiny_module
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of images and a config for them, in a working folder of their own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
-    pictures(tmp_path / "images", CLASSES)
-    (tmp_path / "folder.yaml").write_text(FOLDER_CONFIG)
-    return "folder.yaml"
 
 
 def with_memory(folder: Path, **options: Any) -> str:

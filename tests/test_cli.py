@@ -7,13 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lightning_dml import MetricLearningModule
 from lightning_dml.cli import main
+from tests.image_folder import CLASSES, FOLDER_CONFIG, pictures
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ("fit", "--config", str(ROOT / "configs/quickstart.yaml"))
@@ -27,16 +27,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-dml"])
     return tmp_path
-
-
-def pictures(root: Path, classes: dict[str, int], side: int = 40) -> None:
-    """`root/<class>/<n>.png` of random noise."""
-    generator = np.random.default_rng(0)
-    for name, count in classes.items():
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
 
 
 def test_quickstart_trains_evaluates_and_reports(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,26 +107,6 @@ model:
     assert (folder / "runs/quickstart/version_0/checkpoints/best.ckpt").exists()
 
 
-FOLDER_CONFIG = """
-model:
-  class_path: lightning_dml.MetricLearningModule
-  init_args:
-    embedder:
-      class_path: lightning_dml.Embedder
-      init_args: {model_name: test_resnet, dim: 16}
-    loss: {class_path: lightning_dml.losses.MultiSimilarityLoss}
-data:
-  class_path: lightning_dml.datamodules.FolderDataModule
-  init_args: {root: images, image_size: 32, resize: 36, classes_per_batch: 3, samples_per_class: 2}
-trainer:
-  max_epochs: 1
-  logger: false
-  accelerator: cpu
-  enable_checkpointing: false
-  enable_progress_bar: false
-"""
-
-
 def fit_folder(folder: Path, *options: str) -> None:
     """The config that a user with a folder of images would write."""
     config = folder / "folder.yaml"
@@ -146,13 +116,12 @@ def fit_folder(folder: Path, *options: str) -> None:
 
 def test_a_folder_of_images_trains(folder: Path) -> None:
     """Own images are what most people come for."""
-    pictures(folder / "images", dict.fromkeys("abcdefgh", 4))
+    pictures(folder / "images", CLASSES)
     fit_folder(folder, "--trainer.enable_checkpointing=true")
     assert list(folder.rglob("*.ckpt"))
 
 
 NOTHING: tuple[str, ...] = ()
-CLASSES = dict.fromkeys("abcdefgh", 4)
 REFUSED = {
     "a wrong model name": (CLASSES, ("--model.embedder.model_name=resnet5O",), "resnet5O.*did you mean resnet50"),
     "a missing folder": (CLASSES, ("--data.root=nowhere",), "nowhere"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,6 @@ from torch.nn import functional as F
 from lightning_dml import MemoryBank, curves_command
 from lightning_dml.cli import main
 from lightning_dml.losses import Context, MultiSimilarityLoss, weight_curve
-from tests.test_cli import CLASSES, FOLDER_CONFIG, pictures
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of images and a config for them, in a working folder of their own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
-    pictures(tmp_path / "images", CLASSES)
-    (tmp_path / "folder.yaml").write_text(FOLDER_CONFIG)
-    return "folder.yaml"
-
 
 OURS = "lightning_dml.losses."  # other tests import a library with classes of the same names
 
@@ -124,10 +111,14 @@ def test_a_bank_from_a_file_and_no_bank(config: str, capsys: pytest.CaptureFixtu
     assert "6 positives of total force 1, 24 negatives" in capsys.readouterr().out
 
 
-def test_a_loss_without_a_curve_is_drawn_by_its_pairs(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What has no curve still has weights in a batch, which is what one wants to see of it."""
+@pytest.mark.parametrize("scale", ["false", "true"])
+def test_a_loss_without_a_curve_is_drawn_by_its_pairs(
+    config: str, scale: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What has no curve still has weights in a batch, which is what one wants to see of it, to any scale."""
+    losses = f"[{ORIGINAL}, {OURS}ContrastiveLoss]"
     with pytest.warns(UserWarning, match="curves runs without"):
-        main(["curves", "--training", config, "--losses", f"[{ORIGINAL}, {OURS}ContrastiveLoss]"])
+        main(["curves", "--training", config, "--losses", losses, "--relative", scale])
     assert "LiftedStructureLoss is drawn by its pairs alone" in capsys.readouterr().out
     assert table(loss="LiftedStructureLoss", kind="pair") and not table(loss="LiftedStructureLoss", kind="curve")
     assert table(loss="ContrastiveLoss", kind="curve")

@@ -23,7 +23,7 @@ from lightning_dml.datamodules.images import ArrayDataset
 from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.losses import ContrastiveLoss
 from lightning_dml.modules.evaluation import SetMetrics, named_loaders
-from tests.test_cli import FOLDER_CONFIG, pictures
+from tests.image_folder import CLASSES, FOLDER_CONFIG, pictures
 from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
 
 Batch = dict[str, Tensor]
@@ -431,7 +431,7 @@ def test_evaluators_and_further_folders_come_from_yaml(tmp_path: Path, monkeypat
     """What needs Python code is out of reach on the command line; the checkpoint must bring its evaluator along."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-dml"])
-    pictures(tmp_path / "images", dict.fromkeys("abcdefgh", 4))
+    pictures(tmp_path / "images", CLASSES)
     pictures(tmp_path / "night", dict.fromkeys("uvw", 3))
     (tmp_path / "config.yaml").write_text(FOLDER_CONFIG)
     (tmp_path / "evaluation.yaml").write_text(
