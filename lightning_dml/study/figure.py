@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -22,6 +23,9 @@ APART = 5.0  # points between the series
 ROOM = 0.08  # beside the data, as a part of their span
 LOG_SPAN = 20.0  # values that differ by more are shown on a logarithmic axis
 FRACTIONS = ("recall@", "precision@", "map@", "ndcg@", "r_precision", "mrr", "nmi", "ami")
+PANEL = 5.2  # inches, with the names of its axis
+LETTER = 0.075  # inches of a legend, with room to spare
+TITLE = 60  # letters in a line of the title, which must end before the legend
 
 
 def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
@@ -30,7 +34,8 @@ def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
     series = series_of(study, axis, rows)
     places = list(axis.numbers or range(len(order)))
     several, panels = len(series) > 1, len(study.metrics)
-    figure = Figure(figsize=(5.2 + 2.0 * several, 0.9 + 2.4 * panels), layout="constrained")
+    legend = 0.6 + LETTER * max(len(others) for others in series) if several else 0.0
+    figure = Figure(figsize=(PANEL + legend, 0.9 + 2.4 * panels), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, name in enumerate(study.metrics):
         axes = figure.add_subplot(panels, 1, panel + 1)
@@ -40,6 +45,7 @@ def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
             shift = ScaledTranslation(APART * (number - (len(series) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
             _draw(axes, places, means, others, number, bool(axis.numbers) or several, shift)
         _scale(axes, axis, order)
+        axes.tick_params(labelbottom=panel == panels - 1)  # long names would take the room of the panels
         # Set by hand, as matplotlib does not count data that are shifted by points.
         axes.set_ylim(limits([row.means[name] for row in rows]))
         axes.set_ylabel(metric_label(study, name))
@@ -51,7 +57,8 @@ def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
     if several:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
-    figure.suptitle(f"{study.name}: mean and 95% interval over {seeds_in(study, rows)}", fontsize=11)
+    title = f"{study.name}: mean and 95% interval over {seeds_in(study, rows)}"
+    figure.suptitle(textwrap.fill(title, TITLE), fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -134,4 +141,6 @@ def _scale(axes: Axes, axis: Axis, order: Sequence[str]) -> None:
 
 
 def _with_unit(name: str) -> str:
-    return f"{name} (fraction)" if name.rpartition("/")[2].startswith(FRACTIONS) else name
+    if name.rpartition("/")[2].startswith(FRACTIONS):
+        return f"{name} (fraction)"
+    return f"{name}\n(squared distance)" if "/drift/" in f"/{name}" else name

@@ -311,7 +311,8 @@ def test_the_figure_shows_means_and_intervals_with_labels(tmp_path: Path) -> Non
     wanted = {row.point.label: row.means["val/recall@1"].mean for row in rows}
     assert np.asarray(plain.get_ydata()).tolist() == [wanted[f"loss=plain, size={size}"] for size in (0.01, 0.1, 1.0)]
     assert np.isnan(np.asarray(other.get_ydata(), dtype=float)).tolist() == [False, True, False]
-    assert not overlaps_the_data(figure)
+    assert not overlaps(figure)
+    assert [axes.xaxis.get_tick_params()["labelbottom"] for axes in figure.axes] == [False, True]
     for axes, name in zip(figure.axes, study.metrics, strict=True):
         low, high = axes.get_ylim()
         means = [row.means[name] for row in rows]
@@ -340,11 +341,28 @@ def test_error_bars_are_as_long_as_the_intervals(tmp_path: Path) -> None:
     assert np.stack([cap.get_ydata() for cap in caps], axis=1) == pytest.approx(np.asarray(wanted))
 
 
-def overlaps_the_data(figure: Figure) -> bool:
-    """Whether the figure's legend covers any part of a panel."""
+def overlaps(figure: Figure) -> bool:
+    """Whether the figure's legend covers any part of a panel or of the title, or leaves the figure."""
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
-    return any(legend.overlaps(axes.get_window_extent()) for axes in figure.axes)
+    within = legend.x1 <= figure.bbox.x1 and legend.y0 >= 0
+    return not within or any(legend.overlaps(each.get_window_extent()) for each in (*figure.axes, *figure.texts))
+
+
+def test_long_names_leave_room_for_the_data(tmp_path: Path) -> None:
+    """A legend that pushes the panels aside, or a title under it, cannot be read; drift is a squared distance."""
+    axes = {
+        "loss": {"the longest name of a variant that one would give": {}, "b": {"model.a": 1}},
+        "size": {"option": "model.b", "values": [0.01, 0.1, 1.0]},
+    }
+    metrics = ["drift/bank", "other_bank/drift/probe", "drifting"]
+    named: dict[str, Any] = {"baseline": None, "name": "a-study-of-a-long-name-and-of-many-words"}
+    study, points, _, entries = book(tmp_path, axes=axes, metrics=metrics, **named)
+    figure = figure_of(study, study.axes[1], rows_of(study, points, entries))
+    assert not overlaps(figure) and len(figure.texts) == 1
+    assert all(axes.get_window_extent().width > 3.5 * figure.dpi for axes in figure.axes)
+    labels = ["val/recall@1 (fraction)", "drift/bank\n(squared distance)", "other_bank/drift/probe\n(squared distance)"]
+    assert [axes.get_ylabel() for axes in figure.axes] == [*labels, "drifting"]
 
 
 def test_a_report_writes_whole_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
