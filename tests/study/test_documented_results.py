@@ -28,6 +28,8 @@ def study_of(name: str) -> StudyFile:
 def interval(values: list[float], sign: str = "") -> str:
     """Mean and 95 % interval by Student's t distribution, as the tables have them."""
     mean = statistics.fmean(values)
+    if len(set(values)) == 1:  # one training under two names, not one without spread
+        return f"{mean:{sign}.4f} |"
     half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:{sign}.4f} [{mean - half:{sign}.4f}, {mean + half:{sign}.4f}]"
 
@@ -58,6 +60,27 @@ def test_the_page_says_what_was_measured(path: Path) -> None:
             cells.append(interval([own[seed] - values[base][study.metric][seed] for seed in own], "+"))
         wanted = " | ".join(cells)
         assert any(wanted in line for line in lines), f"{path.stem}: no line with {wanted}"
+
+
+def test_the_page_says_how_stale_the_memory_was() -> None:
+    """The measurements are those of the trainings in the table of momentum, and their means are on the page."""
+    with (ROOT / "docs/results/momentum.csv").open(newline="", encoding="utf-8") as file:
+        last = {row["key"]: row["drift/bank last"] for row in csv.DictReader(file)}
+    with (ROOT / "docs/results/drift/momentum.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["key"] for row in rows} == set(last)
+    stale: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if int(row["step"]) == 900:
+            assert float(row["drift/bank"]) == pytest.approx(float(last[row["key"]]), rel=1e-6)
+        if row["start"] == "100":
+            difference = float(row["drift/bank"]) - float(row["drift/floor"])
+            stale[row["keys"]][int(row["step"])].append(difference)
+    lines = PAGE.splitlines()
+    for keys, by_step in stale.items():
+        assert all(len(each) == 3 for each in by_step.values())
+        means = (f"{statistics.fmean(by_step[step]):.2f}" for step in (200, 400, 600, 900))
+        assert f"| {keys} | {' | '.join(means)} |" in lines
 
 
 def test_there_are_results() -> None:
