@@ -40,7 +40,7 @@ from lightning_dml.study.loss_curves import SIMILARITY, curves_of
 from lightning_dml.study.statistics import mean_of
 from lightning_dml.study.study_file import StudyFile
 from lightning_dml.study.summary import Row, rows_of
-from tests.study.test_report import overlaps_the_data
+from tests.study.test_report import overlaps
 
 FOLDER = Path(__file__).parents[2] / "configs/study"
 LOSSES, CURVES, LOSS = "lightning_dml.losses", "lightning_dml.losses.curves", "model.init_args.loss"
@@ -179,7 +179,7 @@ def test_the_curves_are_those_of_the_losses_and_the_dots_the_means() -> None:
     said = " ".join(" ".join(text.get_text() for text in figure.texts).split())
     assert f"{Context()}: multi-similarity." in said and "exponential down (up to 134)" in said
     assert "weight, |dL/dS| per anchor" in said and "3 seeds" in said
-    assert not overlaps_the_data(figure)
+    assert not overlaps(figure)
     width, height = figure.get_size_inches()
     assert width < 12 and height < 0.8 * len(POSITIVES) + 3
 
