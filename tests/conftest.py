@@ -36,10 +36,16 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of images and a config for them, in a working folder of their own."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that is not the repository."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-dml"])
-    pictures(tmp_path / "images", CLASSES)
-    (tmp_path / "folder.yaml").write_text(FOLDER_CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def config(folder: Path) -> str:
+    """A folder of images and a config for them, in a working folder of their own."""
+    pictures(folder / "images", CLASSES)
+    (folder / "folder.yaml").write_text(FOLDER_CONFIG)
     return "folder.yaml"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,6 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = ("fit", "--config", str(ROOT / "configs/quickstart.yaml"))
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2")
 CPU = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder that is not the repository."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
-    return tmp_path
 
 
 def test_quickstart_trains_evaluates_and_reports(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,12 @@ def study_of(name: str) -> StudyFile:
     return StudyFile.read(*(ROOT / f"configs/study/{each}.yaml" for each in (stem, *over)))
 
 
+def rows_in(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names of its columns."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def interval(values: list[float], sign: str = "") -> str:
     """Mean and 95 % interval by Student's t distribution, as the tables have them."""
     mean = statistics.fmean(values)
@@ -39,8 +45,7 @@ def test_the_page_says_what_was_measured(path: Path) -> None:
     """A number in the documents that no training gave is what this library is not to have."""
     study = study_of(path.stem)
     axes = [axis.name for axis in study.axes]
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_in(path)
     assert {row["state"] for row in rows} == {"finished"}
     assert sorted(row["key"] for row in rows) == sorted(run.key for run in runs_of(study, points_of(study)))
     values: dict[tuple[str, ...], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -64,10 +69,8 @@ def test_the_page_says_what_was_measured(path: Path) -> None:
 
 def test_the_page_says_how_stale_the_memory_was() -> None:
     """The measurements are those of the trainings in the table of momentum, and their means are on the page."""
-    with (ROOT / "docs/results/momentum.csv").open(newline="", encoding="utf-8") as file:
-        last = {row["key"]: row["drift/bank last"] for row in csv.DictReader(file)}
-    with (ROOT / "docs/results/drift/momentum.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    last = {row["key"]: row["drift/bank last"] for row in rows_in(ROOT / "docs/results/momentum.csv")}
+    rows = rows_in(ROOT / "docs/results/drift/momentum.csv")
     assert {row["key"] for row in rows} == set(last)
     stale: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -85,4 +88,4 @@ def test_the_page_says_how_stale_the_memory_was() -> None:
 
 def test_there_are_results() -> None:
     """The test above would pass with none."""
-    assert {path.stem for path in RESULTS} >= {"positives", "negatives"}
+    assert {path.stem for path in RESULTS} >= {"positives", "negatives", "memory_ratio", "batch_size", "momentum"}
