@@ -20,7 +20,8 @@ The study file (YAML):
 * `baseline`: a variant for some axes or all; a point is compared with the one that has these variants and its own on
   the other axes.
 * `metric`, `mode` (max or min), `value` (last or best): what is compared; `metrics`: what is reported too;
-  `labels`: what the figure calls metrics and axes.
+  `labels`: what the figure calls metrics and axes. `course: {metrics: [drift/bank], every: 100}` notes what had been
+  logged last at every so many optimizer steps.
 * `name` (the file's), `output` (runs/study/NAME), `storage` (sqlite:///OUTPUT/study.db; any SQLAlchemy URL, or
   journal:FILE), both from the folder that the command is started in; `lease` (120 seconds without a sign of life, after
   which a worker on another machine counts as dead), `keep_checkpoints` (true).
@@ -40,7 +41,8 @@ Grid and seeds may grow: a training is known by its config, so only those that a
 stay; another one needs another name. Each training has a folder, OUTPUT/trials/KEY, with its config, log, logs of the
 loggers, checkpoints and result; a result that is there is taken and not trained again.
 
-The report, in OUTPUT: `table.md`, `table.csv`, `trials.csv`, and for each axis `AXIS.png` and `.svg`, the metrics
+The report, in OUTPUT: `table.md`, `table.csv`, `trials.csv`, `course.csv` where a course is noted (from the folders of
+the trainings, so from those that are on this machine), and for each axis `AXIS.png` and `.svg`, the metrics
 against its variants. Where each variant is another loss (`model.init_args.loss`), `AXIS-curves.png` and `.svg` set
 the metrics beside the weight curves, a row for each variant.
 """
@@ -63,6 +65,7 @@ from lightning_dml.study.reading import write_whole
 from lightning_dml.study.storage import exists, needed, open_storage
 from lightning_dml.study.study_file import StudyFile
 from lightning_dml.study.summary import count_states, rows_of, seconds_of_one, state_of
+from lightning_dml.study.trial_config import folder_of, read_result
 from lightning_dml.study.worker import FIT, Worker
 
 ITSELF = (sys.executable, "-m", "lightning_dml", "study")
@@ -140,7 +143,7 @@ def main(
 def report(study: StudyFile, points: Sequence[Point], runs: Sequence[Run], entries: Mapping[str, Entry]) -> None:
     """Writes the tables and figures of a study into its output folder and prints the table."""
     from lightning_dml.study.figure import figure_of  # matplotlib
-    from lightning_dml.study.tables import markdown, points_csv, trials_csv
+    from lightning_dml.study.tables import course_csv, markdown, points_csv, trials_csv
 
     rows = rows_of(study, points, entries)
     table = markdown(study, rows, runs, entries)
@@ -149,6 +152,9 @@ def report(study: StudyFile, points: Sequence[Point], runs: Sequence[Run], entri
     write_whole(study.output / "table.csv", points_csv(study, rows))
     write_whole(study.output / "trials.csv", trials_csv(study, runs, entries))
     written = ["table.md", "table.csv", "trials.csv"]
+    if study.course.metrics:
+        write_whole(study.output / "course.csv", course_csv(study, runs, _courses(study, runs, entries)))
+        written.append("course.csv")
     for axis in study.axes:
         if len(axis.variants) < 2 or not any(row.means[study.metric].n for row in rows):
             continue
@@ -166,6 +172,19 @@ def report(study: StudyFile, points: Sequence[Point], runs: Sequence[Run], entri
                 write_whole(study.output / f"{stem}.{ending}", partial(figure.savefig, dpi=150))
                 written.append(f"{stem}.{ending}")
     print(f"{study.output}: {', '.join(written)}")
+
+
+def _courses(study: StudyFile, runs: Sequence[Run], entries: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
+    """What the finished trainings noted of the metrics whose course the study wants."""
+    finished = [run for run in runs if state_of(run, entries) == "finished"]
+    found = {run.key: (read_result(folder_of(run, study.output)) or {}).get("course", {}) for run in finished}
+    lacking = [run.label for run in finished if set(study.course.metrics) - set(found[run.key])]
+    if lacking:
+        print(
+            f"course.csv lacks values of {len(lacking)} of {len(finished)} finished trainings, such as {lacking[0]}: "
+            "they did not log them, ran before the course was asked for, or their folders are elsewhere"
+        )
+    return found
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from lightning_dml.study.reading import read_yaml
 
 KEYS = (
     "name", "base", "axes", "seeds", "seed_options", "exclude", "baseline", "metric", "metrics", "mode", "value",
-    "storage", "output", "lease", "keep_checkpoints", "labels",
+    "course", "storage", "output", "lease", "keep_checkpoints", "labels",
 )  # fmt: skip
 MERGED = ("axes", "baseline", "labels")  # of several files; of all other keys the last one's counts
 SEEDS = range(2**32)  # what seed_everything takes
@@ -40,6 +40,19 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Course:
+    """What of each training is noted at every so many steps.
+
+    Args:
+        metrics: names of logged values; none notes nothing.
+        every: optimizer steps.
+    """
+
+    metrics: tuple[str, ...] = ()
+    every: int = 100
+
+
+@dataclass(frozen=True)
 class StudyFile:
     """A study as its file describes it; the keys of the file are described in `lightning_dml.study.command`."""
 
@@ -54,6 +67,7 @@ class StudyFile:
     metrics: tuple[str, ...]
     mode: Literal["max", "min"]
     value: Literal["last", "best"]
+    course: Course
     storage: str
     output: Path
     lease: float
@@ -85,9 +99,6 @@ class StudyFile:
         if blocked is not None:
             raise InputError(f"output must be a folder, and {blocked} is a file, got {str(output)!r}")
         metric = _text(content, "metric")
-        further = content.get("metrics") or []
-        if not isinstance(further, list) or any(not isinstance(each, str) for each in further):
-            raise InputError(f"metrics must be a list of names of logged values, got {further!r}")
         labels = content.get("labels") or {}
         if not isinstance(labels, dict):
             raise InputError(f"labels must map names of metrics to what the figure says, got {labels!r}")
@@ -100,9 +111,10 @@ class StudyFile:
             exclude=tuple(_choices(each, axes, "exclude") for each in _list(content.get("exclude"), "exclude")),
             baseline=_baseline(content.get("baseline"), axes),
             metric=metric,
-            metrics=tuple(dict.fromkeys([metric, *further])),
+            metrics=tuple(dict.fromkeys([metric, *_names(content.get("metrics"), "metrics")])),
             mode=_one_of(content, "mode", ("max", "min")),
             value=_one_of(content, "value", ("last", "best")),
+            course=_course(content.get("course")),
             storage=str(content.get("storage") or f"sqlite:///{output}/study.db"),
             output=output,
             lease=_positive(content.get("lease", 120.0), "lease"),
@@ -215,6 +227,24 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
     if len(set(seeds)) != len(seeds):
         raise InputError(f"seeds must differ from each other, got {seeds!r}")
     return tuple(seeds)
+
+
+def _names(names: Any, where: str) -> tuple[str, ...]:
+    named = [] if names is None else names
+    if not isinstance(named, list) or any(not isinstance(each, str) for each in named):
+        raise InputError(f"{where} must be a list of names of logged values, got {named!r}")
+    return tuple(dict.fromkeys(named))
+
+
+def _course(content: Any) -> Course:
+    if content is None:
+        return Course()
+    if not isinstance(content, Mapping) or not content.get("metrics") or set(content) - {"metrics", "every"}:
+        raise InputError(f"course must have metrics, a list of names, and may have every, in steps, got {content!r}")
+    every = content.get("every", Course.every)
+    if type(every) is not int or every < 1:
+        raise InputError(f"course.every must be a whole number of optimizer steps, at least 1, got {every!r}")
+    return Course(_names(content["metrics"], "course.metrics"), every)
 
 
 def _options(options: Any) -> tuple[str, ...]:

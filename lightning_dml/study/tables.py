@@ -54,6 +54,21 @@ def trials_csv(study: StudyFile, runs: Sequence[Run], entries: Mapping[str, Entr
     return _csv(lines)
 
 
+def course_csv(study: StudyFile, runs: Sequence[Run], courses: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each step at which a training noted the course of its metrics; `courses` are by the run's key."""
+    names = study.course.metrics
+    lines: list[list[Any]] = [[axis.name for axis in study.axes] + ["seed", "key", "step", *names]]
+    for run in runs:
+        by_step: dict[int, dict[str, Any]] = {}
+        for name, values in courses.get(run.key, {}).items():
+            for step, value in values:
+                by_step.setdefault(step, {})[name] = value
+        for step, found in sorted(by_step.items()):
+            noted = ["" if found.get(name) is None else found[name] for name in names]
+            lines.append([*run.point.choice.values(), run.seed, run.key, step, *noted])
+    return _csv(lines)
+
+
 def markdown(study: StudyFile, rows: Sequence[Row], runs: Sequence[Run], entries: Mapping[str, Entry]) -> str:
     """The table to read, with notes on what its numbers are."""
     compared = any(row.comparison is not None for row in rows)

@@ -15,18 +15,26 @@ import yaml
 from lightning_dml.study.grid import Run
 from lightning_dml.study.overrides import overlay
 from lightning_dml.study.reading import write_whole
+from lightning_dml.study.study_file import Course
 
 CONFIG, RESULT, LOG = "trial.yaml", "result.json", "log.txt"
+NO_COURSE = Course()
 RECORD = "lightning_dml.study.record.StudyRecord"
 
 
-def training_config(run: Run, folder: Path) -> dict[str, Any]:
+def folder_of(run: Run, output: Path) -> Path:
+    """The folder of a training in the output of its study."""
+    return output / "trials" / run.key
+
+
+def training_config(run: Run, folder: Path, course: Course = NO_COURSE) -> dict[str, Any]:
     """The config of `lightning-dml fit` for one training, which writes into `folder` alone.
 
     Loggers keep their class and write into the folder; no logger at all stays none, and Lightning's default becomes a
     CSVLogger. Checkpoints go to `folder/checkpoints`. `StudyRecord` is added to the callbacks.
     """
-    record = {"class_path": RECORD, "init_args": {"path": str(folder / RESULT)}}
+    noted = {"course": list(course.metrics), "every": course.every} if course.metrics else {}
+    record = {"class_path": RECORD, "init_args": {"path": str(folder / RESULT), **noted}}
     trainer = dict(run.point.config.get("trainer") or {})
     callbacks = trainer.get("callbacks") or []
     callbacks = [_in_folder(each, folder) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
@@ -42,11 +50,12 @@ def training_config(run: Run, folder: Path) -> dict[str, Any]:
     return config
 
 
-def write_config(run: Run, folder: Path) -> Path:
+def write_config(run: Run, folder: Path, course: Course = NO_COURSE) -> Path:
     """Writes the training's config, with the command that repeats it by hand."""
     path = folder / CONFIG
+    config = training_config(run, folder, course)
     header = f"# {run.label}\n#   python -m lightning_dml fit --config {path}\n"
-    write_whole(path, header + yaml.safe_dump(training_config(run, folder), sort_keys=False, allow_unicode=True))
+    write_whole(path, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return path
 
 

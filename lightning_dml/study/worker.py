@@ -90,7 +90,7 @@ class Worker:
 
     def _run(self, entry: Entry) -> None:
         run = self._by_key[entry.key]
-        folder = self.study.output / "trials" / run.key
+        folder = trial_config.folder_of(run, self.study.output)
         started = time.monotonic()
         try:
             result = trial_config.read_result(folder)
@@ -108,6 +108,7 @@ class Worker:
                 self._fail(entry, run, f"{error} (see {place / trial_config.LOG})")
                 return
             value = trial_config.metric_value(result, self.study.metric, self.study.mode, self.study.value)
+            result.pop("course", None)  # stays in the folder: a text column of a server may not hold it
             result["wall"] = max(seconds, float(result.get("seconds", 0.0)))
             if self.study.metric not in result["metrics"]:
                 self._wrong_metric(entry, result["metrics"])
@@ -129,7 +130,8 @@ class Worker:
         """Runs the training to its end, its error or the worker's; returns the last line of its log."""
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = trial_config.last_checkpoint(folder)
-        command = [*GUARD, *self.fit, "--config", str(trial_config.write_config(run, folder))]
+        config = trial_config.write_config(run, folder, self.study.course)
+        command = [*GUARD, *self.fit, "--config", str(config)]
         if checkpoint is not None:
             trial_config.keep_logged(folder)
             command += ["--ckpt_path", str(checkpoint)]

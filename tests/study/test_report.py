@@ -23,10 +23,12 @@ from lightning_dml.study.command import main, report
 from lightning_dml.study.figure import COLOURS, figure_of
 from lightning_dml.study.grid import Point, Run, points_of, runs_of
 from lightning_dml.study.ledger import Entry, Ledger
+from lightning_dml.study.reading import write_whole
 from lightning_dml.study.statistics import Comparison, Mean, compare, holm, mean_of
 from lightning_dml.study.study_file import StudyFile
 from lightning_dml.study.summary import Row, rows_of, seconds_of_one
 from lightning_dml.study.tables import markdown, points_csv, trials_csv
+from lightning_dml.study.trial_config import RESULT, folder_of
 
 
 def book(folder: Path, **changes: Any) -> tuple[StudyFile, list[Point], list[Run], dict[str, Entry]]:
@@ -374,6 +376,27 @@ def test_a_report_writes_whole_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert min(Image.open(tmp_path / "out/size.png").size) > 400
     assert (tmp_path / "out/size.svg").read_text().startswith("<?xml")
     assert "# Study known" in capsys.readouterr().out
+
+
+def test_the_course_is_told_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A value under another step or training would be read as a finding; what is missing must be told."""
+    course = {"metrics": ["drift/bank", "drift/floor"], "every": 5}
+    study, points, runs, entries = book_of(tmp_path, {"a": [0.5, 0.6], "b": [0.7]}, course=course)
+    for number, run in enumerate(runs[:2]):  # a and b of seed 0
+        noted = {"drift/floor": [[10, 0.25]], "drift/bank": [[5, None], [10, 0.5 + number]]}
+        write_whole(folder_of(run, study.output) / RESULT, json.dumps({"course": noted}))
+    report(study, points, runs, entries)
+    keys = [run.key for run in runs]
+    assert (study.output / "course.csv").read_text().splitlines() == [
+        "loss,seed,key,step,drift/bank,drift/floor",
+        f"a,0,{keys[0]},5,,",
+        f"a,0,{keys[0]},10,0.5,0.25",
+        f"b,0,{keys[1]},5,,",
+        f"b,0,{keys[1]},10,1.5,0.25",
+    ]
+    printed = capsys.readouterr().out
+    assert "course.csv lacks values of 1 of 3 finished trainings, such as loss=a, seed=1" in printed
+    assert "trials.csv, course.csv" in printed
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,15 @@ import pytest
 import torch
 import yaml
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_dml.cli import config_parser, main
 from lightning_dml.errors import InputError
 from lightning_dml.study.grid import points_of, runs_of
+from lightning_dml.study.ledger import Ledger
 from lightning_dml.study.record import StudyRecord
+from lightning_dml.study.storage import open_storage
 from lightning_dml.study.study_file import StudyFile
 from lightning_dml.study.trial_config import last_checkpoint, metric_value, training_config
 from lightning_dml.study.worker import _environment
@@ -34,12 +36,23 @@ SMOKE = ROOT / "configs/study/smoke.yaml"
 EPOCHS = 20
 
 
+class LogsNowAndThen(Callback):
+    """Logs the number of the step at every second one."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """As `DriftMonitor` does."""
+        if trainer.global_step % 2 == 0:
+            pl_module.log("own/step", float(trainer.global_step), on_step=True, on_epoch=False)
+
+
 def fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> dict[str, Any]:
     """Trains for some epochs in all and returns the record."""
-    record = StudyRecord(str(folder / "result.json"))
+    record = StudyRecord(str(folder / "result.json"), ["own/step", "val/recall@1", "own/none"], every=3)
     saver = ModelCheckpoint(folder, save_last=True)
     options = {**QUIET, "enable_checkpointing": True}
-    trainer = Trainer(max_epochs=epochs, callbacks=[record, saver], default_root_dir=folder, **options)
+    trainer = Trainer(
+        max_epochs=epochs, callbacks=[LogsNowAndThen(), record, saver], default_root_dir=folder, **options
+    )
     trainer.fit(tiny_module(), TinyData(), ckpt_path=checkpoint, weights_only=True)
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
@@ -55,9 +68,14 @@ def test_the_record_is_that_of_all_validations_also_after_a_resumption(tmp_path:
     assert parts["seconds"] > first["seconds"] > 0
     recall = whole["metrics"]["val/recall@1"]
     assert recall["min"] <= recall["last"] <= recall["max"] and recall["max_step"] in range(0, whole["step"] + 1)
+    steps = list(range(3, whole["step"] + 1, 3))
+    assert parts["course"] == whole["course"] and len(steps) > 3
+    assert whole["course"]["own/step"] == [[step, step - step % 2] for step in steps]
+    assert "own/none" not in whole["course"]
+    assert [step for step, _ in whole["course"]["val/recall@1"]] == [each for each in steps if each > whole["step"] / 4]
     (tmp_path / "parts/result.json").unlink()
     again = fit(tmp_path / "parts", 4, tmp_path / "parts/last.ckpt")
-    assert again["metrics"] == whole["metrics"]
+    assert again["metrics"] == whole["metrics"] and again["course"] == whole["course"]
 
 
 def test_values_that_are_no_numbers_are_told_apart(tmp_path: Path) -> None:
@@ -163,6 +181,7 @@ def test_a_real_training_is_killed_and_goes_on(
         "trainer": {"max_epochs": EPOCHS, "accelerator": "cpu", "callbacks": [saver]},
     }
     content = {"base": base, "axes": {"a": {"b": {}}}, "metric": "val/recall@1", "keep_checkpoints": False}
+    content["course"] = {"metrics": ["train/loss"], "every": 1}
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, "-m", "lightning_dml", "study", "--config", "real.yaml"]
     monkeypatch.chdir(tmp_path)
@@ -182,6 +201,11 @@ def test_a_real_training_is_killed_and_goes_on(
     result = json.loads((folder / "result.json").read_text())
     assert result["step"] % EPOCHS == 0 and 0 < result["metrics"]["val/recall@1"]["max"] <= 1
     assert (folder / "metrics-start1.csv").exists() and not (folder / "checkpoints").exists()
+    with Path("runs/study/real/course.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, result["step"] + 1))
+    study = StudyFile.read("real.yaml")
+    (entry,) = Ledger(open_storage(study.storage), study.name, study.mode, study.lease).entries().values()
+    assert "course" not in entry.attributes["result"]
     # Epochs are counted in what both processes logged: none of them was trained anew but those after the checkpoint.
     with (folder / "metrics.csv").open() as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file) if row["val/recall@1"]]
