@@ -17,7 +17,7 @@ FONTS: Any = {"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 14, "lege
 SMALL: dict[str, Any] = {"fontsize": 12, "color": "0.3"}
 ROW, LOW_ROW, MANY = 0.72, 0.6, 12  # inches; that of more rows than many
 GAP = 0.14  # of the curves, between rows
-CURVE, METRIC, BETWEEN, TICKS, EDGE = 2.3, 2.9, 0.4, 0.6, 0.2
+CURVE, METRIC, BETWEEN, TICKS, EDGE = 2.3, 2.9, 0.4, 0.7, 0.2
 SERIES = 0.075  # the least between dots of one row
 LINE = 1.25 / 72  # inches of a line of text for each point of its size
 LETTER = 0.58 / 72  # the mean width of a letter, likewise
@@ -122,12 +122,21 @@ def _curve_panel(panel: Axes, last: bool, first: bool) -> None:
     panel.set_xlim(-1, 1)
     panel.set_xticks([-1, -0.5, 0, 0.5, 1])
     for scale in (panel.xaxis, panel.yaxis):
-        scale.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
+        scale.set_major_formatter(lambda value, _: _tick(value))
     panel.grid(axis="x", alpha=0.35)
     panel.tick_params(labelsize=12, labelbottom=last, labelleft=first, length=3)
     panel.spines[["top", "right"]].set_visible(False)
     if last:
         panel.set_xlabel("cosine similarity S")
+
+
+def _tick(value: float) -> str:
+    """At most five letters, which is what stands between the names and the panels: 2e8 and not 2e+08."""
+    text = f"{value:g}"
+    if value and not 1e-2 <= abs(value) < 1e4:
+        factor, exponent = f"{value:.0e}".split("e")
+        text = f"{factor}e{int(exponent)}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _metric_panel(panel: Axes, rows: int, label: str) -> None:

@@ -33,6 +33,7 @@ from lightning_dml.losses import (
 from lightning_dml.report.curve_figure import PALETTE
 from lightning_dml.study.command import report
 from lightning_dml.study.curve_axis import BASELINE, BLACK, GREY, curve_axis_figure
+from lightning_dml.study.curve_layout import _tick
 from lightning_dml.study.grid import Run, points_of, runs_of
 from lightning_dml.study.ledger import Entry
 from lightning_dml.study.loss_axis import chooses_the_loss
@@ -182,6 +183,28 @@ def test_the_curves_are_those_of_the_losses_and_the_dots_the_means() -> None:
     assert not overlaps(figure)
     width, height = figure.get_size_inches()
     assert width < 12 and height < 0.8 * len(POSITIVES) + 3
+
+
+def test_names_and_numbers_of_a_row_stand_apart() -> None:
+    """Exponential weights reach 4e8 far from where pairs are; the number ran into the name beside it."""
+    study = StudyFile.read(FOLDER / "mining_weighting.yaml")
+    axis = study.axes[1]
+    figure = curve_axis_figure(study, axis, rows_in(study))
+    figure.draw_without_rendering()
+    names = [each for each in figure.texts if each.get_text() in axis.variants]
+    numbers = [each for panel in figure.axes for each in panel.get_yticklabels() if each.get_text()]
+    assert len(names) == 5 and "2e8" in {each.get_text() for each in numbers}
+    for name in names:
+        assert all(not name.get_window_extent().overlaps(each.get_window_extent()) for each in numbers)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0"), (2, "2"), (0.05, "0.05"), (5000, "5000"), (2e8, "2e8"), (-0.005, "\N{MINUS SIGN}5e\N{MINUS SIGN}3")],
+)
+def test_numbers_of_the_scale_are_short(value: float, said: str) -> None:
+    """There is room for five letters."""
+    assert _tick(value) == said
 
 
 def loss(name: str, **settings: Any) -> dict[str, Any]:

@@ -88,4 +88,5 @@ def test_the_page_says_how_stale_the_memory_was() -> None:
 
 def test_there_are_results() -> None:
     """The test above would pass with none."""
-    assert {path.stem for path in RESULTS} >= {"positives", "negatives", "memory_ratio", "batch_size", "momentum"}
+    names = {"positives", "negatives", "memory_ratio", "batch_size", "momentum", "mining_weighting"}
+    assert {path.stem for path in RESULTS} >= names
