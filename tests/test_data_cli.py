@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,8 @@ Run = Callable[..., None]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(folder: Path) -> Run:
     """Runs a subcommand on a config that it writes."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
 
     def command(subcommand: str, name: str, options: dict[str, Any], metrics: dict[str, Any] | None = None) -> None:
         data = {"class_path": f"lightning_dml.datamodules.{name}", "init_args": options}
@@ -51,7 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             chosen = {"class_path": "lightning_dml.RetrievalMetrics", "init_args": metrics}
             config["model"] = {**MODEL, "init_args": {**MODEL["init_args"], "metrics": chosen}}
         # JSON is YAML as well.
-        (tmp_path / "config.yaml").write_text(json.dumps(config))
+        (folder / "config.yaml").write_text(json.dumps(config))
         main([subcommand, "--config", "config.yaml"])
 
     return command

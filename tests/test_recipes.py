@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,13 +36,11 @@ RECIPES: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_trains(name: str, folder: Path) -> None:
     """A recipe with a typing error costs its first user a queue slot."""
-    root = RECIPES[name](tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
+    root = RECIPES[name](folder / "data")
     main(["fit", "--config", str(ROOT / f"configs/{name}.yaml"), f"--data.init_args.root={root}", *SMALL])
-    (best,) = (tmp_path / "runs" / name).glob("version_0/checkpoints/best.ckpt")
+    (best,) = (folder / "runs" / name).glob("version_0/checkpoints/best.ckpt")
     checkpoint = torch.load(best, weights_only=True)
     assert checkpoint["global_step"] == 2
     assert any("MemoryBankCallback" in each for each in checkpoint["callbacks"]) == (name not in ("cub", "cars"))

@@ -6,7 +6,6 @@ import csv
 import importlib
 import os
 import random
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -775,13 +774,11 @@ trainer:
 """
 
 
-def test_it_works_from_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_works_from_a_config(folder: Path) -> None:
     """A study turns it on with a few lines of YAML, by name."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
     Path("curves.yaml").write_text(CONFIG)
     main(["fit", "--config", "curves.yaml"])
-    run = tmp_path / "runs/tiny/version_0"
+    run = folder / "runs/tiny/version_0"
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len([row for row in rows if row["pairs/memory/negative_force"]]) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -427,14 +426,12 @@ def test_errors_show_in_the_sanity_check() -> None:
     assert not trained
 
 
-def test_evaluators_and_further_folders_come_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluators_and_further_folders_come_from_yaml(folder: Path) -> None:
     """What needs Python code is out of reach on the command line; the checkpoint must bring its evaluator along."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-dml"])
-    pictures(tmp_path / "images", CLASSES)
-    pictures(tmp_path / "night", dict.fromkeys("uvw", 3))
-    (tmp_path / "config.yaml").write_text(FOLDER_CONFIG)
-    (tmp_path / "evaluation.yaml").write_text(
+    pictures(folder / "images", CLASSES)
+    pictures(folder / "night", dict.fromkeys("uvw", 3))
+    (folder / "config.yaml").write_text(FOLDER_CONFIG)
+    (folder / "evaluation.yaml").write_text(
         """
 model:
   init_args:
@@ -454,7 +451,7 @@ trainer:
 """
     )
     main(["fit", "--config", "config.yaml", "--config", "evaluation.yaml"])
-    loaded = MetricLearningModule.load_from_checkpoint(tmp_path / "best.ckpt", map_location="cpu")
+    loaded = MetricLearningModule.load_from_checkpoint(folder / "best.ckpt", map_location="cpu")
     assert (loaded.val_metrics[0].ks, loaded.test_metrics[0].metric) == ((1, 5), "l2")
-    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    saved = torch.load(folder / "best.ckpt", weights_only=True)
     assert not any("metrics" in name for name in saved["state_dict"])
