@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,31 @@ def test_the_page_says_what_was_measured(path: Path) -> None:
             cells.append(interval([own[seed] - values[base][study.metric][seed] for seed in own], "+"))
         wanted = " | ".join(cells)
         assert any(wanted in line for line in lines), f"{path.stem}: no line with {wanted}"
+
+
+def values_of(cell: str, results: Iterable[Path]) -> dict[int, float]:
+    """The metric by seed at a point that is written as `axis=variant, axis=variant`, from the study with these axes."""
+    choice = dict(each.split("=", 1) for each in cell.split(", "))
+    for path in results:
+        study = study_of(path.stem)
+        if {axis.name for axis in study.axes} == set(choice):
+            rows = [row for row in rows_in(path) if choice.items() <= row.items()]
+            return {int(row["seed"]): float(row[f"{study.metric} last"]) for row in rows}
+    raise AssertionError(f"no study has the axes of {cell}")
+
+
+def test_the_page_says_how_points_differ() -> None:
+    """Further comparisons are of trainings with the same seed, each as far from zero as the page has it."""
+    on_glyphs = [path for path in RESULTS if "-" not in path.stem]
+    compared = [line for line in PAGE.splitlines() if re.match(r"\| \w+=", line)]
+    for line in compared:
+        one, other, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        own, base = values_of(one, on_glyphs), values_of(other, on_glyphs)
+        assert own.keys() == base.keys() and len(own) == 3
+        p = float(stats.ttest_rel([own[seed] for seed in own], [base[seed] for seed in own]).pvalue)
+        shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
+        assert line == f"| {one} | {other} | {interval([own[seed] - base[seed] for seed in own], '+')} | {shown} |"
+    assert len(compared) > 20
 
 
 def test_the_page_says_how_stale_the_memory_was() -> None:
