@@ -7,6 +7,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ def curves(
         shown = f"a batch of {len(batch.labels)} against {against}"
         for name, loss in named.items():
             try:
+                _check_scale(loss)
                 curve_of[name] = _curve(loss, points, context)
             except InputError as error:
                 print(f"{name} is drawn by its pairs alone: {error}")
@@ -147,12 +149,18 @@ def _options(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_function_arguments(curves, as_group=False, skip={"read_training"}, fail_untyped=False)
     try:
         made = instantiated(parser, parser.parse_args(list(arguments)))
-    except ArgumentError as error:
+    except (ArgumentError, TypeError, ValueError) as error:
         ours = input_error_in(error)
         if ours is not None:
             raise ours from error
         # jsonargparse goes through every type that the argument might have had.
         text = " ".join(str(error).split())
+        if not isinstance(error, ArgumentError):  # a constructor's own, once for every type
+            said = text.partition(" Errors: - ")[2].partition(" - ")[0] or text
+            raise InputError(
+                f"losses cannot be made as given: {shorten(said, 200)}; options of a class go into init_args, as in "
+                "losses: {NAME: {class_path: ..., init_args: {...}}}"
+            ) from error
         if several := re.search(r"Give the full class path to avoid ambiguity: (.*?)\.(?: |$)", text):
             raise InputError(f"losses names a class that there is more than once: give one of {several[1]}") from error
         if '"losses' in text:
@@ -182,7 +190,7 @@ class _ShortHelp(DefaultHelpFormatter):
 
 def _named(losses: Mapping[str, nn.Module] | Sequence[nn.Module] | nn.Module) -> dict[str, nn.Module]:
     if isinstance(losses, Mapping):
-        named = dict(losses)
+        named = {str(name): each for name, each in losses.items()}  # 0.3 in a YAML file is a number
     else:
         several = losses if isinstance(losses, Sequence) else [losses]
         named = {type(each).__name__: each for each in several}
@@ -213,6 +221,20 @@ def _curve(loss: nn.Module, points: int, context: Context | None) -> DrawnCurve:
     similarity = torch.linspace(-1, 1, points, dtype=torch.float64)
     free = context is None or context_free(loss)
     return DrawnCurve(similarity, *weight_curve(loss, similarity, context=None if free else context))
+
+
+def _check_scale(loss: nn.Module) -> None:
+    """A curve is that of one anchor; its batch lies on it where the loss is a mean over all anchors."""
+    if not isinstance(loss, PairWeightingLoss):
+        raise InputError(
+            "another library's loss takes a mean of its own over a batch, so that the weights there are on another "
+            "scale than the curve of an anchor; leave --training out for the curve"
+        )
+    if loss.reduction != "anchors":
+        raise InputError(
+            f"with reduction={loss.reduction} the weights of a batch are on another scale than the curve of an anchor; "
+            "leave --training out, or take reduction=anchors, for the curve"
+        )
 
 
 def _caption(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 
 from lightning_dml import MemoryBank, curves_command
@@ -124,6 +125,26 @@ def test_a_loss_without_a_curve_is_drawn_by_its_pairs(
     assert table(loss="ContrastiveLoss", kind="curve")
 
 
+def test_a_curve_on_another_scale_is_not_laid_over_the_pairs(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a mean over pairs the points lay far below the curve, as if the batch had next to no weights."""
+    losses = {
+        "pairs": {"class_path": f"{OURS}ContrastiveLoss", "init_args": {"reduction": "pairs"}},
+        "peer": {"class_path": "pytorch_metric_learning.losses.ContrastiveLoss"},
+        0.5: {"class_path": f"{OURS}ContrastiveLoss"},  # a number, as YAML reads the name
+    }
+    Path("three.yaml").write_text(yaml.safe_dump({"losses": losses}))
+    with pytest.warns(UserWarning, match="curves runs without"):
+        main(["curves", "--training", config, "--config", "three.yaml"])
+    printed = capsys.readouterr().out
+    assert "pairs is drawn by its pairs alone: with reduction=pairs" in printed
+    assert "peer is drawn by its pairs alone: another library's loss" in printed
+    assert not table(loss="pairs", kind="curve") and not table(loss="peer", kind="curve")
+    on_curve = dict(table(loss="0.5", kind="curve", side="positive"))
+    assert {weight for _, weight in table(loss="0.5", kind="pair", side="positive")} <= set(on_curve.values())
+    main(["curves", "--config", "three.yaml"])
+    assert table(loss="pairs", kind="curve") and table(loss="peer", kind="curve")
+
+
 CONTRASTIVE = ("--losses", f"{OURS}ContrastiveLoss")
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing": ((), "nothing to draw.*--losses.*--training"),
@@ -136,6 +157,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         "'margn' is not",
     ),
     "no loss": (("--losses", "torch.nn.ReLU"), "ReLU"),
+    "a loss without what it needs": (
+        ("--losses", "pytorch_metric_learning.losses.ProxyAnchorLoss"),
+        "losses cannot be made as given: .*init_args",
+    ),
     "a class twice": (("--losses", f"[{OURS}ContrastiveLoss, {OURS}ContrastiveLoss]"), "one class twice.*names"),
     "a value of a loss": (("--losses.a", f"{OURS}ContrastiveLoss", "--losses.a.margin", "wide"), "margin"),
     "without a curve": (("--losses", ORIGINAL), "LiftedStructureLoss.*observed_weights"),

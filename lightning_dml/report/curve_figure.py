@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_dml.errors import InputError
 from lightning_dml.losses import Context, ObservedWeights, weight_curve
 from lightning_dml.losses.observed import ObservedSide
+from lightning_dml.plain_text import as_text
 from lightning_dml.report.saving import save_figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -125,11 +126,6 @@ def save_curves(
         The three paths.
     """
     return save_figure(figure, path_stem, lambda path: _write_table(path, curves, observed or {}))
-
-
-def as_text(name: str) -> str:
-    """A name as matplotlib shows it: no mathematics between dollars, and in the legend even if it begins with `_`."""
-    return ("\N{ZERO WIDTH SPACE}" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _scale(curve: DrawnCurve | None, seen: ObservedWeights | None, side: Side) -> float:

@@ -29,8 +29,9 @@ The study file (YAML):
 Several workers share a study by its storage: start the command as often as there are machines or GPUs, at once or
 later, or with `--workers`. A training is claimed by one of them. One whose worker was killed is taken over from its
 last checkpoint, one that failed stays failed until `--retry-failed`, one that finished is never repeated. SIGTERM,
-SIGINT, SIGUSR1 and SIGUSR2 end the training and put it back to waiting. SQLite is for workers on one machine; for
-several take a server, or journal:FILE on a shared file system. In a SLURM array every task is a worker:
+SIGINT, SIGHUP (but under nohup), SIGUSR1 and SIGUSR2 end the training and put it back to waiting. SQLite is for workers
+on one machine; for several take a server, or journal:FILE on a shared file system. In a SLURM array every task is a
+worker:
 
     #SBATCH --array=0-7 --ntasks=1 --gpus=1 --signal=B:TERM@60
     exec lightning-dml study --config configs/study/NAME.yaml
@@ -54,19 +55,22 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_dml.errors import InputError
 from lightning_dml.study.grid import Point, Run, check_configs, identity, points_of, runs_of
-from lightning_dml.study.ledger import Entry, Ledger
+from lightning_dml.study.ledger import Entry, Ledger, is_there
 from lightning_dml.study.local_workers import run_workers
 from lightning_dml.study.loss_axis import chooses_the_loss
 from lightning_dml.study.reading import write_whole
 from lightning_dml.study.storage import exists, needed, open_storage
-from lightning_dml.study.study_file import StudyFile
-from lightning_dml.study.summary import count_states, rows_of, seconds_of_one, state_of
-from lightning_dml.study.trial_config import folder_of, read_result
+from lightning_dml.study.study_file import Axis, StudyFile
+from lightning_dml.study.summary import Row, count_states, rows_of, seconds_of_one, state_of
+from lightning_dml.study.trial_config import folder_of, read_result, training_config
 from lightning_dml.study.worker import FIT, Worker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ITSELF = (sys.executable, "-m", "lightning_dml", "study")
 
@@ -95,13 +99,21 @@ def main(
     runs = runs_of(study, points)
     needed("optuna"), needed("scipy")
     if not options.report_only:
-        check_configs(points, make_parser())
+        first = {point.key: Run(point, study.seeds[0]) for point in points}
+
+        def written(point: Point) -> dict[str, Any]:
+            run = first[point.key]
+            return training_config(run, folder_of(run, study.output), study.course)
+
+        check_configs(points, make_parser(), written)
     if options.dry_run or options.report_only:
-        ledger = _ledger(study) if exists(study.storage) else None
+        opened = open_storage(study.storage) if exists(study.storage) else None
+        there = opened is not None and is_there(opened, study.name)
+        ledger = Ledger(opened, study.name, study.mode, study.lease) if opened is not None and there else None
         if ledger is None and options.report_only:
             raise InputError(
-                f"storage {study.storage} is not there, so there is nothing to report: start the command in the folder "
-                "where the study ran, or leave --report-only out"
+                f"storage {study.storage} {f'has no study {study.name}' if opened else 'is not there'}, so there is "
+                "nothing to report: start the command in the folder where the study ran, or leave --report-only out"
             )
         if ledger:
             ledger.pin(identity(study.base), begin=False)  # a report on another base would be empty, over a full one
@@ -111,7 +123,7 @@ def main(
         else:
             report(study, points, runs, entries)
         return
-    ledger = _ledger(study)
+    ledger = Ledger(open_storage(study.storage), study.name, study.mode, study.lease)
     ledger.pin(identity(study.base))
     ended: list[str] = []
     if options.workers > 1:
@@ -159,19 +171,26 @@ def report(study: StudyFile, points: Sequence[Point], runs: Sequence[Run], entri
         if len(axis.variants) < 2 or not any(row.means[study.metric].n for row in rows):
             continue
         name = "".join(each if each.isalnum() or each in "-_." else "_" for each in axis.name)
-        figures = {name: figure_of(study, axis, rows)}
-        try:
-            if chooses_the_loss(axis, points):
-                from lightning_dml.study.curve_axis import curve_axis_figure  # torch
-
-                figures[f"{name}-curves"] = curve_axis_figure(study, axis, rows)
-        except InputError as error:
-            print(f"{name}-curves is not drawn: {error}")
-        for stem, figure in figures.items():
-            for ending in ("png", "svg"):
-                write_whole(study.output / f"{stem}.{ending}", partial(figure.savefig, dpi=150))
-                written.append(f"{stem}.{ending}")
+        for stem, draw in ((name, figure_of), (f"{name}-curves", partial(_with_curves, points))):
+            try:
+                figure = draw(study, axis, rows)
+                if figure is None:
+                    continue
+                for ending in ("png", "svg"):
+                    write_whole(study.output / f"{stem}.{ending}", partial(figure.savefig, dpi=150))
+                    written.append(f"{stem}.{ending}")
+            except ValueError as error:  # ours, and matplotlib's for what it cannot draw; the other figures still come
+                print(f"{stem} is not drawn: {error}")
     print(f"{study.output}: {', '.join(written)}")
+
+
+def _with_curves(points: Sequence[Point], study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure | None:
+    """The figure with weight curves, where each variant of the axis is another loss."""
+    if not chooses_the_loss(axis, points):
+        return None
+    from lightning_dml.study.curve_axis import curve_axis_figure  # torch
+
+    return curve_axis_figure(study, axis, rows)
 
 
 def _courses(study: StudyFile, runs: Sequence[Run], entries: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
@@ -207,10 +226,6 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
-
-
-def _ledger(study: StudyFile) -> Ledger:
-    return Ledger(open_storage(study.storage), study.name, study.mode, study.lease)
 
 
 def _plan(study: StudyFile, runs: Sequence[Run], entries: Mapping[str, Entry], workers: int) -> str:

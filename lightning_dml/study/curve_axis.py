@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lightning_dml.losses import Context
+from lightning_dml.plain_text import as_text
 from lightning_dml.report.curve_figure import PALETTE, STYLES
 from lightning_dml.study.curve_layout import FONTS, SMALL, Layout, lay_out
 from lightning_dml.study.figure import MARKERS, limits, metric_label, seeds_in, series_of
@@ -122,11 +123,11 @@ def curve_axis_figure(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figu
             figure,
             title=f"{study.name}: weight curves, mean and 95% interval over {seeds_in(study, rows)}",
             handles=_handles(study, series, curves),
-            heading=study.labels.get(axis.name, axis.label),
-            names=order,
+            heading=as_text(study.labels.get(axis.name, axis.label)),
+            names=[as_text(name) for name in order],
             curve_headings=_headings(curves),
             metrics=[metric_label(study, name) for name in study.metrics],
-            caption=_caption(order, curves),
+            caption=as_text(_caption(order, curves)),
             series=len(series),
         )
         columns: list[tuple[Side, ...]] = [("positive",), ("negative",)] if curves.split else [SIDES]
@@ -229,13 +230,13 @@ def _handles(study: StudyFile, series: Sequence[Series], curves: Curves) -> dict
     if len(series) > 1:
         for each in series:
             look: dict[str, Any] = {"linestyle": each.style if curves.split else "none", "linewidth": 2}
-            handles[each.name] = Line2D([], [], color=each.colour, marker=each.marker, **look)
+            handles[as_text(each.name)] = Line2D([], [], color=each.colour, marker=each.marker, **look)
     for side in SIDES if curves.split else ():
         if side not in curves.fixed and any(alike(list(each.values()), side) for each in curves.by_row):
             handles["the same in all of a row"] = Line2D([], [], **_look(side, curves))
     if study.baseline:
         wanted = ", ".join(f"{axis}={variant}" for axis, variant in study.baseline.items())
-        handles[f"mean of the baseline ({wanted})"] = Line2D([], [], color=BASELINE, linewidth=1.1)
+        handles[as_text(f"mean of the baseline ({wanted})")] = Line2D([], [], color=BASELINE, linewidth=1.1)
     return handles
 
 

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
+from lightning_dml.plain_text import as_text
 from lightning_dml.study.statistics import Mean
 from lightning_dml.study.study_file import Axis, StudyFile
 from lightning_dml.study.summary import Row
@@ -30,9 +31,9 @@ TITLE = 60  # letters in a line of the title, which must end before the legend
 
 def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
     """A panel for each metric, a line for each combination of the other axes, in the order of the study file."""
-    order = list(axis.variants)
     series = series_of(study, axis, rows)
-    places = list(axis.numbers or range(len(order)))
+    by_place = sorted(zip(axis.numbers or range(len(axis.variants)), axis.variants, strict=True))
+    places, order = [float(place) for place, _ in by_place], [variant for _, variant in by_place]
     several, panels = len(series) > 1, len(study.metrics)
     legend = 0.6 + LETTER * max(len(others) for others in series) if several else 0.0
     figure = Figure(figsize=(PANEL + legend, 0.9 + 2.4 * panels), layout="constrained")
@@ -44,7 +45,7 @@ def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
             # Side by side in points, as intervals at one place would hide each other.
             shift = ScaledTranslation(APART * (number - (len(series) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
             _draw(axes, places, means, others, number, bool(axis.numbers) or several, shift)
-        _scale(axes, axis, order)
+        _scale(axes, axis, places, [as_text(name) for name in order])
         axes.tick_params(labelbottom=panel == panels - 1)  # long names would take the room of the panels
         # Set by hand, as matplotlib does not count data that are shifted by points.
         axes.set_ylim(limits([row.means[name] for row in rows]))
@@ -53,7 +54,7 @@ def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    figure.axes[-1].set_xlabel(study.labels.get(axis.name, axis.label))
+    figure.axes[-1].set_xlabel(as_text(study.labels.get(axis.name, axis.label)))
     if several:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
@@ -78,7 +79,7 @@ def series_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> dict[str, di
 
 def metric_label(study: StudyFile, name: str) -> str:
     """What the figures call a metric, with the unit where it is known."""
-    return study.labels.get(name, _with_unit(name))
+    return as_text(study.labels.get(name, _with_unit(name)))
 
 
 def seeds_in(study: StudyFile, rows: Sequence[Row]) -> str:
@@ -118,25 +119,25 @@ def _draw(
         markersize=5,
         linewidth=1.4,
         capsize=3,
-        label=label,
+        label=as_text(label),
         transform=axes.transData + shift,
     )
 
 
-def _scale(axes: Axes, axis: Axis, order: Sequence[str]) -> None:
+def _scale(axes: Axes, axis: Axis, places: Sequence[float], order: Sequence[str]) -> None:
     if not axis.numbers:
         long = any(len(name) > 12 for name in order) or len(order) > 6
         axes.set_xticks(range(len(order)), order, rotation=30 if long else 0, ha="right" if long else "center")
         axes.set_xlim(-0.5, len(order) - 0.5)
         return
-    low, high = min(axis.numbers), max(axis.numbers)
+    low, high = places[0], places[-1]
     if low > 0 and high / low >= LOG_SPAN:
         axes.set_xscale("log")
         room = (high / low) ** ROOM
         axes.set_xlim(low / room, high * room)
     else:
         axes.set_xlim(low - ROOM * (high - low), high + ROOM * (high - low))
-    axes.set_xticks(axis.numbers, order)
+    axes.set_xticks(places, order)
     axes.minorticks_off()
 
 

@@ -113,15 +113,24 @@ def covering(points: Sequence[Point]) -> list[Point]:
     return chosen
 
 
-def check_configs(points: Sequence[Point], parse: Callable[[dict[str, Any]], object]) -> None:
+def check_configs(
+    points: Sequence[Point],
+    parse: Callable[[dict[str, Any]], object],
+    config_of: Callable[[Point], Mapping[str, Any]] = lambda point: point.config,
+) -> None:
     """Has a training parser read configs in which every variant occurs, so that a typo shows before the first trial.
+
+    Args:
+        points: of the grid.
+        parse: raises InputError for a config that is wrong.
+        config_of: makes the config that a training of the point gets.
 
     Raises:
         InputError: naming the first point whose config the parser refuses.
     """
     for point in covering(points):
         try:
-            parse(json.loads(json.dumps(point.config)))
+            parse(json.loads(json.dumps(config_of(point))))
         except InputError as error:
             raise InputError(f"the training config of ({point.label}) is refused: {error}") from error
 

@@ -57,6 +57,20 @@ class Entry:
     attributes: Mapping[str, Any] = field(repr=False)
 
 
+@dataclass(frozen=True)
+class _Sign:
+    """A sign of life, since when it is the same by this host's clock, and whether it has ever changed here."""
+
+    sign: object
+    since: float
+    renewed: bool = False
+
+
+def is_there(storage: BaseStorage, name: str) -> bool:
+    """Whether the storage has the study, which is not made for the asking."""
+    return any(each.study_name == name for each in storage.get_all_studies())
+
+
 class Ledger:
     """Reads and writes the trials of one study.
 
@@ -78,7 +92,7 @@ class Ledger:
             self._study = storage.create_new_study([direction], name)
         except self._optuna.exceptions.DuplicatedStudyError:
             self._study = storage.get_study_id_from_name(name)
-        self._seen: dict[int, tuple[object, float]] = {}
+        self._seen: dict[int, _Sign] = {}
 
     def pin(self, base: Mapping[str, Any], begin: bool = True) -> None:
         """Ties the study to its base config.
@@ -244,11 +258,12 @@ class Ledger:
             return verdict
         # By this host's own clock, as clocks of hosts differ: what counts is how long the sign of life is the same.
         now, sign = time.monotonic(), (owner, beat)
-        seen = self._seen.setdefault(entry.number, (sign, now))
-        if seen[0] != sign:
-            self._seen[entry.number] = (sign, now)
-            return True
-        return False if now - seen[1] > self.lease else None
+        seen = self._seen.setdefault(entry.number, _Sign(sign, now))
+        if seen.sign != sign:
+            seen = self._seen[entry.number] = _Sign(sign, now, renewed=True)
+        if now - seen.since > self.lease:
+            return False
+        return True if seen.renewed else None
 
     def _note(self, entry: Entry, key: str, value: Any) -> None:
         try:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 
 from lightning_dml.errors import InputError
-from lightning_dml.study.worker import SIGNALS
+from lightning_dml.study.worker import heard
 
 
 def run_workers(command: Sequence[str], workers: int, first: Sequence[str] = ()) -> tuple[int | None, list[str]]:
@@ -37,7 +37,7 @@ def run_workers(command: Sequence[str], workers: int, first: Sequence[str] = ())
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    before = {each: signal.signal(each, pass_on) for each in SIGNALS}
+    before = {each: signal.signal(each, pass_on) for each in heard()}
     try:
         for place in range(workers):
             if not came:

@@ -18,7 +18,8 @@ class StudyRecord(Callback):
 
     Values are taken at the end of each validation. They are in the checkpoints, so that a resumed training tells of all
     of its validations. A value that is not finite is written as null. The course of some metrics can be noted too: what
-    had been logged last, by step or by epoch, at every so many optimizer steps; each costs the GPU a wait then.
+    had been logged last at every so many optimizer steps, by a validation after that step too; each costs the GPU a
+    wait then.
 
     Args:
         path: the JSON file: `{"metrics": {name: {"last", "max", "min", "max_step", "min_step"}}, "course": {name:
@@ -29,7 +30,7 @@ class StudyRecord(Callback):
     Examples:
         >>> from lightning_dml.study.record import StudyRecord
         >>> StudyRecord("result.json").state_dict()
-        {'metrics': {}, 'course': {}, 'seconds': 0.0}
+        {'metrics': {}, 'course': {}, 'noted_step': -1, 'seconds': 0.0}
     """
 
     def __init__(self, path: str, course: list[str] | None = None, every: int = 1) -> None:
@@ -40,6 +41,7 @@ class StudyRecord(Callback):
         self.metrics: dict[str, dict[str, float]] = {}
         self.course: dict[str, list[tuple[int, float]]] = {}
         self._last_step = 0
+        self._noted_step = -1
         self._before = 0.0
         self._started: float | None = None
         self._fitting = False
@@ -48,7 +50,7 @@ class StudyRecord(Callback):
         """Begins anew; what a checkpoint holds comes after this."""
         self._fitting = stage == "fit"
         if self._fitting:
-            self.metrics, self.course = {}, {}
+            self.metrics, self.course, self._noted_step = {}, {}, -1
             self._before, self._started = 0.0, time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,11 +65,8 @@ class StudyRecord(Callback):
         self._last_step = step
         if not self.names or step // self.every == previous // self.every:
             return
-        # Lightning forgets at a resumption what was logged before; what the last validation found is still known here.
-        logged = {name: values["last"] for name, values in self.metrics.items()} | trainer.callback_metrics
-        for name in self.names:
-            if name in logged:
-                self.course.setdefault(name, []).append((step, float(logged[name])))
+        self._noted_step = step
+        self._note_course(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what has been logged."""
@@ -75,6 +74,8 @@ class StudyRecord(Callback):
             return
         for name, tensor in trainer.callback_metrics.items():
             self._note(str(name), float(tensor), trainer.global_step)
+        if trainer.global_step == self._noted_step:  # what this validation found belongs to the step that it followed
+            self._note_course(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the file; a fit that an exception or a signal ended does not come here."""
@@ -95,6 +96,7 @@ class StudyRecord(Callback):
         return {
             "metrics": {name: dict(values) for name, values in self.metrics.items()},
             "course": {name: list(values) for name, values in self.course.items()},
+            "noted_step": self._noted_step,
             "seconds": self._seconds(),
         }
 
@@ -103,7 +105,18 @@ class StudyRecord(Callback):
         if self._fitting:
             self.metrics = {name: dict(values) for name, values in state_dict["metrics"].items()}
             self.course = {name: list(values) for name, values in state_dict.get("course", {}).items()}
+            self._noted_step = state_dict.get("noted_step", -1)
             self._before = state_dict["seconds"]
+
+    def _note_course(self, trainer: Trainer) -> None:
+        # Lightning forgets at a resumption what was logged before; what the last validation found is still known here.
+        logged = {name: values["last"] for name, values in self.metrics.items()} | trainer.callback_metrics
+        for name in self.names:
+            if name in logged:
+                values = self.course.setdefault(name, [])
+                if values and values[-1][0] == self._noted_step:
+                    values.pop()
+                values.append((self._noted_step, float(logged[name])))
 
     def _seconds(self) -> float:
         return self._before + (time.perf_counter() - self._started if self._started is not None else 0.0)

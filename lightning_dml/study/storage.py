@@ -14,7 +14,7 @@ from lightning_dml.errors import InputError
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage, RDBStorage
 
-SQLITE, JOURNAL = "sqlite:///", "journal:"
+SQLITE, JOURNAL = ("sqlite:", "sqlite+"), "journal:"
 LOCK_SECONDS = 60  # how long a worker waits for another's transaction on one SQLite file
 OPENINGS = 20
 
@@ -49,7 +49,7 @@ def open_storage(storage: str) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = _file(storage)
     if path is not None:
-        if path.name in ("", ":memory:") or path.is_dir():
+        if path.name in ("", ":memory:") or "mode=memory" in storage or path.is_dir():
             raise InputError(f"storage must name a file that all workers can open, got {storage!r}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,9 @@ def _lock_for_reading_too(storage: RDBStorage) -> None:
 
 
 def _file(storage: str) -> Path | None:
-    for scheme in (SQLITE, JOURNAL):
-        if storage.startswith(scheme):
-            return Path(storage[len(scheme) :].partition("?")[0])
+    if storage.startswith(JOURNAL):
+        return Path(storage[len(JOURNAL) :])
+    # sqlite:///FILE, also with a driver; with two slashes it names no file and is in memory.
+    if storage.startswith(SQLITE) and "://" in storage:
+        return Path(storage.partition("://")[2].partition("?")[0].partition("/")[2])
     return None

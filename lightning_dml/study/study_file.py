@@ -208,7 +208,7 @@ def _axis(name: str, content: Any) -> Axis:
     named = {_shown(value): {str(content["option"]): value} for value in values}
     if len(named) != len(values):
         raise InputError(f"{where} has a value twice: {', '.join(_shown(value) for value in values)}")
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in values)
     return Axis(name, named, tuple(map(float, values)) if numbers else (), label)
 
 

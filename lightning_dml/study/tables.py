@@ -60,8 +60,8 @@ def course_csv(study: StudyFile, runs: Sequence[Run], courses: Mapping[str, Mapp
     lines: list[list[Any]] = [[axis.name for axis in study.axes] + ["seed", "key", "step", *names]]
     for run in runs:
         by_step: dict[int, dict[str, Any]] = {}
-        for name, values in courses.get(run.key, {}).items():
-            for step, value in values:
+        for name in names:
+            for step, value in courses.get(run.key, {}).get(name, []):
                 by_step.setdefault(step, {})[name] = value
         for step, found in sorted(by_step.items()):
             noted = ["" if found.get(name) is None else found[name] for name in names]

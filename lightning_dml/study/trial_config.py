@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import math
 import os
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,14 +33,17 @@ def folder_of(run: Run, output: Path) -> Path:
 def training_config(run: Run, folder: Path, course: Course = NO_COURSE) -> dict[str, Any]:
     """The config of `lightning-dml fit` for one training, which writes into `folder` alone.
 
-    Loggers keep their class and write into the folder; no logger at all stays none, and Lightning's default becomes a
-    CSVLogger. Checkpoints go to `folder/checkpoints`. `StudyRecord` is added to the callbacks.
+    Loggers keep their class and, as far as they have a `save_dir`, write into the folder; no logger at all stays none,
+    and Lightning's default becomes a CSVLogger. Progress bars are left out, as nobody looks at them. Checkpoints of a
+    ModelCheckpoint in the config go to `folder/checkpoints`, others to where Lightning puts them within the folder.
+    `StudyRecord` is added to the callbacks.
     """
     noted = {"course": list(course.metrics), "every": course.every} if course.metrics else {}
     record = {"class_path": RECORD, "init_args": {"path": str(folder / RESULT), **noted}}
     trainer = dict(run.point.config.get("trainer") or {})
     callbacks = trainer.get("callbacks") or []
-    callbacks = [_in_folder(each, folder) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    callbacks = [_in_folder(each, folder) for each in callbacks if not _class_of(each).endswith("ProgressBar")]
     settings = {
         "default_root_dir": str(folder),
         "enable_progress_bar": False,
@@ -61,8 +67,21 @@ def write_config(run: Run, folder: Path, course: Course = NO_COURSE) -> Path:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole, if there is one."""
-    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((path for path in found if path.is_file() and zipfile.is_zipfile(path)), None)
+    found = sorted(
+        (path for path in folder.rglob("*.ckpt") if path.is_file()),  # not so a link to what is gone
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
+    return next((path for path in found if zipfile.is_zipfile(path)), None)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Removes all checkpoints, wherever in the folder; those of sharded strategies are folders."""
+    for path in [*folder.rglob("*.ckpt"), folder / "checkpoints"]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -110,13 +129,37 @@ def _loggers(loggers: Any, folder: Path) -> Any:
 
 def _logger(logger: Any, folder: Path) -> Any:
     logger = logger if isinstance(logger, Mapping) else {"class_path": logger}
-    place: dict[str, Any] = {"save_dir": str(folder)}
-    if str(logger.get("class_path")).endswith(("CSVLogger", "TensorBoardLogger")):
+    name = _class_of(logger)
+    place: dict[str, Any] = {"save_dir": str(folder)} if _has_save_dir(name) else {}
+    if name.endswith(("CSVLogger", "TensorBoardLogger")):
         place.update(name="", version="")  # else they would make folders of their own inside
-    return overlay(logger, {"init_args": place})
+    return overlay(logger, {"init_args": place}) if place else logger
+
+
+def _has_save_dir(name: str) -> bool:
+    """Whether a logger has such an option; of a class that is not to be found, the training itself will tell."""
+    if name.endswith(("CSVLogger", "TensorBoardLogger", "WandbLogger", "MLFlowLogger")):
+        return True
+    module, _, short = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), short)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    for each in (each for each in getattr(found, "__mro__", ()) if "__init__" in vars(each)):
+        options = inspect.signature(each.__init__).parameters
+        if "save_dir" in options:
+            return True
+        if not any(option.kind == option.VAR_KEYWORD for option in options.values()):
+            return False
+    return False
+
+
+def _class_of(item: Any) -> str:
+    """The class of an item of a config, which may be a path alone."""
+    return str(item.get("class_path")) if isinstance(item, Mapping) else str(item)
 
 
 def _in_folder(callback: Any, folder: Path) -> Any:
-    if isinstance(callback, Mapping) and str(callback.get("class_path")).endswith("ModelCheckpoint"):
+    if isinstance(callback, Mapping) and _class_of(callback).endswith("ModelCheckpoint"):
         return overlay(callback, {"init_args": {"dirpath": str(folder / "checkpoints")}})
     return callback

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from lightning_dml.errors import InputError
 from lightning_dml.study import trial_config
@@ -21,6 +23,8 @@ from lightning_dml.study.grid import Run
 from lightning_dml.study.ledger import Entry, Ledger, Lost
 from lightning_dml.study.storage import needed
 from lightning_dml.study.study_file import StudyFile
+
+T = TypeVar("T")
 
 FIT = (sys.executable, "-m", "lightning_dml", "fit")
 GUARD = (sys.executable, "-m", "lightning_dml.study.guard")
@@ -30,6 +34,7 @@ BEATS_PER_LEASE = 8
 # What asks a job to end; SLURM's --signal usually sends USR1 or USR2 ahead of the time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STORAGE_TRIALS = 8
+COMPLAINT = re.compile(r"(?:[\w-]+: )?error: ")
 
 
 class Worker:
@@ -58,7 +63,8 @@ class Worker:
         self.say = say
         self.stopped: signal.Signals | None = None
         self._by_key = {run.key: run for run in runs}
-        self._storage_error = needed("optuna").exceptions.StorageInternalError
+        # Of a database, and of the file system that a journal is on.
+        self._storage_errors = (needed("optuna").exceptions.StorageInternalError, OSError)
 
     def work(self, retry_failed: bool = False, most: int | None = None) -> int:
         """Runs trainings until none waits and no dead worker's is left, or a signal comes.
@@ -75,10 +81,10 @@ class Worker:
         """
         done = 0
         with self._signals():
-            self.ledger.enter(self.runs, retry_failed)
+            self._stored(lambda: self.ledger.enter(self.runs, retry_failed))
             while self.stopped is None and (most is None or done < most):
-                alive = self.ledger.recover(self.runs)
-                entry = self.ledger.claim(self.runs)
+                alive = self._stored(lambda: self.ledger.recover(self.runs))
+                entry = self._stored(lambda: self.ledger.claim(self.runs))
                 if entry is not None:
                     self._run(entry)
                     done += 1
@@ -104,7 +110,7 @@ class Worker:
                 return
             seconds = time.monotonic() - started
             if result is None:
-                place = trial_config.set_aside(folder, "failed")
+                place = self._set_aside(entry, folder)
                 self._fail(entry, run, f"{error} (see {place / trial_config.LOG})")
                 return
             value = trial_config.metric_value(result, self.study.metric, self.study.mode, self.study.value)
@@ -113,13 +119,13 @@ class Worker:
             if self.study.metric not in result["metrics"]:
                 self._wrong_metric(entry, result["metrics"])
             if not math.isfinite(value):
-                place = trial_config.set_aside(folder, "failed")
+                place = self._set_aside(entry, folder)
                 self._fail(entry, run, f"{self.study.metric} is not a finite number (see {place})")
                 return
             self._stored(lambda: self.ledger.finish(entry, value, result))
             self.say(f"{run.label}: {self.study.metric} {value:.4f}, {seconds:.0f} s")
             if not self.study.keep_checkpoints:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                trial_config.drop_checkpoints(folder)
         except Lost:
             self.say(f"{run.label}: another worker took it over, as this one gave no sign of life; its result counts")
         except BaseException:
@@ -150,7 +156,7 @@ class Worker:
                 self._watch(process, entry)
             finally:
                 _kill(process)
-        return f"status {process.returncode}: {_last_line(folder / trial_config.LOG)}"
+        return f"status {process.returncode}: {_complaint(folder / trial_config.LOG)}"
 
     def _watch(self, process: subprocess.Popen[bytes], entry: Entry) -> None:
         next_beat, until = 0.0, math.inf
@@ -165,12 +171,17 @@ class Worker:
                 next_beat = now + self.ledger.lease / BEATS_PER_LEASE
                 try:
                     self.ledger.beat(entry)
-                except self._storage_error as error:  # the training does not need it; the next beat may come through
+                except self._storage_errors as error:  # the training does not need it; the next beat may come through
                     self.say(f"the storage does not answer: {' '.join(str(error).split())[:200]}")
             try:
                 process.wait(POLL)
             except subprocess.TimeoutExpired:
                 pass
+
+    def _set_aside(self, entry: Entry, folder: Path) -> Path:
+        """Makes room for the next attempt, unless another worker has taken the training over and works there."""
+        self._stored(lambda: self.ledger.beat(entry))
+        return trial_config.set_aside(folder, "failed")
 
     def _fail(self, entry: Entry, run: Run, error: str) -> None:
         self._stored(lambda: self.ledger.fail(entry, error))
@@ -184,15 +195,17 @@ class Worker:
         self.ledger.fail(entry, error)
         raise InputError(error)
 
-    def _stored(self, write: Callable[[], None]) -> None:
-        """Writes, and again after a while where the storage does not answer: what took hours is not lost for that."""
-        for trial in range(STORAGE_TRIALS):
+    def _stored(self, ask: Callable[[], T]) -> T:
+        """Reads or writes, and again after a while where the storage does not answer: servers are started anew."""
+        for trial in itertools.count(1):
             try:
-                return write()
-            except self._storage_error:
-                if trial == STORAGE_TRIALS - 1:
+                return ask()
+            except self._storage_errors as error:
+                if trial == STORAGE_TRIALS or self.stopped is not None:
                     raise
-                time.sleep(2.0**trial)
+                self.say(f"the storage does not answer: {' '.join(str(error).split())[:200]}")
+                time.sleep(2.0 ** (trial - 1))
+        raise AssertionError
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -204,12 +217,17 @@ class Worker:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {each: signal.signal(each, note) for each in SIGNALS}
+        before = {each: signal.signal(each, note) for each in heard()}
         try:
             yield
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that end a worker: not those that whoever started it had it ignore, as nohup does with SIGHUP."""
+    return [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def _environment() -> dict[str, str]:
@@ -228,8 +246,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _last_line(path: Path) -> str:
+def _complaint(path: Path) -> str:
+    """What a command line says after "error: ", or else the last line that was printed."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "it printed nothing")[:500]
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    said = next((place for place in reversed(range(len(lines))) if COMPLAINT.match(lines[place])), len(lines) - 1)
+    return " ".join(lines[said:])[:500] or "it printed nothing"

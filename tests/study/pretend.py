@@ -3,7 +3,7 @@
     python -m tests.study.pretend fit --config FILE [--ckpt_path FILE]     one training
     python -m tests.study.pretend study ARGUMENT ...                       `lightning-dml study` with such trainings
 
-What a training does is in its config, under `model`: `value`, `seconds`, and `then` (raise, nan, hang, die).
+What a training does is in its config, under `model`: `value`, `seconds`, and `then` (raise, refuse, nan, hang, die).
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def fit(config: str, checkpoint: str = "") -> None:
     then = None if checkpoint else model.get("then")
     if then == "raise":
         raise InputError("margin must be positive")
+    if then == "refuse":  # as jsonargparse does, in several lines
+        print("usage: lightning-dml fit\nlightning-dml: error: Option 'x' is not accepted")
+        sys.exit(2)
     if then == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600 if then == "hang" else model.get("seconds", 0))

@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from lightning_dml.study.grid import Run, points_of, runs_of
-from lightning_dml.study.ledger import Entry, Ledger, Lost
+from lightning_dml.study.ledger import Entry, Ledger, Lost, is_there
 from lightning_dml.study.storage import open_storage
 from lightning_dml.study.study_file import StudyFile
 from tests.study.test_workers import POINTS, STUDY
@@ -71,6 +71,7 @@ def test_a_worker_that_gives_no_sign_of_life_loses_its_trial(
     time.sleep(0.2)
     suspended.beat(mine)
     assert other.recover(runs) is True
+    assert other.recover(runs) is True  # between two signs of life too, or several workers would never all be alive
     time.sleep(0.4)
     other.recover(runs)
     entry = other.entries()[mine.key]
@@ -85,6 +86,13 @@ def test_a_worker_that_gives_no_sign_of_life_loses_its_trial(
     other.finish(taken, 0.25, {"metrics": {}})
     suspended.enter(runs)
     assert suspended.entries()[mine.key].state == "finished"
+
+
+def test_asking_for_a_study_does_not_make_it(ledgers: Callable[[float], Ledger]) -> None:
+    """On a server that many studies share, a dry run left an empty one behind, and its report was an empty table."""
+    storage = ledgers(1).storage
+    assert is_there(storage, "ledger") and not is_there(storage, "other")
+    assert [each.study_name for each in storage.get_all_studies()] == ["ledger"]
 
 
 def test_a_training_that_was_entered_twice_counts_once(ledgers: Callable[[float], Ledger], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lightning_dml.study.grid import Point, Run, points_of, runs_of
 from lightning_dml.study.ledger import Entry, Ledger
 from lightning_dml.study.reading import write_whole
 from lightning_dml.study.statistics import Comparison, Mean, compare, holm, mean_of
-from lightning_dml.study.study_file import StudyFile
+from lightning_dml.study.study_file import Axis, StudyFile
 from lightning_dml.study.summary import Row, rows_of, seconds_of_one
 from lightning_dml.study.tables import markdown, points_csv, trials_csv
 from lightning_dml.study.trial_config import RESULT, folder_of
@@ -321,6 +321,48 @@ def test_the_figure_shows_means_and_intervals_with_labels(tmp_path: Path) -> Non
         assert low < min(mean.low for mean in means) and high > max(mean.high for mean in means)
         left, right = axes.get_xlim()
         assert left < 0.01 < 1.0 < right and high - low < 2 * (max(m.high for m in means) - min(m.low for m in means))
+
+
+def test_an_axis_of_numbers_is_drawn_in_their_order(tmp_path: Path) -> None:
+    """The file may begin with the value that matters most; a line that goes back and forth says nothing."""
+    axes = {"loss": {"$a_": {}, "_b$_$": {"model.a": 1}}, "x": {"option": "model.b", "values": [512, 128, 256]}}
+    content = {"base": {"model.a": 0}, "axes": axes, "seeds": [0, 1, 2], "metric": "val/recall@1"}
+    (tmp_path / "odd.yaml").write_text(json.dumps(content))
+    study = StudyFile.read(tmp_path / "odd.yaml")
+    points = points_of(study)
+    runs = runs_of(study, points)
+    values = {run.key: float(run.point.choice["x"]) + run.seed for run in runs}
+    entries = {
+        run.key: Entry(run.key, 1, "finished", n, {"result": {"metrics": {"val/recall@1": {"last": values[run.key]}}}})
+        for n, run in enumerate(runs)
+    }
+    figure = figure_of(study, study.axes[1], rows_of(study, points, entries))
+    containers: Any = figure.axes[0].containers
+    for each in containers:
+        assert np.asarray(each.lines[0].get_xdata()).tolist() == [128, 256, 512]
+        assert np.asarray(each.lines[0].get_ydata()).tolist() == [129, 257, 513]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["128", "256", "512"]
+    assert len(figure.legends[0].get_texts()) == 2
+    figure.draw_without_rendering()  # names are no mathematics
+    figure_of(study, study.axes[0], rows_of(study, points, entries)).draw_without_rendering()
+
+
+def test_a_figure_that_cannot_be_drawn_does_not_take_the_others_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table of a finished study must not hang on a figure."""
+    study, points, runs, entries = book(tmp_path, output=str(tmp_path / "out"))
+
+    def draw(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
+        if axis.name == "loss":
+            raise ValueError("Axis limits cannot be NaN")
+        return figure_of(study, axis, rows)
+
+    monkeypatch.setattr("lightning_dml.study.figure.figure_of", draw)
+    report(study, points, runs, entries)
+    printed = capsys.readouterr().out
+    assert "loss is not drawn: Axis limits cannot be NaN" in printed and "size.png, size.svg" in printed
+    assert not (tmp_path / "out/loss.png").exists() and (tmp_path / "out/table.md").exists()
 
 
 def test_error_bars_are_as_long_as_the_intervals(tmp_path: Path) -> None:

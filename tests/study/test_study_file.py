@@ -72,6 +72,12 @@ def test_options_that_take_the_seed_are_read(tmp_path: Path) -> None:
             study(tmp_path, seed_options=wrong)
 
 
+def test_values_without_an_end_are_names(tmp_path: Path) -> None:
+    """An axis has no place for infinity, such as that of a threshold that is never reached."""
+    found = study(tmp_path, axes={"model.value": [0.5, float("inf")]})
+    assert found.axes[0].numbers == () and list(found.axes[0].variants) == ["0.5", "Infinity"]
+
+
 def test_the_baseline_keeps_the_other_axes(tmp_path: Path) -> None:
     """Slow is compared with slow when the baseline speaks of the value only."""
     found = study(tmp_path, baseline={"model.value": 0.1})

@@ -19,15 +19,17 @@ import yaml
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.logger import DummyLogger
 
 from lightning_dml.cli import config_parser, main
 from lightning_dml.errors import InputError
-from lightning_dml.study.grid import points_of, runs_of
+from lightning_dml.study.grid import Point, Run, points_of, runs_of
 from lightning_dml.study.ledger import Ledger
 from lightning_dml.study.record import StudyRecord
 from lightning_dml.study.storage import open_storage
 from lightning_dml.study.study_file import StudyFile
-from lightning_dml.study.trial_config import last_checkpoint, metric_value, training_config
+from lightning_dml.study.trial_config import drop_checkpoints, last_checkpoint, metric_value, training_config
 from lightning_dml.study.worker import _environment
 from tests.tiny import QUIET, TinyData, tiny_module
 
@@ -45,14 +47,24 @@ class LogsNowAndThen(Callback):
             pl_module.log("own/step", float(trainer.global_step), on_step=True, on_epoch=False)
 
 
-def fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> dict[str, Any]:
+class NotesRecalls(Callback):
+    """What the validations found, by step."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes it down."""
+        self.found[trainer.global_step] = float(trainer.callback_metrics["val/recall@1"])
+
+
+def fit(folder: Path, epochs: int, checkpoint: Path | None = None, *further: Callback) -> dict[str, Any]:
     """Trains for some epochs in all and returns the record."""
     record = StudyRecord(str(folder / "result.json"), ["own/step", "val/recall@1", "own/none"], every=3)
     saver = ModelCheckpoint(folder, save_last=True)
     options = {**QUIET, "enable_checkpointing": True}
-    trainer = Trainer(
-        max_epochs=epochs, callbacks=[LogsNowAndThen(), record, saver], default_root_dir=folder, **options
-    )
+    callbacks = [*further, LogsNowAndThen(), record, saver]
+    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, default_root_dir=folder, **options)
     trainer.fit(tiny_module(), TinyData(), ckpt_path=checkpoint, weights_only=True)
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
@@ -60,7 +72,8 @@ def fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> dict[str, 
 
 def test_the_record_is_that_of_all_validations_also_after_a_resumption(tmp_path: Path) -> None:
     """The best epoch may have been before the kill; and a run that was killed at its very end is only to be told of."""
-    whole = fit(tmp_path / "whole", 4)
+    recalls = NotesRecalls()
+    whole = fit(tmp_path / "whole", 4, None, recalls)
     first = fit(tmp_path / "parts", 2)
     (tmp_path / "parts/result.json").unlink()
     parts = fit(tmp_path / "parts", 4, tmp_path / "parts/last.ckpt")
@@ -72,7 +85,9 @@ def test_the_record_is_that_of_all_validations_also_after_a_resumption(tmp_path:
     assert parts["course"] == whole["course"] and len(steps) > 3
     assert whole["course"]["own/step"] == [[step, step - step % 2] for step in steps]
     assert "own/none" not in whole["course"]
-    assert [step for step, _ in whole["course"]["val/recall@1"]] == [each for each in steps if each > whole["step"] / 4]
+    each_epoch = whole["step"] // 4
+    validated = {step: recalls.found[step // each_epoch * each_epoch] for step in steps if step >= each_epoch}
+    assert each_epoch % 3 == 0 and dict(whole["course"]["val/recall@1"]) == pytest.approx(validated)
     (tmp_path / "parts/result.json").unlink()
     again = fit(tmp_path / "parts", 4, tmp_path / "parts/last.ckpt")
     assert again["metrics"] == whole["metrics"] and again["course"] == whole["course"]
@@ -109,8 +124,47 @@ def test_a_training_writes_into_its_own_folder(tmp_path: Path) -> None:
     assert "logger" not in json.dumps(run.point.config).partition("StudyRecord")[2]
 
 
+class Plain(CSVLogger):
+    """A logger of somebody's own that leaves the folder to the one below it."""
+
+    def __init__(self, flush: int = 1, **options: Any) -> None:
+        super().__init__(flush_logs_every_n_steps=flush, **options)
+
+
+class Elsewhere(DummyLogger):
+    """A logger that writes into no folder."""
+
+    def __init__(self, server: str = "none") -> None:
+        super().__init__()
+
+
+def test_loggers_and_callbacks_of_all_kinds_are_taken(tmp_path: Path) -> None:
+    """An option that a logger does not have, or a progress bar where bars are off, would fail every training."""
+    loggers = [f"{__name__}.{name}" for name in ("Plain", "Elsewhere", "Missing")] + ["CometLogger", "WandbLogger"]
+    callbacks = [{"class_path": f"pytorch_lightning.callbacks.{name}"} for name in ("TQDMProgressBar", "Timer")]
+    trainer = {"logger": loggers, "callbacks": [*callbacks, "RichProgressBar"]}
+    config = training_config(Run(Point({}, {"trainer": trainer}, "k"), 0), tmp_path)["trainer"]
+    places = [each.get("init_args", {}).get("save_dir") for each in config["logger"]]
+    assert places == [str(tmp_path), None, None, None, str(tmp_path)]
+    assert [each["class_path"].rpartition(".")[2] for each in config["callbacks"]] == ["Timer", "StudyRecord"]
+
+
+def test_checkpoints_go_wherever_they_are(tmp_path: Path) -> None:
+    """A hundred trainings fill a disk; a logger with a name has its checkpoints in a folder of its own."""
+    for place in ("checkpoints/last.ckpt", "project/run1/checkpoints/a.ckpt", "project/run2/sharded.ckpt/part"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).touch()
+    (tmp_path / "project/last.ckpt").symlink_to(tmp_path / "project/run1/checkpoints/a.ckpt")
+    (tmp_path / "result.json").touch()
+    drop_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == ["result.json"]
+    assert not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "checkpoints").exists()
+
+
 def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
-    """A kill may fall into the writing of one."""
+    """A kill may fall into the writing of one, or between that of one and of the link to it."""
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / "last.ckpt").symlink_to(tmp_path / "gone.ckpt")
     assert last_checkpoint(tmp_path) is None
     for age, name in enumerate(("broken", "new", "old")):
         torch.save({"step": torch.zeros(3)}, tmp_path / f"{name}.ckpt")
@@ -154,6 +208,12 @@ def test_the_command_plans_and_refuses(
     assert status.value.code == 2
     said = capsys.readouterr().err
     assert "lightning-dml: error: the training config of (memory=half" in said and "sice" in said
+    logger = {"class_path": "CSVLogger", "init_args": {"sive_dir": 1}}
+    content["axes"]["memory"]["half"] = {"trainer.max_epochs": 9, "trainer.logger": [logger]}
+    Path("typo.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(SystemExit):
+        main(["study", "--config", "typo.yaml", "--dry-run"])
+    assert "memory=half" in (said := capsys.readouterr().err) and "sive_dir" in said
     assert not Path("runs").exists()
 
 

@@ -16,9 +16,15 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 
 from lightning_dml.study.grid import points_of, runs_of
+from lightning_dml.study.ledger import Entry, Ledger, Lost
+from lightning_dml.study.storage import open_storage
 from lightning_dml.study.study_file import StudyFile
+from lightning_dml.study.worker import STORAGE_TRIALS, Worker
+from tests.study.pretend import FIT
+from tests.study.pretend import STUDY as STUDY_COMMAND
 
 ROOT = Path(__file__).parents[2]
 STUDY: dict[str, Any] = {
@@ -44,7 +50,7 @@ class Folder:
     def start(self, *options: str) -> subprocess.Popen[str]:
         """Starts a worker."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.study.pretend", "study", "--config", "grid.yaml", *options],
+            [*STUDY_COMMAND, "--config", "grid.yaml", *options],
             cwd=self.path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -173,20 +179,21 @@ def test_two_workers_that_begin_a_study_at_once(folder: Folder) -> None:
 
 def test_a_failure_is_noted_and_the_others_go_on(folder: Folder) -> None:
     """One setting that runs out of memory must not take the night's other trainings with it."""
-    axes = {"model.then": ["raise", "nan", "die", None]}
+    axes = {"model.then": ["raise", "refuse", "nan", "die", None]}
     folder.write(axes=axes, seeds=[0], base={"model.value": 0.5})
     printed = folder.run(status=1)
-    assert "4 trainings: 1 finished, 3 failed" in printed
+    assert "5 trainings: 1 finished, 4 failed" in printed
     errors = {each["model.then"]: each["error"] for each in folder.trials()}
     assert "InputError: margin must be positive" in errors["raise"] and "log.txt" in errors["raise"]
+    assert errors["refuse"].startswith("status 2: lightning-dml: error: Option 'x' is not accepted (see ")
     assert "val/recall@1 is not a finite number" in errors["nan"]
     assert "status 137" in errors["die"]
     assert errors["null"] == ""
     assert "attempt" not in folder.run(status=1)
     again = folder.run("--retry-failed", status=1)
-    assert sum("attempt 2" in line for line in again.splitlines()) == 3
+    assert sum("attempt 2" in line for line in again.splitlines()) == 4
     kept = Counter(path.name.partition("-failed")[1:] for path in folder.path.glob("runs/study/grid/trials/*"))
-    assert kept == {("-failed", ""): 3, ("-failed", "-2"): 3, ("", ""): 1}
+    assert kept == {("-failed", ""): 4, ("-failed", "-2"): 4, ("", ""): 1}
     assert set(folder.starts().values()) == {1}
 
 
@@ -214,6 +221,87 @@ def test_a_signal_puts_the_training_back(folder: Folder, signum: signal.Signals)
     assert worker.returncode == 128 + signum, printed
     assert "put back to waiting" in printed and not is_running(trainer)
     assert "attempt 1, going on from last.ckpt" in folder.run()
+
+
+def test_nohup_is_heeded(folder: Folder) -> None:
+    """Whoever starts a study under nohup and logs out wants it to go on."""
+    folder.write(base={"model.value": 0.5, "model.seconds": 2}, axes={"model.other": [1]}, seeds=[0])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        worker = folder.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    until(lambda: any((folder.path / "runs/study/grid/trials").glob("*/starts.txt")))
+    worker.send_signal(signal.SIGHUP)
+    printed, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 0 and "1 training: 1 finished" in printed
+
+
+def worker_in(folder: Folder, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Worker:
+    """A worker in this process, whose trainings are pretended."""
+    monkeypatch.chdir(folder.path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("lightning_dml.study.worker.time.sleep", lambda _: None)
+    study = StudyFile.read("grid.yaml")
+    ledger = Ledger(open_storage(study.storage), study.name, study.mode, study.lease)
+    return Worker(study, runs_of(study, points_of(study)), ledger, FIT, said.append)
+
+
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), StorageInternalError("server closed")])
+@pytest.mark.parametrize("method", ["enter", "recover", "claim", "beat", "finish"])
+def test_a_storage_that_does_not_answer_is_asked_again(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
+) -> None:
+    """A server that is started anew, or a file system that stutters, must not end a night's work or a training."""
+    folder.write(axes={"model.other": [1]}, seeds=[0], base={"model.value": 0.5, "model.seconds": 1})
+    said: list[str] = []
+    worker = worker_in(folder, monkeypatch, said)
+    real = getattr(worker.ledger, method)
+    failed: list[str] = []
+
+    def once_not(*arguments: Any) -> Any:
+        if not failed:
+            failed.append(method)
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(worker.ledger, method, once_not)
+    assert worker.work() == 1 and failed
+    assert sum("the storage does not answer" in line for line in said) == 1
+    assert set(folder.finished().values()) == {1} and set(folder.starts().values()) == {1}
+
+
+def test_a_storage_that_never_answers_ends_the_worker(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for ever would hold a GPU."""
+    said: list[str] = []
+    worker = worker_in(folder, monkeypatch, said)
+
+    def fail(_: object) -> None:
+        raise OSError("no such server")
+
+    monkeypatch.setattr(worker.ledger, "recover", fail)
+    with pytest.raises(OSError, match="no such server"):
+        worker.work()
+    assert len(said) == STORAGE_TRIALS - 1
+
+
+def test_a_worker_that_lost_its_training_leaves_the_folder_alone(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for dead; the folder that it would set aside is the one in which another worker trains by now."""
+    folder.write(axes={"model.then": ["raise"]}, seeds=[0], base={"model.value": 0.5})
+    said: list[str] = []
+    worker = worker_in(folder, monkeypatch, said)
+
+    def late(entry: Entry) -> None:
+        raise Lost
+
+    monkeypatch.setattr(Worker, "_watch", lambda self, process, entry: process.wait())
+    monkeypatch.setattr(worker.ledger, "beat", late)
+    assert worker.work(most=1) == 1
+    assert "another worker took it over" in said[-1]
+    (kept,) = (folder.path / "runs/study/grid/trials").iterdir()
+    assert "-failed" not in kept.name and (kept / "starts.txt").exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR2])
@@ -263,6 +351,17 @@ def test_a_report_without_a_study_is_refused(folder: Folder) -> None:
     table.write_text("results")
     assert "gone/study.db is not there, so there is nothing to report" in folder.run("--report-only", status=2)
     assert table.read_text() == "results"
+    other = {**STUDY, "name": "other", "storage": "sqlite:///gone/study.db", "axes": {"model.other": [1]}}
+    (folder.path / "other.yaml").write_text(json.dumps(other))
+    subprocess.run(
+        [*STUDY_COMMAND, "--config", "other.yaml"],
+        cwd=folder.path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert "gone/study.db has no study grid, so there is nothing to report" in folder.run("--report-only", status=2)
+    assert f"{POINTS} waiting" in folder.run("--dry-run")
+    assert optuna.get_all_study_names(f"sqlite:///{folder.path}/gone/study.db") == ["other"]
 
 
 def test_wrong_options_are_refused_before_anything_is_made(folder: Folder) -> None:
@@ -272,8 +371,9 @@ def test_wrong_options_are_refused_before_anything_is_made(folder: Folder) -> No
     folder.write(storage="runs/study.db")
     assert "storage must be an SQLAlchemy URL" in folder.run(status=2)
     (folder.path / "file").touch()
-    wrong = ("mysql+none://x/y", "sqlite://study.db", "sqlite:///:memory:", "journal:", "sqlite:///file/study.db")
-    for storage in wrong:
+    files = ("mysql+none://x/y", "sqlite://study.db", "sqlite:///:memory:", "journal:", "sqlite:///file/study.db")
+    in_memory = ("sqlite://", "sqlite+pysqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true")
+    for storage in files + in_memory:
         folder.write(storage=storage, output="elsewhere")
         printed = folder.run(status=2)
         assert printed.startswith(f"error: storage {storage}") or f"{storage!r}" in printed, printed
