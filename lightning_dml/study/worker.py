@@ -247,9 +247,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _complaint(path: Path) -> str:
-    """What a command line says after "error: ", or else the last line that was printed."""
+    """What a command line says from "error: " on, or else the last line that was printed, as that of a traceback is."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    said = next((place for place in reversed(range(len(lines))) if COMPLAINT.match(lines[place])), len(lines) - 1)
+    said = max((place for place, line in enumerate(lines) if COMPLAINT.match(line)), default=-1)
+    if any(line.startswith("Traceback (most recent") for line in lines[said + 1 :]):
+        said = -1
     return " ".join(lines[said:])[:500] or "it printed nothing"

@@ -22,7 +22,7 @@ from lightning_dml.study.grid import points_of, runs_of
 from lightning_dml.study.ledger import Entry, Ledger, Lost
 from lightning_dml.study.storage import open_storage
 from lightning_dml.study.study_file import StudyFile
-from lightning_dml.study.worker import STORAGE_TRIALS, Worker
+from lightning_dml.study.worker import STORAGE_TRIALS, Worker, _complaint
 from tests.study.pretend import FIT
 from tests.study.pretend import STUDY as STUDY_COMMAND
 
@@ -195,6 +195,22 @@ def test_a_failure_is_noted_and_the_others_go_on(folder: Folder) -> None:
     kept = Counter(path.name.partition("-failed")[1:] for path in folder.path.glob("runs/study/grid/trials/*"))
     assert kept == {("-failed", ""): 4, ("-failed", "-2"): 4, ("", ""): 1}
     assert set(folder.starts().values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        ("", "it printed nothing"),
+        ("one\ntwo\n\n", "two"),
+        ("usage: x\nx: error: Option 'a' is not\n  accepted\n", "x: error: Option 'a' is not accepted"),
+        ("error: in vain\nTraceback (most recent call last):\n  File\nValueError: why\n", "ValueError: why"),
+        ("x: error: first\nmore\nx: error: last", "x: error: last"),
+    ],
+)
+def test_the_line_that_tells_is_found(tmp_path: Path, printed: str, said: str) -> None:
+    """It is all that the table of a study has of a training that failed."""
+    (tmp_path / "log.txt").write_text(printed)
+    assert _complaint(tmp_path / "log.txt") == said
 
 
 def test_a_metric_that_is_not_logged_ends_the_study(folder: Folder) -> None:
