@@ -17,7 +17,7 @@ FOLDERS = {PACKAGE: "lightning_dml", f"{PACKAGE}.callbacks": "callbacks", f"{PAC
 # From the bottom up; a part may import from its own row and from the rows above it.
 LAYERS = (
     (PACKAGE,),  # the package's own __init__, whose lazy table is no import
-    ("distributed", "errors"),
+    ("distributed", "errors", "plain_text"),
     ("losses", "memory", "retrieval"),
     ("report",),
     ("modules",),
@@ -25,7 +25,7 @@ LAYERS = (
     ("bank_command", "curves_command", "cli", "parsing", "study", "__main__"),
 )
 HEIGHTS = {part: height for height, parts in enumerate(LAYERS) for part in parts}
-WITHOUT_LIGHTNING = {PACKAGE, "distributed", "errors", "losses", "memory", "report", "retrieval"}
+WITHOUT_LIGHTNING = {PACKAGE, "distributed", "errors", "plain_text", "losses", "memory", "report", "retrieval"}
 LIGHTNING_AND_TIMM = {"lightning", "lightning_fabric", "pytorch_lightning", "timm"}
 ONLY_IN_THE_REPOSITORY = {"callbacks", "datamodules", "tests"}  # folders here, no packages of that name in the wheel
 
