@@ -119,4 +119,4 @@ def test_the_page_says_how_stale_the_memory_was() -> None:
 def test_there_are_results() -> None:
     """The test above would pass with none."""
     names = {"positives", "negatives", "memory_ratio", "batch_size", "momentum", "mining_weighting"}
-    assert {path.stem for path in RESULTS} >= names | {"positives-hanzi", "negatives-hanzi"}
+    assert {path.stem for path in RESULTS} >= names | {f"{name}-hanzi" for name in ("positives", "negatives", "memory_ratio")}
