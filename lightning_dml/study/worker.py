@@ -34,6 +34,7 @@ BEATS_PER_LEASE = 8
 # What asks a job to end; SLURM's --signal usually sends USR1 or USR2 ahead of the time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STORAGE_TRIALS = 8
+FIRST_PAUSE = 1.0  # seconds; the next is twice as long, and so on
 COMPLAINT = re.compile(r"(?:[\w-]+: )?error: ")
 
 
@@ -204,7 +205,9 @@ class Worker:
                 if trial == STORAGE_TRIALS or self.stopped is not None:
                     raise
                 self.say(f"the storage does not answer: {' '.join(str(error).split())[:200]}")
-                time.sleep(2.0 ** (trial - 1))
+                until = time.monotonic() + FIRST_PAUSE * 2.0 ** (trial - 1)
+                while self.stopped is None and time.monotonic() < until:  # a job that is to end has no minutes to wait
+                    time.sleep(POLL)
         raise AssertionError
 
     @contextmanager

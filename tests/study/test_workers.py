@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -257,7 +258,7 @@ def worker_in(folder: Folder, monkeypatch: pytest.MonkeyPatch, said: list[str]) 
     """A worker in this process, whose trainings are pretended."""
     monkeypatch.chdir(folder.path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr("lightning_dml.study.worker.time.sleep", lambda _: None)
+    monkeypatch.setattr("lightning_dml.study.worker.FIRST_PAUSE", 0.0)
     study = StudyFile.read("grid.yaml")
     ledger = Ledger(open_storage(study.storage), study.name, study.mode, study.lease)
     return Worker(study, runs_of(study, points_of(study)), ledger, FIT, said.append)
@@ -299,6 +300,23 @@ def test_a_storage_that_never_answers_ends_the_worker(folder: Folder, monkeypatc
     with pytest.raises(OSError, match="no such server"):
         worker.work()
     assert len(said) == STORAGE_TRIALS - 1
+
+
+def test_a_signal_ends_the_waiting_for_a_storage(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is told to end is killed half a minute later."""
+    said: list[str] = []
+    worker = worker_in(folder, monkeypatch, said)
+    monkeypatch.setattr("lightning_dml.study.worker.FIRST_PAUSE", 1000.0)
+
+    def fail(_: object) -> None:
+        if not said:  # the first time; later the handler may be gone
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        raise OSError("no such server")
+
+    monkeypatch.setattr(worker.ledger, "recover", fail)
+    with pytest.raises(OSError, match="no such server"):
+        worker.work()
+    assert worker.stopped == signal.SIGUSR1 and len(said) == 1
 
 
 def test_a_worker_that_lost_its_training_leaves_the_folder_alone(
