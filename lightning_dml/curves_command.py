@@ -31,6 +31,8 @@ USAGE = """%(prog)s --losses '[ContrastiveLoss, MultiSimilarityLoss]'
        %(prog)s --config configs/curves.yaml
        %(prog)s --training configs/quickstart.yaml --ckpt_path last.ckpt"""
 
+ENDINGS = (".png", ".svg", ".csv")
+
 ReadTraining = Callable[[Sequence[str]], tuple[LightningModule, LightningDataModule | None]]
 """Makes model and data of training configs."""
 
@@ -210,10 +212,13 @@ def _named(losses: Mapping[str, nn.Module] | Sequence[nn.Module] | nn.Module) ->
 def _stem(output: str) -> Path:
     """Checks that the files can be written before anything takes time."""
     stem = Path(output)
-    if stem.suffix.lower() in (".png", ".svg", ".csv"):
+    if stem.suffix.lower() in ENDINGS:
         stem = stem.with_suffix("")
     if not stem.name or not stem.absolute().parent.is_dir() or not os.access(stem.absolute().parent, os.W_OK):
         raise InputError(f"output must be the path of files in a folder that exists and can be written, got {output!r}")
+    taken = [each for each in (f"{stem}{ending}" for ending in ENDINGS) if Path(each).is_dir()]
+    if taken:
+        raise InputError(f"output must be the path of files, and {taken[0]} is a folder, got {output!r}")
     return stem
 
 

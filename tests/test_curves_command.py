@@ -168,6 +168,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "pairs": ((*CONTRASTIVE, "--pairs", "0"), "pairs must be at least 1, got 0"),
     "context": ((*CONTRASTIVE, "--context.positives", "[2]"), r"positives must be .* \[-1, 1\]"),
     "output": ((*CONTRASTIVE, "--output", "no/such/folder/curves"), "output must be .*'no/such/folder/curves'"),
+    "a folder in the way": ((*CONTRASTIVE, "--output", "images/way"), "output must be .*images/way.svg is a folder"),
     "a bank without a training": ((*CONTRASTIVE, "--bank_file", "all.pt"), "bank_file is of no use.*--training"),
     "no such training": (("--training", "nowhere.yaml"), "'nowhere.yaml' does not exist"),
     "no checkpoint": (("--training", "folder.yaml", "--ckpt_path", "folder.yaml"), "'folder.yaml' is no checkpoint"),
@@ -183,6 +184,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 def test_one_clear_line_says_what_is_wrong(config: str, capsys: pytest.CaptureFixture[str], what: str) -> None:
     """A wrong value ends in one line that names it, and leaves no file."""
     Path("wrong.yaml").write_text("model: {init_args: {nonsense: 1}}")
+    Path("images/way.svg").mkdir()
     arguments, words = REFUSED[what]
     with pytest.raises(SystemExit) as stop:
         main(["curves", *arguments])
