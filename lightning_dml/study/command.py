@@ -71,6 +71,7 @@ from lightning_dml.study.worker import FIT, Worker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from optuna.storages import BaseStorage
 
 ITSELF = (sys.executable, "-m", "lightning_dml", "study")
 
@@ -99,17 +100,16 @@ def main(
     runs = runs_of(study, points)
     needed("optuna"), needed("scipy")
     if not options.report_only:
-        first = {point.key: Run(point, study.seeds[0]) for point in points}
 
         def written(point: Point) -> dict[str, Any]:
-            run = first[point.key]
+            run = Run(point, study.seeds[0])
             return training_config(run, folder_of(run, study.output), study.course)
 
         check_configs(points, make_parser(), written)
     if options.dry_run or options.report_only:
         opened = open_storage(study.storage) if exists(study.storage) else None
-        there = opened is not None and is_there(opened, study.name)
-        ledger = Ledger(opened, study.name, study.mode, study.lease) if opened is not None and there else None
+        found = opened is not None and is_there(opened, study.name)
+        ledger = _ledger(study, opened) if opened is not None and found else None
         if ledger is None and options.report_only:
             raise InputError(
                 f"storage {study.storage} {f'has no study {study.name}' if opened else 'is not there'}, so there is "
@@ -123,7 +123,7 @@ def main(
         else:
             report(study, points, runs, entries)
         return
-    ledger = Ledger(open_storage(study.storage), study.name, study.mode, study.lease)
+    ledger = _ledger(study, open_storage(study.storage))
     ledger.pin(identity(study.base))
     ended: list[str] = []
     if options.workers > 1:
@@ -226,6 +226,10 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _ledger(study: StudyFile, storage: BaseStorage) -> Ledger:
+    return Ledger(storage, study.name, study.mode, study.lease)
 
 
 def _plan(study: StudyFile, runs: Sequence[Run], entries: Mapping[str, Entry], workers: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
@@ -173,7 +172,7 @@ class Worker:
                 try:
                     self.ledger.beat(entry)
                 except self._storage_errors as error:  # the training does not need it; the next beat may come through
-                    self.say(f"the storage does not answer: {' '.join(str(error).split())[:200]}")
+                    self._say_silent(error)
             try:
                 process.wait(POLL)
             except subprocess.TimeoutExpired:
@@ -198,17 +197,21 @@ class Worker:
 
     def _stored(self, ask: Callable[[], T]) -> T:
         """Reads or writes, and again after a while where the storage does not answer: servers are started anew."""
-        for trial in itertools.count(1):
+        failures = 0
+        while True:
             try:
                 return ask()
             except self._storage_errors as error:
-                if trial == STORAGE_TRIALS or self.stopped is not None:
+                failures += 1
+                if failures == STORAGE_TRIALS or self.stopped is not None:
                     raise
-                self.say(f"the storage does not answer: {' '.join(str(error).split())[:200]}")
-                until = time.monotonic() + FIRST_PAUSE * 2.0 ** (trial - 1)
-                while self.stopped is None and time.monotonic() < until:  # a job that is to end has no minutes to wait
-                    time.sleep(POLL)
-        raise AssertionError
+                self._say_silent(error)
+            until = time.monotonic() + FIRST_PAUSE * 2.0 ** (failures - 1)
+            while self.stopped is None and time.monotonic() < until:  # a job that is to end has no minutes to wait
+                time.sleep(POLL)
+
+    def _say_silent(self, error: Exception) -> None:
+        self.say(f"the storage does not answer: {' '.join(str(error).split())[:200]}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -385,14 +385,9 @@ def test_a_report_without_a_study_is_refused(folder: Folder) -> None:
     table.write_text("results")
     assert "gone/study.db is not there, so there is nothing to report" in folder.run("--report-only", status=2)
     assert table.read_text() == "results"
-    other = {**STUDY, "name": "other", "storage": "sqlite:///gone/study.db", "axes": {"model.other": [1]}}
-    (folder.path / "other.yaml").write_text(json.dumps(other))
-    subprocess.run(
-        [*STUDY_COMMAND, "--config", "other.yaml"],
-        cwd=folder.path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
+    folder.write(name="other", storage="sqlite:///gone/study.db", axes={"model.other": [1]})
+    folder.run()
+    folder.write(output="gone")
     assert "gone/study.db has no study grid, so there is nothing to report" in folder.run("--report-only", status=2)
     assert f"{POINTS} waiting" in folder.run("--dry-run")
     assert optuna.get_all_study_names(f"sqlite:///{folder.path}/gone/study.db") == ["other"]
