@@ -18,7 +18,9 @@ from lightning_dml.study.study_file import StudyFile
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "docs/results").glob("*.csv"))
+DRIFTS = sorted((ROOT / "docs/results/drift").glob("*.csv"))
 PAGE = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+ON_GLYPHS, ON_HANZI = PAGE.split("## On Chinese characters")
 
 
 def study_of(name: str) -> StudyFile:
@@ -84,8 +86,7 @@ def test_the_page_says_how_points_differ() -> None:
     """Further comparisons are of trainings with the same seed, each as far from zero as the page has it."""
     on_glyphs = [path for path in RESULTS if "-" not in path.stem]
     on_hanzi = [path for path in RESULTS if path.stem.endswith("-hanzi")]
-    first, second = PAGE.split("## On Chinese characters")
-    pages = ((first, on_glyphs), (second, on_hanzi))
+    pages = ((ON_GLYPHS, on_glyphs), (ON_HANZI, on_hanzi))
     compared = [(line, data) for page, data in pages for line in page.splitlines() if re.match(r"\| \w+=", line)]
     for line, data in compared:
         one, other, *_ = (cell.strip() for cell in line.strip("|").split("|"))
@@ -97,10 +98,11 @@ def test_the_page_says_how_points_differ() -> None:
     assert len(compared) > 20
 
 
-def test_the_page_says_how_stale_the_memory_was() -> None:
+@pytest.mark.parametrize("path", DRIFTS, ids=lambda path: path.stem)
+def test_the_page_says_how_stale_the_memory_was(path: Path) -> None:
     """The measurements are those of the trainings in the table of momentum, and their means are on the page."""
-    last = {row["key"]: row["drift/bank last"] for row in rows_in(ROOT / "docs/results/momentum.csv")}
-    rows = rows_in(ROOT / "docs/results/drift/momentum.csv")
+    last = {row["key"]: row["drift/bank last"] for row in rows_in(ROOT / "docs/results" / path.name)}
+    rows = rows_in(path)
     assert {row["key"] for row in rows} == set(last)
     stale: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -109,7 +111,7 @@ def test_the_page_says_how_stale_the_memory_was() -> None:
         if row["start"] == "100":
             difference = float(row["drift/bank"]) - float(row["drift/floor"])
             stale[row["keys"]][int(row["step"])].append(difference)
-    lines = PAGE.splitlines()
+    lines = (ON_HANZI if path.stem.endswith("-hanzi") else ON_GLYPHS).splitlines()
     for keys, by_step in stale.items():
         assert all(len(each) == 3 for each in by_step.values())
         means = (f"{statistics.fmean(by_step[step]):.2f}" for step in (200, 400, 600, 900))
