@@ -23,8 +23,8 @@ class Embedder(nn.Module):
         pooling: timm's global pooling, such as `avg`, `max`, `catavgmax` or, for ViTs, `token`; None is the model's
             own.
         in_chans: image channels.
-        freeze_batch_norm: keep batch norm at its loaded statistics and its scale and shift untrained, as the
-            multi-similarity recipe does.
+        freeze_batch_norm: keep batch norm in evaluation mode, at its loaded statistics, as the multi-similarity release
+            does (`set_bn_eval`); and keep its scale and shift untrained, which the release goes on learning.
         model_args: further arguments of `timm.create_model`, such as `drop_path_rate` or `img_size`.
 
     Raises:
