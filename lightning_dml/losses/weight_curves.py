@@ -125,6 +125,11 @@ def context_free(loss: nn.Module) -> bool:
     return all(torch.allclose(curves[0], each, rtol=1e-6, atol=1e-9) for each in curves[1:])
 
 
+def draws_pairs(loss: nn.Module) -> bool:
+    """Whether a miner of the loss draws among the pairs, so that its curve is a mean of `DRAWS` draws."""
+    return any(isinstance(each, SampledMiner) for each in loss.modules())
+
+
 def _probe(loss: nn.Module, similarity: Tensor, context: Context, is_positive: bool) -> Tensor:
     """dL/dS (n,) of a pair at each similarity."""
     if not isinstance(loss, PairWeightingLoss):
@@ -154,7 +159,7 @@ def _own_probe(
             "anchor's pairs alone have no weights: look at observed_weights of a batch, or choose another variant"
         )
     device = next((each.device for each in loss.parameters()), similarity.device)
-    repeats = DRAWS if any(isinstance(each, SampledMiner) for each in loss.modules()) else 1
+    repeats = DRAWS if draws_pairs(loss) else 1
     rows = _rows(similarity.repeat_interleave(repeats), context).to(device)
     positive = torch.zeros(rows.shape, dtype=torch.bool, device=device)
     positive[:, 0] = is_positive

@@ -6,12 +6,13 @@ import csv
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import StepPatch
 from torch import Tensor, nn
@@ -22,10 +23,17 @@ from lightning_dml.losses.observed import ObservedSide
 from lightning_dml.plain_text import as_text
 from lightning_dml.report.saving import save_figure
 
+LineStyle = str | tuple[int, tuple[float, ...]]
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 """Colours of Okabe and Ito that the colour-blind tell apart, without their yellow, which is faint on white."""
 
-STYLES = ("-", "--", "-.", ":")
+STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":", (0, (5, 1.2, 1, 1.2, 1, 1.2)))
+"""As many as have no factor in common with the colours: each loss has a pair of its own."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""Of points, so that these are told apart without colour too."""
+
 PAIRS = ", pairs of a batch"
 
 Side = Literal["positive", "negative"]
@@ -59,8 +67,8 @@ def curve_figure(
 ) -> Figure:
     """Draws weight curves, positives and negatives apart, on the pairs of a batch where there are some.
 
-    Each loss has a colour and a line style of its own. Observed weights are points in the colour of the loss of the
-    same name, multiplied by the number of anchors so that they lie where its curve is, and behind them stands the
+    Each loss has a colour, a line style and a mark of its own. Observed weights are marks in the colour of the loss of
+    the same name, multiplied by the number of anchors so that they lie where its curve is, and behind them stands the
     density of the pairs over similarity. The height is that of what lies between -0.98 and 0.98, as losses on
     distances have infinite weights at 1.
 
@@ -75,13 +83,13 @@ def curve_figure(
         A figure of 11 x 5.6 inches, not known to pyplot.
 
     Raises:
-        InputError: with nothing to draw, or with more than 28 losses.
+        InputError: with nothing to draw, or with more than 35 losses.
     """
     observed = observed or {}
     names = list(dict.fromkeys((*curves, *observed)))
     if not 1 <= len(names) <= len(PALETTE) * len(STYLES):
         raise InputError(f"curves must be 1 to {len(PALETTE) * len(STYLES)} losses, got {len(names)}")
-    looks = dict(zip(names, zip(cycle(PALETTE), cycle(STYLES), strict=False), strict=False))
+    looks = dict(zip(names, zip(cycle(PALETTE), cycle(STYLES), cycle(MARKERS), strict=False), strict=False))
     large = matplotlib.rc_context({"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13})
     with large:  # legible at half size
         figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -91,11 +99,11 @@ def curve_figure(
                 first = next(iter(observed.values()))
                 _density(panel, _of(first, side), first.edges)
             tops: list[float] = [0.0]
-            for name, (colour, style) in looks.items():
+            for name, (colour, style, mark) in looks.items():
                 curve, seen = curves.get(name), observed.get(name)
                 scale = _scale(curve, seen, side) if relative else 1.0
                 if seen is not None:
-                    tops += _points(panel, seen, side, name, colour, scale)
+                    tops += _points(panel, seen, side, name, colour, mark, scale)
                 if curve is not None:
                     tops += _line(panel, curve, side, name, colour, style, scale)
             _frame(panel, side, relative, min(tops), max(tops))
@@ -114,7 +122,8 @@ def save_curves(
     """Writes a figure as PNG and SVG, and its numbers as CSV, each aside and then renamed.
 
     The table has a row for each point: loss, kind (`curve` or `pair`), side (`positive` or `negative`), similarity and
-    weight per anchor, which for pairs is the observed weight times the number of anchors.
+    weight per anchor, which for pairs is the observed weight times the number of anchors. Rows of kind `density` have
+    the middle of a bin and, as density, the share per unit of similarity of all pairs of the side.
 
     Args:
         figure: from `curve_figure`.
@@ -149,7 +158,15 @@ def _of(observed: ObservedWeights, side: Side) -> ObservedSide:
     return observed.positives if side == "positive" else observed.negatives
 
 
-def _line(panel: Axes, curve: DrawnCurve, side: Side, name: str, colour: str, style: str, scale: float) -> list[float]:
+def _line(
+    panel: Axes,
+    curve: DrawnCurve,
+    side: Side,
+    name: str,
+    colour: str,
+    style: LineStyle,
+    scale: float,
+) -> list[float]:
     weights = (curve.positive if side == "positive" else curve.negative).detach().cpu() * scale
     similarity = curve.similarity.detach().cpu()
     panel.plot(
@@ -165,14 +182,17 @@ def _line(panel: Axes, curve: DrawnCurve, side: Side, name: str, colour: str, st
     return [float(inner.min()), float(inner.max())] if len(inner) else []
 
 
-def _points(panel: Axes, observed: ObservedWeights, side: Side, name: str, colour: str, scale: float) -> list[float]:
+def _points(
+    panel: Axes, observed: ObservedWeights, side: Side, name: str, colour: str, mark: str, scale: float
+) -> list[float]:
     seen = _of(observed, side)
     weights = seen.weight * observed.anchors * scale
     panel.scatter(
         seen.similarity.numpy(),
         weights.numpy(),
-        s=12,
+        s=16,
         color=colour,
+        marker=mark,
         alpha=0.35,
         linewidths=0,
         label=f"{as_text(name)}{PAIRS}",
@@ -183,10 +203,15 @@ def _points(panel: Axes, observed: ObservedWeights, side: Side, name: str, colou
     return [float(inner.min()), float(inner.max())] if len(inner) else []
 
 
+def _heights(seen: ObservedSide, edges: Tensor) -> Tensor:
+    """Share of the side's pairs per unit of similarity, in each bin."""
+    return seen.counts.double() / max(1, seen.pairs) / (edges[1] - edges[0])
+
+
 def _density(panel: Axes, seen: ObservedSide, edges: Tensor) -> None:
-    """Share of the side's pairs per unit of similarity, in grey behind everything else, with a scale at the right."""
+    """In grey behind everything else, with a scale at the right."""
     behind = panel.twinx()
-    heights = seen.counts.double() / max(1, seen.pairs) / (edges[1] - edges[0])
+    heights = _heights(seen, edges)
     behind.stairs(heights.numpy(), edges.numpy(), fill=True, color="0.87", label="density of the pairs")
     behind.set_ylim(0, max(1e-9, float(heights.max())) * 1.25)
     behind.set_ylabel("pairs, share per unit of S", color="0.4")
@@ -214,19 +239,28 @@ def _legend(figure: Figure) -> None:
     found = {}
     for axes in figure.axes:
         found.update(dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
-    # Curves first, and the grey behind them last.
-    kinds = (Line2D, PathCollection, StepPatch)
-    handles = {label: each for kind in kinds for label, each in found.items() if isinstance(each, kind)}
-    points = [label for label in handles if label.endswith(PAIRS)]
-    if len(points) > 1 and all(label.removesuffix(PAIRS) in handles for label in points):
-        # The colours are told already.
-        grey = Line2D([], [], color="0.35", marker="o", markersize=4, linestyle="none")
-        curves = {label: each for label, each in handles.items() if isinstance(each, Line2D)}
-        behind = {label: each for label, each in handles.items() if isinstance(each, StepPatch)}
-        handles = {**curves, PAIRS.removeprefix(", "): grey, **behind}
+    lines = {label: each for label, each in found.items() if isinstance(each, Line2D)}
+    clouds = {label: each for label, each in found.items() if isinstance(each, PathCollection)}
+    behind = {label: each for label, each in found.items() if isinstance(each, StepPatch)}
+    handles: dict[str, Any] = {**lines, **clouds, **behind}
+    if len(clouds) > 1 and all(label.removesuffix(PAIRS) in lines for label in clouds):
+        # One entry for a loss's line and mark, and one that says what the marks are.
+        for label, cloud in clouds.items():
+            both = Line2D([], [])
+            both.update_from(lines[label.removesuffix(PAIRS)])
+            both.set(marker=cloud.get_paths()[0], markersize=7, markeredgewidth=0)
+            lines[label.removesuffix(PAIRS)] = both
+        greys = tuple(Line2D([], [], color="0.35", marker=each, markersize=5, linestyle="none") for each in MARKERS[:3])
+        handles = {**lines, f"marks: {PAIRS.removeprefix(', ')}": greys, **behind}
     columns = min(3, len(handles))
     legend = figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False, handlelength=3
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        handlelength=3,
+        handler_map={tuple: HandlerTuple(ndivide=None)},
     )
     for handle in legend.legend_handles:
         if handle is not None:
@@ -237,16 +271,23 @@ def _write_table(path: Path, curves: Mapping[str, DrawnCurve], observed: Mapping
     sides: tuple[Side, Side] = ("positive", "negative")
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(("loss", "kind", "side", "similarity", "weight"))
+        table.writerow(("loss", "kind", "side", "similarity", "weight", "density"))
         for name, curve in curves.items():
             for side in sides:
                 weights = curve.positive if side == "positive" else curve.negative
                 for similarity, weight in zip(curve.similarity.tolist(), weights.tolist(), strict=True):
-                    table.writerow((name, "curve", side, similarity, weight))
+                    table.writerow((name, "curve", side, similarity, weight, ""))
+        for side in sides if observed else ():
+            first = next(iter(observed.values()))
+            middles = (first.edges[:-1] + first.edges[1:]) / 2
+            for similarity, height in zip(
+                middles.tolist(), _heights(_of(first, side), first.edges).tolist(), strict=True
+            ):
+                table.writerow(("", "density", side, similarity, "", height))
         for name, seen in observed.items():
             for side in sides:
                 pairs = _of(seen, side)
                 for similarity, weight in zip(
                     pairs.similarity.tolist(), (pairs.weight * seen.anchors).tolist(), strict=True
                 ):
-                    table.writerow((name, "pair", side, similarity, weight))
+                    table.writerow((name, "pair", side, similarity, weight, ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,13 +81,18 @@ def test_each_side_has_a_panel_with_labelled_axes() -> None:
 
 
 def test_losses_are_told_apart_without_colour() -> None:
-    """A printed page and a colour-blind reader have the line styles; twenty-eight losses stay apart."""
+    """A printed page and a colour-blind reader have line styles and marks; thirty-five losses stay apart."""
     curve = drawn()["contrastive"]
     figure = curve_figure({f"loss {number}": curve for number in range(len(PALETTE) * len(STYLES))})
-    looks = [(line.get_color(), line.get_linestyle()) for line in curve_lines(figure.axes[0])]
-    assert len(set(looks)) == len(looks) == 28
-    assert len({style for _, style in looks[:4]}) == 4
+    lines: Any = curve_lines(figure.axes[0])
+    looks = [(line.get_color(), str(line._dash_pattern)) for line in lines]
+    assert len(set(looks)) == len(looks) == 35
+    assert len({dashes for _, dashes in looks[:5]}) == 5
     assert "#F0E442" not in PALETTE  # faint on white
+    panel = curve_figure({}, {f"loss {number}": seen()["SupCon"] for number in range(7)}).axes[0]
+    clouds = [each for each in panel.collections if isinstance(each, PathCollection)]
+    marks = {str(np.asarray(cloud.get_paths()[0].vertices).tolist()) for cloud in clouds}
+    assert len(marks) == len(clouds) == 7
 
 
 def test_the_legend_is_outside_the_data() -> None:
@@ -96,7 +102,9 @@ def test_the_legend_is_outside_the_data() -> None:
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert not any(box.overlaps(panel.get_window_extent()) for panel in figure.axes)
-    assert legend_texts(figure) == [*LOSSES, "pairs of a batch", "density of the pairs"]
+    assert legend_texts(figure) == [*LOSSES, "marks: pairs of a batch", "density of the pairs"]
+    with_pairs = [line.get_marker() not in ("None", None) for line in figure.legends[0].get_lines()[: len(LOSSES)]]
+    assert with_pairs == [name in seen() for name in LOSSES]
     alone = curve_figure({"contrastive": drawn()["contrastive"]}, seen())
     pairs = [f"{name}, pairs of a batch" for name in seen()]  # no curve tells their colours
     assert legend_texts(alone) == ["contrastive", *pairs, "density of the pairs"]
@@ -170,10 +178,10 @@ def test_relative_weights_reach_one_on_each_side() -> None:
 
 def test_a_figure_needs_something_to_draw() -> None:
     """An empty figure would be saved and believed."""
-    with pytest.raises(InputError, match="1 to 28 losses, got 0"):
+    with pytest.raises(InputError, match="1 to 35 losses, got 0"):
         curve_figure({})
-    with pytest.raises(InputError, match="1 to 28 losses, got 29"):
-        curve_figure({str(number): drawn()["contrastive"] for number in range(29)})
+    with pytest.raises(InputError, match="1 to 35 losses, got 36"):
+        curve_figure({str(number): drawn()["contrastive"] for number in range(36)})
     assert len(curve_figure({}, seen()).axes) == 4
 
 
@@ -193,7 +201,15 @@ def test_files_hold_the_figure_and_its_numbers(tmp_path: Path) -> None:
     assert [float(row["weight"]) for row in curve] == curves["SupCon"].positive.tolist()
     pairs = [row for row in rows if row["kind"] == "pair" and row["loss"] == "SupCon" and row["side"] == "negative"]
     assert [float(row["weight"]) for row in pairs] == (observed["SupCon"].negatives.weight * 12).tolist()
-    assert len(rows) == 2 * 2 * 41 + sum(each.positives.pairs + each.negatives.pairs for each in observed.values())
+    drawn_pairs = sum(each.positives.pairs + each.negatives.pairs for each in observed.values())
+    (first, *_) = observed.values()
+    bins = len(first.edges) - 1
+    assert len(rows) == 2 * 2 * 41 + drawn_pairs + 2 * bins
+    density = [row for row in rows if row["kind"] == "density" and row["side"] == "positive"]
+    shares = torch.tensor([float(row["density"]) for row in density], dtype=torch.float64) * 2 / bins
+    torch.testing.assert_close(shares * first.positives.pairs, first.positives.counts.double())
+    assert float(density[0]["similarity"]) == pytest.approx(-1 + 1 / bins)
+    assert {row["weight"] for row in density} == {""} and {row["density"] for row in curve + pairs} == {""}
 
 
 def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
