@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lightning_dml.losses import Context
+from lightning_dml.losses.weight_curves import DRAWS
 from lightning_dml.plain_text import as_text
-from lightning_dml.report.curve_figure import PALETTE, STYLES
+from lightning_dml.report.curve_figure import PALETTE, STYLES, LineStyle
 from lightning_dml.study.curve_layout import FONTS, SMALL, Layout, lay_out
 from lightning_dml.study.figure import MARKERS, limits, metric_label, seeds_in, series_of
 from lightning_dml.study.loss_curves import SIDES, SIMILARITY, LossCurve, Side, alike, curves_of
@@ -30,6 +31,9 @@ BLACK, GREY, BASELINE = "#000000", "0.55", "0.35"
 BOLD, THIN, WIDEST = 2.6, 1.3, 3.8  # points
 CUT = 2.0  # weights are cut off at this many times the median of the curves' largest
 FLAT = 0.1  # of the common scale: where the curves of a row stay below, each row has a scale of its own
+FAINT = 0.05  # of a row's scale: a curve that stays below has its largest weight written on it
+STEEP = 1e3  # times the median of the curves' largest: a row that goes higher has a logarithmic scale
+LINEAR = 4.0  # decades' height of the part of a logarithmic scale that is linear, with room for its two numbers
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Series:
     name: str
     rows: Mapping[str, Row]
     colour: str
-    style: str
+    style: LineStyle
     marker: str
 
 
@@ -60,12 +64,14 @@ class Curves:
         split: whether the curves of a row differ, so that positives and negatives have a column each.
         fixed: sides that are the same everywhere, while the other is what is varied.
         tops: of the scale of each row.
+        linear: up to where each scale is linear; it is logarithmic beyond.
     """
 
     by_row: Sequence[Mapping[str, LossCurve]]
     split: bool
     fixed: tuple[Side, ...]
     tops: Sequence[float]
+    linear: Sequence[float]
 
     @classmethod
     def of(cls, by_row: Sequence[Mapping[str, LossCurve]]) -> Curves:
@@ -80,7 +86,9 @@ class Curves:
         common = min(max(peaks), max(CUT * statistics.median(peaks), *halves))
         own = [max(curve.peak() for curve in each) for each in rows]
         tops = [common] * len(rows) if min(own) >= FLAT * common else [each or common for each in own]
-        return cls(by_row, split, fixed if len(fixed) == 1 else (), tops)
+        usual = statistics.median(peaks)
+        linear = [10.0 ** round(math.log10(usual)) if top > STEEP * usual else math.inf for top in tops]
+        return cls(by_row, split, fixed if len(fixed) == 1 else (), tops, linear)
 
     @property
     def lowest(self) -> float:
@@ -93,7 +101,8 @@ def curve_axis_figure(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figu
 
     Where the losses of a row differ by the other axes, positives and negatives have a column each, and the curves the
     colours of the dots. All curves have one scale, unless some would be flat on it; what is far above the median of
-    the curves' largest weights is cut off, and the caption says so.
+    the curves' largest weights is cut off, or on a logarithmic scale where each row has its own, and the caption says
+    so.
 
     Args:
         study: the study.
@@ -131,11 +140,12 @@ def curve_axis_figure(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figu
             series=len(series),
         )
         columns: list[tuple[Side, ...]] = [("positive",), ("negative",)] if curves.split else [SIDES]
-        for panels, of_row, top in zip(layout.curves, curves.by_row, curves.tops, strict=True):
+        for panels, of_row, top, linear in zip(layout.curves, curves.by_row, curves.tops, curves.linear, strict=True):
             for panel, sides in zip(panels, columns, strict=True):
+                _frame(panel, top, max(-top, curves.lowest), linear)
                 for side in sides:
                     _draw_curves(panel, of_row, side, series, curves)
-                _frame(panel, top, max(-top, curves.lowest))
+                    _name_if_faint(panel, of_row, side, FAINT * top, _look(side, curves)["color"])
         for panel, metric in zip(layout.metrics, study.metrics, strict=True):
             _draw_metric(panel, metric, order, series, {row.point.key: row for row in rows}, layout)
     return figure
@@ -175,11 +185,32 @@ def _draw_curves(
         panel.plot(SIMILARITY.numpy(), weights.numpy(), label=each.name, **look)
 
 
-def _frame(panel: Axes, top: float, bottom: float) -> None:
+def _name_if_faint(panel: Axes, of_row: Mapping[str, LossCurve], side: Side, faint: float, colour: str) -> None:
+    """Writes the largest weight on a curve that is hardly above 0 on its scale, over the middle of where it is one."""
+    curve = next(iter(of_row.values()))
+    peak = curve.peak(side)
+    if peak > faint or not peak or not alike(list(of_row.values()), side):
+        return
+    place = float(SIMILARITY[curve.side(side).abs() > peak / 2].mean())
+    text = f"{peak:.2g}".replace("-", "\N{MINUS SIGN}")
+    offset: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points"}
+    panel.annotate(text, (place, 0), ha="center", va="bottom", fontsize=12, color=colour, **offset)
+
+
+def _frame(panel: Axes, top: float, bottom: float, linear: float) -> None:
     power = 10.0 ** math.floor(math.log10(top * 1.001))
-    step = power * max(factor for factor in (1, 2, 5) if factor * power <= top * 1.001)
-    panel.set_yticks([-step, 0, step] if bottom <= -step else [0, step])
-    panel.set_ylim(bottom - 0.1 * top, 1.1 * top)
+    if linear < power:
+        shown = panel.yaxis.get_major_formatter()
+        panel.set_yscale("symlog", linthresh=linear, linscale=LINEAR)
+        panel.yaxis.set_major_formatter(shown)
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.set_yticks([0, linear, power])
+        # As much room as on a linear scale: a tenth of the height at either end.
+        panel.set_ylim(bottom - 0.4 * linear, top * (top / linear) ** 0.15)
+    else:
+        step = power * max(factor for factor in (1, 2, 5) if factor * power <= top * 1.001)
+        panel.set_yticks([-step, 0, step] if bottom <= -step else [0, step])
+        panel.set_ylim(bottom - 0.1 * top, 1.1 * top)
     panel.axhline(0, color="0.6", linewidth=0.8, zorder=1)
 
 
@@ -258,6 +289,11 @@ def _caption(order: Sequence[str], curves: Curves) -> str:
         text.append(f"Curves that depend on the anchor's other pairs, drawn at {Context()}: {'; '.join(which)}.")
     if len(set(curves.tops)) > 1:
         text.append("Each row of curves has a scale of its own.")
+    steep = [(name, linear) for name, linear in zip(order, curves.linear, strict=True) if math.isfinite(linear)]
+    if steep:
+        text.append(f"That of {', '.join(name for name, _ in steep)} is logarithmic above {steep[0][1]:g}.")
+    if any(curve.of_draws for each in in_row.values() for curve in each):
+        text.append(f"Where the mining draws, a curve is the mean of {DRAWS} draws.")
     peaks = {name: max(curve.peak() for curve in each) for name, each in in_row.items()}
     cut = [name for name, top in zip(order, curves.tops, strict=True) if peaks[name] > 1.1 * top]
     if 0 < len(cut) <= 3:

@@ -1,17 +1,24 @@
-"""The figure of a study: its metrics against one axis, mean and interval over the seeds for each variant."""
+"""The figure of a study: its metrics, and the differences from the baseline, against one axis.
+
+Each panel has the mean and the interval over the seeds for each variant.
+"""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from lightning_dml.plain_text import as_text
+from lightning_dml.study.curve_layout import FONTS
 from lightning_dml.study.statistics import Mean
 from lightning_dml.study.study_file import Axis, StudyFile
 from lightning_dml.study.summary import Row
@@ -24,32 +31,73 @@ APART = 5.0  # points between the series
 ROOM = 0.08  # beside the data, as a part of their span
 LOG_SPAN = 20.0  # values that differ by more are shown on a logarithmic axis
 FRACTIONS = ("recall@", "precision@", "map@", "ndcg@", "r_precision", "mrr", "nmi", "ami")
-PANEL = 5.2  # inches, with the names of its axis
-LETTER = 0.075  # inches of a legend, with room to spare
-TITLE = 60  # letters in a line of the title, which must end before the legend
+PANEL, HEIGHT = 6.6, 2.7  # inches, with the names of its axis
+LABEL = 24  # letters that fit beside a panel
+LETTER = 0.11  # inches of a legend, with room to spare
+TITLE = 58  # letters in a line of the title, which must end before the legend
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one panel shows.
+
+    Args:
+        label: of its upward axis.
+        mean: of a grid point; None where there is nothing to show.
+        zero: whether it has a line there, which is the baseline.
+    """
+
+    label: str
+    mean: Callable[[Row], Mean | None]
+    zero: bool = False
+
+
+def panels_of(study: StudyFile, rows: Sequence[Row]) -> list[Panel]:
+    """One for each metric, and after the study's own one for the differences from the baseline."""
+    panels = [Panel(metric_label(study, name), partial(_mean, name)) for name in study.metrics]
+    if any(row.comparison is not None and row.comparison.difference.n for row in rows):
+        wanted = ", ".join(f"{axis}={variant}" for axis, variant in study.baseline.items())
+        label = as_text(f"difference in {study.metric} from {wanted}")
+        panels.insert(study.metrics.index(study.metric) + 1, Panel(label, _difference, zero=True))
+    return panels
+
+
+def _mean(name: str, row: Row) -> Mean:
+    return row.means[name]
+
+
+def _difference(row: Row) -> Mean | None:
+    return None if row.comparison is None else row.comparison.difference
 
 
 def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
-    """A panel for each metric, a line for each combination of the other axes, in the order of the study file."""
+    """A line for each combination of the other axes, in the order of the study file, in each of the panels."""
+    with matplotlib.rc_context(FONTS):
+        return _drawn(study, axis, rows)
+
+
+def _drawn(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
     series = series_of(study, axis, rows)
     by_place = sorted(zip(axis.numbers or range(len(axis.variants)), axis.variants, strict=True))
     places, order = [float(place) for place, _ in by_place], [variant for _, variant in by_place]
-    several, panels = len(series) > 1, len(study.metrics)
-    legend = 0.6 + LETTER * max(len(others) for others in series) if several else 0.0
-    figure = Figure(figsize=(PANEL + legend, 0.9 + 2.4 * panels), layout="constrained")
+    several, panels = len(series) > 1, panels_of(study, rows)
+    legend = 0.9 + LETTER * max(len(others) for others in series) if several else 0.0
+    figure = Figure(figsize=(PANEL + legend, 1.1 + HEIGHT * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, name in enumerate(study.metrics):
-        axes = figure.add_subplot(panels, 1, panel + 1)
+    for place, panel in enumerate(panels):
+        axes = figure.add_subplot(len(panels), 1, place + 1)
+        if panel.zero:
+            axes.axhline(0, color="0.35", linewidth=1.1, zorder=1.5)
         for number, (others, held) in enumerate(series.items()):
-            means = [held[variant].means[name] if variant in held else None for variant in order]
+            means = [panel.mean(held[variant]) if variant in held else None for variant in order]
             # Side by side in points, as intervals at one place would hide each other.
             shift = ScaledTranslation(APART * (number - (len(series) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
             _draw(axes, places, means, others, number, bool(axis.numbers) or several, shift)
         _scale(axes, axis, places, [as_text(name) for name in order])
-        axes.tick_params(labelbottom=panel == panels - 1)  # long names would take the room of the panels
+        axes.tick_params(labelbottom=place == len(panels) - 1)  # long names would take the room of the panels
         # Set by hand, as matplotlib does not count data that are shifted by points.
-        axes.set_ylim(limits([row.means[name] for row in rows]))
-        axes.set_ylabel(metric_label(study, name))
+        axes.set_ylim(limits([mean for row in rows if (mean := panel.mean(row)) is not None]))
+        axes.set_ylabel("\n".join(_in_lines(panel.label)))
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
@@ -57,9 +105,9 @@ def figure_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
     figure.axes[-1].set_xlabel(as_text(study.labels.get(axis.name, axis.label)))
     if several:
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
     title = f"{study.name}: mean and 95% interval over {seeds_in(study, rows)}"
-    figure.suptitle(textwrap.fill(title, TITLE), fontsize=11, x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(title, TITLE), fontsize=14, x=0.01, ha="left")
     return figure
 
 
@@ -98,6 +146,11 @@ def limits(means: Sequence[Mean]) -> tuple[float, float] | None:
     return min(bounds) - room, max(bounds) + room
 
 
+def _in_lines(label: str) -> list[str]:
+    """Few enough letters in each to stand beside a panel."""
+    return [line for part in label.split("\n") for line in textwrap.wrap(part, LABEL)]
+
+
 def _draw(
     axes: Axes,
     places: Sequence[float],
@@ -116,8 +169,8 @@ def _draw(
         color=COLOURS[number % len(COLOURS)],
         marker=MARKERS[number % len(MARKERS)],
         linestyle=STYLES[number // len(COLOURS) % len(STYLES)] if joined else "none",
-        markersize=5,
-        linewidth=1.4,
+        markersize=6,
+        linewidth=1.6,
         capsize=3,
         label=as_text(label),
         transform=axes.transData + shift,

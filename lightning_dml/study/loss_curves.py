@@ -16,6 +16,7 @@ from lightning_dml.errors import InputError, input_error_in
 
 # By this import a config may name the losses without the module, as for `fit`.
 from lightning_dml.losses import Context, context_free, weight_curve
+from lightning_dml.losses.weight_curves import draws_pairs
 from lightning_dml.parsing import instantiated
 from lightning_dml.study.grid import Point
 from lightning_dml.study.loss_axis import loss_config
@@ -35,11 +36,13 @@ class LossCurve:
         positive: (n,) weights of positives, float64.
         negative: (n,) weights of negatives.
         at_context: whether they depend on the anchor's other pairs, which are then those of `Context()`.
+        of_draws: whether a miner draws, so that they are means.
     """
 
     positive: Tensor
     negative: Tensor
     at_context: bool
+    of_draws: bool = False
 
     def side(self, name: Side) -> Tensor:
         """Weights (n,) of the positives or the negatives."""
@@ -97,7 +100,8 @@ def _curve(config: Any) -> LossCurve:
     parser.add_subclass_arguments(nn.Module, "loss", fail_untyped=False)
     loss = instantiated(parser, parser.parse_object({"loss": config})).loss
     alone = context_free(loss)
-    return LossCurve(*weight_curve(loss, SIMILARITY, context=Context((), ()) if alone else Context()), not alone)
+    weights = weight_curve(loss, SIMILARITY, context=Context((), ()) if alone else Context())
+    return LossCurve(*weights, at_context=not alone, of_draws=draws_pairs(loss))
 
 
 def _said(error: BaseException) -> str:

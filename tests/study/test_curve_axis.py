@@ -193,7 +193,7 @@ def test_names_and_numbers_of_a_row_stand_apart() -> None:
     figure.draw_without_rendering()
     names = [each for each in figure.texts if each.get_text() in axis.variants]
     numbers = [each for panel in figure.axes for each in panel.get_yticklabels() if each.get_text()]
-    assert len(names) == 5 and "2e8" in {each.get_text() for each in numbers}
+    assert len(names) == 5 and "1e8" in {each.get_text() for each in numbers}
     for name in names:
         assert all(not name.get_window_extent().overlaps(each.get_window_extent()) for each in numbers)
 
@@ -317,6 +317,49 @@ def test_weights_of_other_sizes_stay_legible(tmp_path: Path) -> None:
     figure = curve_axis_figure(study, study.axes[0], rows_in(study))
     assert [panel.get_ylim()[1] for panel in panels_of(figure, metrics=1)[0]] == pytest.approx([1.1, 0.011])
     assert "a scale of its own" in figure.texts[-1].get_text()
+    assert "logarithmic" not in figure.texts[-1].get_text()
+
+
+def test_weights_of_another_order_have_a_logarithmic_scale(tmp_path: Path) -> None:
+    """On a linear one, half of a row of exponential weights would be drawn as 0."""
+    rules = {name: loss("GeneralPairWeightingLoss", positive=name, negative=name) for name in ("linear", "exponential")}
+    study = study_of(tmp_path, {"loss": {"contrastive": {}, **rules}})
+    figure = curve_axis_figure(study, study.axes[0], rows_in(study))
+    small = panels_of(figure, metrics=1)[0]
+    assert [panel.get_yscale() for panel in small] == ["linear", "linear", "symlog"]
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in small[2].get_yticklabels()] == ["0", "1", "1e8"]
+    ends = [
+        float(small[2].transData.transform((0, value))[1]) for value in (0.0, 1.0, line(small[2], "positive")[0].max())
+    ]
+    foot, head = small[2].get_window_extent().intervaly
+    assert foot < ends[0] and ends[-1] < head and ends[1] - ends[0] > 0.17 * figure.dpi  # the height of a number
+    assert "exponential is logarithmic above 1." in " ".join(figure.texts[-1].get_text().split())
+
+
+def test_a_curve_that_is_hardly_seen_has_its_weight_written_on_it(tmp_path: Path) -> None:
+    """A hundredth of the weight, for all negatives or the easy ones, looks like none."""
+    low = {"class_path": f"{CURVES}.Constant", "init_args": {"value": 0.01}}
+    easy = {"class_path": STEP, "init_args": {"value": 0.01, "above": False}}
+    constant = {"class_path": f"{CURVES}.Constant"}
+    variants = {
+        name: loss("DirectWeightingLoss", positive=constant, negative=curve)
+        for name, curve in {"hard": {"class_path": STEP}, "low": low, "easy": easy}.items()
+    }
+    study = study_of(tmp_path, {"loss": variants})
+    small: Any = panels_of(curve_axis_figure(study, study.axes[0], rows_in(study)), metrics=1)[0]
+    written = [[(text.get_text(), round(text.xy[0], 1)) for text in panel.texts] for panel in small]
+    assert written == [[], [("0.01", 0.0)], [("0.01", -0.3)]]
+
+
+def test_a_mean_of_draws_is_called_one(tmp_path: Path) -> None:
+    """Such a curve is rough, and nothing else tells why."""
+    for mining, said in (("semi_hard", True), ("batch_hard", False)):
+        study = study_of(
+            tmp_path, {"loss": {"contrastive": {}, "mined": loss("GeneralPairWeightingLoss", mining=mining)}}
+        )
+        caption = " ".join(curve_axis_figure(study, study.axes[0], rows_in(study)).texts[-1].get_text().split())
+        assert ("a curve is the mean of 256 draws" in caption) is said
 
 
 def test_an_axis_of_anything_else_has_no_curves() -> None:

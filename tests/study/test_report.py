@@ -298,7 +298,7 @@ def test_the_figure_shows_means_and_intervals_with_labels(tmp_path: Path) -> Non
     study, points, _, entries = book(tmp_path, exclude=[{"loss": "other", "size": 0.1}], labels={"val/loss": "loss"})
     rows = rows_of(study, points, entries)
     figure = figure_of(study, study.axes[1], rows)
-    upper, lower = figure.axes
+    upper, between, lower = figure.axes
     assert (lower.get_xlabel(), lower.get_ylabel(), upper.get_ylabel()) == (
         "memory ratio",
         "loss",
@@ -314,8 +314,16 @@ def test_the_figure_shows_means_and_intervals_with_labels(tmp_path: Path) -> Non
     assert np.asarray(plain.get_ydata()).tolist() == [wanted[f"loss=plain, size={size}"] for size in (0.01, 0.1, 1.0)]
     assert np.isnan(np.asarray(other.get_ydata(), dtype=float)).tolist() == [False, True, False]
     assert not overlaps(figure)
-    assert [axes.xaxis.get_tick_params()["labelbottom"] for axes in figure.axes] == [False, True]
-    for axes, name in zip(figure.axes, study.metrics, strict=True):
+    assert [axes.xaxis.get_tick_params()["labelbottom"] for axes in figure.axes] == [False, False, True]
+    assert between.get_ylabel().replace("\n", " ") == "difference in val/recall@1 from loss=plain"
+    differences: Any = between.containers
+    drawn = np.asarray(differences[1].lines[0].get_ydata(), dtype=float)
+    held = {row.point.label: row.comparison for row in rows}["loss=other, size=0.01"]
+    assert held is not None and drawn[0] == held.difference.mean and between.lines[0].get_ydata() == [0, 0]
+    assert np.isnan(np.asarray(differences[0].lines[0].get_ydata(), dtype=float)).all()  # the baseline itself
+    low, high = between.get_ylim()
+    assert low < held.difference.low < held.difference.high < high
+    for axes, name in zip((upper, lower), study.metrics, strict=True):
         low, high = axes.get_ylim()
         means = [row.means[name] for row in rows]
         assert low < min(mean.low for mean in means) and high > max(mean.high for mean in means)
@@ -391,6 +399,16 @@ def overlaps(figure: Figure) -> bool:
     legend = figure.legends[0].get_window_extent()
     within = legend.x1 <= figure.bbox.x1 and legend.y0 >= 0
     return not within or any(legend.overlaps(each.get_window_extent()) for each in (*figure.axes, *figure.texts))
+
+
+def test_text_is_legible_at_half_size(tmp_path: Path) -> None:
+    """Half of 13 points is what a footnote has."""
+    study, points, _, entries = book(tmp_path)
+    figure = figure_of(study, study.axes[1], rows_of(study, points, entries))
+    texts = [*figure.legends[0].get_texts(), *figure.texts]
+    for axes in figure.axes:
+        texts += [axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
+    assert min(float(text.get_fontsize()) for text in texts) >= 13
 
 
 def test_long_names_leave_room_for_the_data(tmp_path: Path) -> None:
