@@ -1,7 +1,9 @@
 """The book of a study: every training exactly once, whoever starts, dies or comes late.
 
-A trial is an Optuna trial with the training's key and the number of the attempt. Three rules make it exact, and none of
-them needs a lock that a dead worker could hold:
+A trial is an Optuna trial with the training's key and the number of the attempt; its parameters are the variants and
+the seed, for Optuna's own tools. The grid is entered here and not drawn by Optuna's GridSampler, which hands out what
+other workers are still at when nothing else is left. Three rules make it exact, and none of them needs a lock that a
+dead worker could hold:
 
 * Of the trials with the same key and attempt the one with the lowest number counts. Numbers grow with the commits of
   the storage, so once a worker has seen a trial no lower one can appear. Workers that start at once may both enter a
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -130,9 +133,12 @@ class Ledger:
         """Enters each training that is not there, and the next attempt at each that was lost (or has failed)."""
         again = {"lost", "failed"} if retry_failed else {"lost"}
         entries = self.entries()
+        distributions: dict[str, Any] | None = None
         for run in runs:
             held = entries.get(run.key)
             if held is None or held.state in again:
+                distributions = self._distributions(runs) if distributions is None else distributions
+                parameters: dict[str, Any] = {"seed": run.seed, **run.point.choice}
                 attributes = {
                     "key": run.key,
                     "attempt": 1 if held is None else held.attempt + 1,
@@ -141,7 +147,12 @@ class Ledger:
                     "version": __version__,
                 }
                 waiting = self._optuna.trial.TrialState.WAITING
-                trial = self._optuna.trial.create_trial(state=waiting, user_attrs=attributes)
+                trial = self._optuna.trial.create_trial(
+                    state=waiting,
+                    user_attrs=attributes,
+                    params={name: parameters[name] for name in distributions},
+                    distributions=distributions,
+                )
                 self.storage.create_new_trial(self._study, template_trial=trial)
         self._strike_out()
 
@@ -214,6 +225,17 @@ class Ledger:
         self._note(entry, "error", error)
         if not self._end(entry, self._optuna.trial.TrialState.FAIL):
             raise Lost
+
+    def _distributions(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """What the trials' parameters are out of, without those that the study has had otherwise, as Optuna refuses."""
+        values: dict[str, dict[Any, None]] = defaultdict(dict)
+        for run in runs:
+            for name, value in {"seed": run.seed, **run.point.choice}.items():
+                values[name][value] = None
+        wanted = {name: self._optuna.distributions.CategoricalDistribution([*each]) for name, each in values.items()}
+        trials = self.storage.get_all_trials(self._study, deepcopy=False)
+        before = {name: each for trial in trials for name, each in trial.distributions.items()}
+        return {name: each for name, each in wanted.items() if before.get(name, each) == each}
 
     def _counting(self) -> dict[tuple[str, int], tuple[Entry, list[FrozenTrial]]]:
         """By key and attempt, the trial that counts and those that do not."""

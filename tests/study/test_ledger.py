@@ -95,6 +95,27 @@ def test_asking_for_a_study_does_not_make_it(ledgers: Callable[[float], Ledger])
     assert [each.study_name for each in storage.get_all_studies()] == ["ledger"]
 
 
+def test_optunas_own_tools_see_the_variants(ledgers: Callable[[float], Ledger], tmp_path: Path) -> None:
+    """A dashboard of trials without parameters shows nothing; and a study that grows must not be refused for them."""
+    runs = grid(tmp_path)
+    ledgers(10).enter(runs[::2])
+    ledger = ledgers(10)
+    ledger.enter(runs)
+    for run in runs:
+        entry = ledger.claim([run])
+        assert entry is not None
+        ledger.finish(entry, float(run.key == runs[-1].key), {})
+    study = optuna.load_study(study_name="ledger", storage=ledger.storage)
+    assert sorted(trial.user_attrs["key"] for trial in study.trials) == sorted(run.key for run in runs)
+    shown = {trial.user_attrs["key"]: trial.params for trial in study.trials}
+    first = {run.key for run in runs[::2]}
+    whole = {run.key: {"seed": run.seed, **run.point.choice} for run in runs}
+    assert all(shown[key] == whole[key] for key in first)
+    # What has other choices than before is left out, as Optuna holds a parameter to those that it began with.
+    assert all(shown[key].items() <= whole[key].items() for key in shown)
+    assert study.best_trial.user_attrs["point"] == runs[-1].point.choice
+
+
 def test_a_training_that_was_entered_twice_counts_once(ledgers: Callable[[float], Ledger], tmp_path: Path) -> None:
     """Workers that start at once enter everything twice: the first entries count, the others never run."""
     runs = grid(tmp_path)
