@@ -48,12 +48,28 @@ def distance(s: float) -> float:
     return math.sqrt(2 - 2 * s)
 
 
-def general(name: Any) -> GeneralPairWeightingLoss:
+def general(name: Any, threshold: float = 0.2, measure: Any = "similarity") -> GeneralPairWeightingLoss:
     """One shape on both sides."""
-    shape = {"threshold": 0.2, "rate": 4.0, "exponent": 3.0}
-    return GeneralPairWeightingLoss("none", name, name, positive_args=shape, negative_args=shape)
+    shape = {"threshold": threshold, "rate": 4.0, "exponent": 3.0}
+    return GeneralPairWeightingLoss("none", name, name, measure=measure, positive_args=shape, negative_args=shape)
 
 
+def general_on_distance(name: str, weight: Weight) -> tuple[nn.Module, Weight, Weight]:
+    """A shape over violations of a distance of 0.8, and both curves: dd/dS is -1 / d."""
+    return (
+        general(name, 0.8, "distance"),
+        lambda s: weight(distance(s) - 0.8) / distance(s),
+        lambda s: weight(0.8 - distance(s)) / distance(s),
+    )
+
+
+SHAPES: dict[str, Weight] = {
+    "constant": lambda v: 1.0,
+    "linear": lambda v: max(v, 0.0),
+    "power": lambda v: max(v, 0.0) ** 3,
+    "exponential": lambda v: math.exp(4 * v),
+    "sigmoid": lambda v: sigmoid(4 * v),
+}
 FREE: dict[str, tuple[nn.Module, Weight, Weight]] = {
     "contrastive": (ContrastiveLoss(0.3), lambda s: 1.0, lambda s: float(s > 0.3)),
     "contrastive, both margins": (ContrastiveLoss(0.3, 0.6), lambda s: float(s < 0.6), lambda s: float(s > 0.3)),
@@ -121,6 +137,12 @@ FREE: dict[str, tuple[nn.Module, Weight, Weight]] = {
         lambda s: math.exp(4 * (s - 0.2)),
     ),
     "general, sigmoid": (general("sigmoid"), lambda s: sigmoid(4 * (0.2 - s)), lambda s: sigmoid(4 * (s - 0.2))),
+    **{f"general on distance, {name}": general_on_distance(name, weight) for name, weight in SHAPES.items()},
+    "ranked list's pairs": (
+        ContrastiveLoss(-1.0, miner=losses.RankedListMiner(1.2, 0.4)),
+        lambda s: float(distance(s) > 0.8),
+        lambda s: float(distance(s) < 1.2),
+    ),
     "another library's": (
         pml.ContrastiveLoss(1.0, 0.3, distance=CosineSimilarity(), reducer=MeanReducer()),
         lambda s: 1.0,
