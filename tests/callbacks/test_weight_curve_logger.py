@@ -539,7 +539,8 @@ def test_figures_come_as_files_and_into_tensorboard(tmp_path: Path) -> None:
     )
     with (written / "step_000004_memory.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["kind"] for row in rows} == {"curve", "pair"}  # contrastive weights follow from the similarity alone
+    # A curve too, as contrastive weights follow from the similarity alone.
+    assert {row["kind"] for row in rows} == {"curve", "pair", "density"}
     assert sum(row["kind"] == "pair" and row["side"] == "negative" for row in rows) == 50
     for row in rows:
         if row["kind"] == "pair":  # points lie on the curve: 1 for positives and for negatives above the margin
