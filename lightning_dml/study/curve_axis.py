@@ -18,9 +18,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from lightning_dml.losses import Context
 from lightning_dml.losses.weight_curves import DRAWS
 from lightning_dml.plain_text import as_text
-from lightning_dml.report.curve_figure import PALETTE, STYLES, LineStyle
+from lightning_dml.report.curve_figure import MARKERS, PALETTE, STYLES, LineStyle
 from lightning_dml.study.curve_layout import FONTS, SMALL, Layout, lay_out
-from lightning_dml.study.figure import MARKERS, limits, metric_label, seeds_in, series_of
+from lightning_dml.study.figure import limits, metric_label, seeds_in, series_of
 from lightning_dml.study.loss_curves import SIDES, SIMILARITY, LossCurve, Side, alike, curves_of
 from lightning_dml.study.study_file import Axis, StudyFile
 from lightning_dml.study.summary import Row
@@ -145,7 +145,7 @@ def curve_axis_figure(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figu
                 _frame(panel, top, max(-top, curves.lowest), linear)
                 for side in sides:
                     _draw_curves(panel, of_row, side, series, curves)
-                    _name_if_faint(panel, of_row, side, FAINT * top, _look(side, curves)["color"])
+                    _name_if_faint(panel, of_row, side, FAINT * min(top, linear), _look(side, curves)["color"])
         for panel, metric in zip(layout.metrics, study.metrics, strict=True):
             _draw_metric(panel, metric, order, series, {row.point.key: row for row in rows}, layout)
     return figure

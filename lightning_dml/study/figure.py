@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from lightning_dml.plain_text import as_text
+from lightning_dml.report.curve_figure import MARKERS
 from lightning_dml.study.curve_layout import FONTS
 from lightning_dml.study.statistics import Mean
 from lightning_dml.study.study_file import Axis, StudyFile
@@ -25,7 +26,6 @@ from lightning_dml.study.summary import Row
 
 # Okabe and Ito's colours, without the yellow, which is lost on white; style and marker tell more series apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", ":")
 APART = 5.0  # points between the series
 ROOM = 0.08  # beside the data, as a part of their span
