@@ -121,5 +121,5 @@ def test_the_page_says_how_stale_the_memory_was(path: Path) -> None:
 def test_there_are_results() -> None:
     """The test above would pass with none."""
     names = {"positives", "negatives", "memory_ratio", "batch_size", "momentum", "mining_weighting"}
-    elsewhere = {"positives-hanzi", "negatives-hanzi", "memory_ratio-hanzi", "batch_size-hanzi"}
+    elsewhere = {"positives-hanzi", "negatives-hanzi", "memory_ratio-hanzi", "batch_size-hanzi", "momentum-hanzi"}
     assert {path.stem for path in RESULTS} >= names | elsewhere
