@@ -55,6 +55,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_dml.errors import InputError
@@ -172,16 +173,24 @@ def report(study: StudyFile, points: Sequence[Point], runs: Sequence[Run], entri
             continue
         name = "".join(each if each.isalnum() or each in "-_." else "_" for each in axis.name)
         for stem, draw in ((name, figure_of), (f"{name}-curves", partial(_with_curves, points))):
-            try:
-                figure = draw(study, axis, rows)
-                if figure is None:
-                    continue
-                for ending in ("png", "svg"):
-                    write_whole(study.output / f"{stem}.{ending}", partial(figure.savefig, dpi=150))
-                    written.append(f"{stem}.{ending}")
-            except ValueError as error:  # ours, and matplotlib's for what it cannot draw; the other figures still come
-                print(f"{stem} is not drawn: {error}")
+            written += _drawn(study.output, stem, partial(draw, study, axis, rows))
     print(f"{study.output}: {', '.join(written)}")
+
+
+def _drawn(folder: Path, stem: str, draw: Callable[[], Figure | None]) -> list[str]:
+    """Writes a figure and returns its files; without one, those of an earlier report go, as they fit no table here."""
+    names = [f"{stem}.{ending}" for ending in ("png", "svg")]
+    try:
+        figure = draw()
+        if figure is not None:
+            for name in names:
+                write_whole(folder / name, partial(figure.savefig, dpi=150))
+            return names
+    except ValueError as error:  # ours, and matplotlib's for what it cannot draw; the other figures still come
+        print(f"{stem} is not drawn: {error}")
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    return []
 
 
 def _with_curves(points: Sequence[Point], study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure | None:

@@ -367,10 +367,15 @@ def test_a_figure_that_cannot_be_drawn_does_not_take_the_others_along(
         return figure_of(study, axis, rows)
 
     monkeypatch.setattr("lightning_dml.study.figure.figure_of", draw)
+    # What an earlier report left would be taken for a figure of this table.
+    (tmp_path / "out").mkdir()
+    for stale in ("loss.png", "loss-curves.svg", "mine.png"):
+        (tmp_path / "out" / stale).write_bytes(b"old")
     report(study, points, runs, entries)
     printed = capsys.readouterr().out
     assert "loss is not drawn: Axis limits cannot be NaN" in printed and "size.png, size.svg" in printed
-    assert not (tmp_path / "out/loss.png").exists() and (tmp_path / "out/table.md").exists()
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"table.md", "table.csv", "trials.csv", "size.png", "size.svg", "mine.png"}
 
 
 def test_error_bars_are_as_long_as_the_intervals(tmp_path: Path) -> None:
