@@ -57,6 +57,7 @@ class Folder:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         self.processes.append(process)
         return process
@@ -93,10 +94,13 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
     """A folder with the study of this file; no worker outlives the test."""
     made = Folder(tmp_path)
     made.write()
+    # A job in the background of a shell ignores Ctrl-C, and so would all that is started here.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield made
+    signal.signal(signal.SIGINT, interrupt)
     for process in made.processes:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers, which hold its output open
         process.communicate()
 
 
