@@ -23,6 +23,9 @@ from lightning_dml.losses.observed import ObservedSide
 from lightning_dml.plain_text import as_text
 from lightning_dml.report.saving import save_figure
 
+FONTS: Any = {"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13}
+"""Legible at half size."""
+
 LineStyle = str | tuple[int, tuple[float, ...]]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -90,8 +93,7 @@ def curve_figure(
     if not 1 <= len(names) <= len(PALETTE) * len(STYLES):
         raise InputError(f"curves must be 1 to {len(PALETTE) * len(STYLES)} losses, got {len(names)}")
     looks = dict(zip(names, zip(cycle(PALETTE), cycle(STYLES), cycle(MARKERS), strict=False), strict=False))
-    large = matplotlib.rc_context({"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13})
-    with large:  # legible at half size
+    with matplotlib.rc_context(FONTS):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
         sides: tuple[Side, Side] = ("positive", "negative")
         for panel, side in zip(figure.subplots(1, 2), sides, strict=True):

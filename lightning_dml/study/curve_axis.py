@@ -18,8 +18,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from lightning_dml.losses import Context
 from lightning_dml.losses.weight_curves import DRAWS
 from lightning_dml.plain_text import as_text
-from lightning_dml.report.curve_figure import MARKERS, PALETTE, STYLES, LineStyle
-from lightning_dml.study.curve_layout import FONTS, SMALL, Layout, lay_out
+from lightning_dml.report.curve_figure import FONTS, MARKERS, PALETTE, STYLES, LineStyle
+from lightning_dml.study.curve_layout import SMALL, Layout, lay_out
 from lightning_dml.study.figure import limits, metric_label, seeds_in, series_of
 from lightning_dml.study.loss_curves import SIDES, SIMILARITY, LossCurve, Side, alike, curves_of
 from lightning_dml.study.study_file import Axis, StudyFile

@@ -11,9 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-FONTS: Any = {"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13}
-"""Legible at half size."""
-
 SMALL: dict[str, Any] = {"fontsize": 12, "color": "0.3"}
 ROW, LOW_ROW, MANY = 0.72, 0.6, 12  # inches; that of more rows than many
 GAP = 0.14  # of the curves, between rows

@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from lightning_dml.plain_text import as_text
-from lightning_dml.report.curve_figure import MARKERS
-from lightning_dml.study.curve_layout import FONTS
+from lightning_dml.report.curve_figure import FONTS, MARKERS
 from lightning_dml.study.statistics import Mean
 from lightning_dml.study.study_file import Axis, StudyFile
 from lightning_dml.study.summary import Row

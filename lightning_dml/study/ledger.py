@@ -133,27 +133,24 @@ class Ledger:
         """Enters each training that is not there, and the next attempt at each that was lost (or has failed)."""
         again = {"lost", "failed"} if retry_failed else {"lost"}
         entries = self.entries()
-        distributions: dict[str, Any] | None = None
-        for run in runs:
-            held = entries.get(run.key)
-            if held is None or held.state in again:
-                distributions = self._distributions(runs) if distributions is None else distributions
-                parameters: dict[str, Any] = {"seed": run.seed, **run.point.choice}
-                attributes = {
-                    "key": run.key,
-                    "attempt": 1 if held is None else held.attempt + 1,
-                    "point": dict(run.point.choice),
-                    "seed": run.seed,
-                    "version": __version__,
-                }
-                waiting = self._optuna.trial.TrialState.WAITING
-                trial = self._optuna.trial.create_trial(
-                    state=waiting,
-                    user_attrs=attributes,
-                    params={name: parameters[name] for name in distributions},
-                    distributions=distributions,
-                )
-                self.storage.create_new_trial(self._study, template_trial=trial)
+        due = [run for run in runs if (held := entries.get(run.key)) is None or held.state in again]
+        distributions = self._distributions(runs) if due else {}
+        for run in due:
+            attributes = {
+                "key": run.key,
+                "attempt": entries[run.key].attempt + 1 if run.key in entries else 1,
+                "point": dict(run.point.choice),
+                "seed": run.seed,
+                "version": __version__,
+            }
+            parameters = _parameters(run)
+            trial = self._optuna.trial.create_trial(
+                state=self._optuna.trial.TrialState.WAITING,
+                user_attrs=attributes,
+                params={name: parameters[name] for name in distributions},
+                distributions=distributions,
+            )
+            self.storage.create_new_trial(self._study, template_trial=trial)
         self._strike_out()
 
     def claim(self, runs: Sequence[Run]) -> Entry | None:
@@ -230,7 +227,7 @@ class Ledger:
         """What the trials' parameters are out of, without those that the study has had otherwise, as Optuna refuses."""
         values: dict[str, dict[Any, None]] = defaultdict(dict)
         for run in runs:
-            for name, value in {"seed": run.seed, **run.point.choice}.items():
+            for name, value in _parameters(run).items():
                 values[name][value] = None
         wanted = {name: self._optuna.distributions.CategoricalDistribution([*each]) for name, each in values.items()}
         trials = self.storage.get_all_trials(self._study, deepcopy=False)
@@ -298,6 +295,11 @@ class Ledger:
             return bool(self.storage.set_trial_state_values(self._id(entry), state, values))
         except self._optuna.exceptions.UpdateFinishedTrialError:
             return False
+
+
+def _parameters(run: Run) -> dict[str, Any]:
+    """What Optuna's own tools are to know of a training."""
+    return {"seed": run.seed, **run.point.choice}
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str:
