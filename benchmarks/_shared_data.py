@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from lightning_dml.datamodules import GlyphsDataModule
 from lightning_dml.datamodules.base import RetrievalDataModule
-from lightning_dml.datamodules.images import ArrayDataset
+from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.errors import InputError
 
 Part = Literal["dev", "unseen"]

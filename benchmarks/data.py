@@ -40,10 +40,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
 from lightning_dml.datamodules import PKBatchSampler, ResumableLoader
-from lightning_dml.datamodules.image_cache import ImageCache
-from lightning_dml.datamodules.images import ImageFileDataset
-from lightning_dml.datamodules.rows import ImageTable, Texts
-from lightning_dml.datamodules.transforms import image_settings, train_transform
+from lightning_dml.datamodules.images.cache import ImageCache
+from lightning_dml.datamodules.images.datasets import ImageFileDataset
+from lightning_dml.datamodules.images.transforms import image_settings, train_transform
+from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 
 PER_CLASS = 8
 FILES = 64  # that the rows of the memory measurement name

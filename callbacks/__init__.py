@@ -5,7 +5,7 @@ from lightning_dml.callbacks.memory_bank import MemoryBankCallback
 from lightning_dml.callbacks.reproducible_steps import ReproducibleSteps
 from lightning_dml.callbacks.retrieval_report import RetrievalReport
 from lightning_dml.callbacks.step_end_signals import StepEndSignals
-from lightning_dml.callbacks.weight_curves import WeightCurveLogger
+from lightning_dml.callbacks.weight_curve_logger import WeightCurveLogger
 
 __all__ = [
     "DriftMonitor",

@@ -11,23 +11,23 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_dml import distributed
-from lightning_dml.callbacks.bank_contents import BankContents, bank_figures, pair_figures, precise
 from lightning_dml.callbacks.memory_bank import MemoryBankCallback
-from lightning_dml.callbacks.sample_encoding import (
+from lightning_dml.errors import InputError
+from lightning_dml.memory import MemoryBank
+from lightning_dml.memory.contents import BankContents, bank_figures, pair_figures, precise
+from lightning_dml.modules.sample_encoding import (
     BatchPlan,
     encode_images,
     encode_samples,
     load_batches,
-    mixed_seed,
     training_loader,
     undisturbed,
 )
-from lightning_dml.callbacks.training_batches import outputs_of, warn_of_missed_steps
-from lightning_dml.errors import InputError
-from lightning_dml.memory import MemoryBank
+from lightning_dml.modules.training_batches import outputs_of, warn_of_missed_steps
+from lightning_dml.seeds import mixed_seed
 
-LAGS = (1, 10)
-PROBE_BATCH = 64
+_LAGS = (1, 10)
+_PROBE_BATCH = 64
 
 
 class DriftMonitor(Callback):
@@ -198,7 +198,7 @@ class DriftMonitor(Callback):
         positions = torch.randperm(len(dataset), generator=generator)[: self.probes]
         if not torch.equal(positions, self._positions):  # a checkpoint of other probes or data
             self._past = []
-        self._positions, self._plan = positions, BatchPlan(len(positions), PROBE_BATCH)
+        self._positions, self._plan = positions, BatchPlan(len(positions), _PROBE_BATCH)
         with undisturbed(self._encoder(pl_module), pl_module.device):
             batches = load_batches(trainer, pl_module, positions, self._plan, self.seed)
             self._images = [(number, batch["image"].cpu()) for number, batch in batches]
@@ -217,10 +217,10 @@ class DriftMonitor(Callback):
         now = self._encode_probes(trainer, pl_module)
         figures = {
             "drift/probe" if lag == 1 else f"drift/probe_lag{lag}": float(_distances(now, self._past[-lag]).mean())
-            for lag in LAGS
+            for lag in _LAGS
             if lag <= len(self._past)
         }
-        self._past = [*self._past, now][-max(LAGS) :]
+        self._past = [*self._past, now][-max(_LAGS) :]
         return figures
 
     def _bank_drift(

@@ -13,15 +13,15 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_dml import distributed
-from lightning_dml.callbacks.bank_feed import BankFeed, BankSchedule, check_choice
-from lightning_dml.callbacks.encoder_watch import EncoderWatch
-from lightning_dml.callbacks.sample_encoding import encode_samples
 from lightning_dml.callbacks.step_end_signals import StepEndSignals
-from lightning_dml.callbacks.training_batches import check_slots, identity_of, mask_of, outputs_of, training_samples
 from lightning_dml.errors import InputError
+from lightning_dml.labels import UNLABELLED
 from lightning_dml.memory import MemoryBank, MomentumEncoder
-from lightning_dml.memory.bank import EMPTY
+from lightning_dml.memory.encoder_watch import EncoderWatch
+from lightning_dml.memory.feed import BankFeed, BankSchedule, check_choice
 from lightning_dml.memory.momentum import check_precision
+from lightning_dml.modules.sample_encoding import encode_samples
+from lightning_dml.modules.training_batches import check_slots, identity_of, mask_of, outputs_of, training_samples
 
 
 class MemoryBankCallback(Callback):
@@ -321,7 +321,7 @@ class MemoryBankCallback(Callback):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         chosen = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[: self.feed.entries]
         keys, labels, indices = encode_samples(trainer, pl_module, encoder, chosen, rows, seed % 2**31)
-        wanted = labels != EMPTY
+        wanted = labels != UNLABELLED
         self.feed.write(keys[wanted], labels[wanted], indices[wanted], trainer.global_step, gathered=True)
         self._hand_over(pl_module, trainer.global_step)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_dml.callbacks.sample_encoding import mixed_seed
 from lightning_dml.errors import InputError
+from lightning_dml.seeds import mixed_seed
 
 
 class ReproducibleSteps(Callback):

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
-from lightning_dml.losses.labels import UNLABELLED
+from lightning_dml.labels import UNLABELLED
 from lightning_dml.modules.evaluation import empty_copy, evaluation_columns, named_loaders
 from lightning_dml.retrieval import RetrievalMetrics, knn
 from lightning_dml.retrieval.search import SimilarityName
 
 # Blue and orange stay apart for colour-blind eyes; a miss is dashed as well.
-FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+_FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 HIT, MISS = "#0072b2", "#d55e00"
 
 
@@ -60,8 +60,8 @@ class RetrievalReport(Callback):
         path: str | None = None,
     ) -> None:
         super().__init__()
-        if path is not None and Path(path).suffix.lower() not in FORMATS:
-            raise InputError(f"path must end in one of {', '.join(FORMATS)}, got {path!r}")
+        if path is not None and Path(path).suffix.lower() not in _FORMATS:
+            raise InputError(f"path must end in one of {', '.join(_FORMATS)}, got {path!r}")
         if queries < 0:
             raise InputError(f"queries must not be negative, got {queries}; 0 draws no figure")
         if neighbours < 1:

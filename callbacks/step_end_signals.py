@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_dml import distributed
 
-SAME_SIGNAL = 30.0  # seconds in which SLURM's signal to other tasks, steps later, is the one that was handled
+_SAME_SIGNAL = 30.0  # seconds in which SLURM's signal to other tasks, steps later, is the one that was handled
 
 
 class StepEndSignals(Callback):
@@ -166,7 +166,7 @@ class StepEndSignals(Callback):
         for signum, pending in zip(signums, noted, strict=True):
             if pending:
                 # SIGTERM comes once: Lightning's handler passes it on to the ranks that it launched, which know by now.
-                again = math.inf if signum == signal.SIGTERM else time.monotonic() + SAME_SIGNAL
+                again = math.inf if signum == signal.SIGTERM else time.monotonic() + _SAME_SIGNAL
                 self._deaf_until[signum] = again
                 self._noted.discard(signum)
                 self._deferred[signum](signum, inspect.currentframe())

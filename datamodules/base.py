@@ -12,13 +12,15 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_dml import distributed
-from lightning_dml.datamodules.hierarchical import HierarchicalPKBatchSampler
-from lightning_dml.datamodules.images import LabelledImages
-from lightning_dml.datamodules.loading import CountResumedEpoch, ResumableLoader
-from lightning_dml.datamodules.opening import cores
-from lightning_dml.datamodules.samplers import PKBatchSampler, UnpaddedDistributedSampler
+from lightning_dml.cores import cores
+from lightning_dml.datamodules.images.datasets import LabelledImages
+from lightning_dml.datamodules.loading import ResumableLoader
+from lightning_dml.datamodules.samplers.evaluation import UnpaddedDistributedSampler
+from lightning_dml.datamodules.samplers.hierarchical import HierarchicalPKBatchSampler
+from lightning_dml.datamodules.samplers.pk import PKBatchSampler
 from lightning_dml.errors import InputError
-from lightning_dml.losses.labels import UNLABELLED
+from lightning_dml.labels import UNLABELLED
+from lightning_dml.lightning_repairs import CountResumedEpoch
 
 EvaluationSets = LabelledImages | Mapping[str, LabelledImages]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dml.datamodules.files import OWN, ImagesDataModule
-from lightning_dml.datamodules.rows import ImageTable, Texts
-from lightning_dml.datamodules.splits import Splits
+from lightning_dml.datamodules.image_files import OWN, ImagesDataModule
+from lightning_dml.datamodules.tables.rows import ImageTable, Texts
+from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})

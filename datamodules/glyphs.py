@@ -21,9 +21,9 @@ from PIL import ImageFont, features
 from PIL import __version__ as pillow_version
 from torchvision.transforms import v2
 
+from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.base import RetrievalDataModule
-from lightning_dml.datamodules.images import ArrayDataset, LabelledImages
-from lightning_dml.datamodules.samplers import IntArray
+from lightning_dml.datamodules.images.datasets import ArrayDataset, LabelledImages
 from lightning_dml.datamodules.user_cache import user_cache
 from lightning_dml.errors import InputError
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dml.errors import InputError
@@ -46,7 +45,7 @@ class ResumableLoader(DataLoader[Any]):
         InputError: if `batch_sampler` cannot start an epoch late.
 
     Examples:
-        >>> from lightning_dml.datamodules.samplers import PKBatchSampler
+        >>> from lightning_dml.datamodules.samplers.pk import PKBatchSampler
         >>> sampler = PKBatchSampler([0, 0, 1, 1], classes_per_batch=1, samples_per_class=2)
         >>> loader = ResumableLoader(range(4), sampler)
         >>> batch = next(iter(loader))
@@ -92,27 +91,3 @@ class ResumableLoader(DataLoader[Any]):
         """Continues after the batches that `state` counts; at the end of an epoch, with the next one."""
         self._resumable.load_state_dict(state)
         self._position = None
-
-
-class CountResumedEpoch(Callback):
-    """Makes Lightning count the epoch that follows a resume from the last batch of an epoch.
-
-    Lightning (2.6, observed) takes that epoch for the rest of the one before: it skips `on_train_epoch_start` and does
-    not count the epoch as begun, so checkpoints from the middle of it and of later ones look like ends of epochs, and
-    a second resume repeats their epoch from the first batch. `RetrievalDataModule` adds this callback to its trainer.
-
-    It also tells each ModelCheckpoint the step that was resumed from. Lightning (2.6, observed) forgets it, and with
-    gradient accumulation `every_n_train_steps` then saves a second time for that step, in the middle of the
-    accumulation for the next one, whose gradients no checkpoint holds.
-    """
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends the restart where the epoch that it would complete is complete."""
-        loop = trainer.fit_loop
-        epoch = loop.epoch_progress.current
-        processed = getattr(epoch, "processed", 0)  # Lightning declares a type that is too narrow to have it
-        if getattr(loop, "restarted_mid_epoch", False) and processed >= epoch.ready:
-            loop.reset_restart_stage()
-        for each in trainer.checkpoint_callbacks:
-            if getattr(each, "_every_n_train_steps", 0) and getattr(each, "_last_global_step_saved", None) == 0:
-                each._last_global_step_saved = trainer.global_step  # type: ignore[attr-defined]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_dml.datamodules.files import ImagesDataModule
-from lightning_dml.datamodules.splits import Splits
-from lightning_dml.datamodules.table_file import read_table
+from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.tables.reading import read_table
+from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
 
 

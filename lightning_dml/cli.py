@@ -14,7 +14,7 @@ from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dml import callbacks, datamodules, losses, modules
-from lightning_dml.bank_command import DMLTrainer
+from lightning_dml.commands.bank import DMLTrainer
 from lightning_dml.errors import InputError, input_error_in
 from lightning_dml.parsing import instantiated
 
@@ -76,11 +76,11 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else list(args)
     try:
         if arguments[:1] == ["study"]:
-            from lightning_dml.study.command import main as study
+            from lightning_dml.commands.study import main as study
 
             study(arguments[1:], config_parser)
         elif arguments[:1] == ["curves"]:
-            from lightning_dml.curves_command import main as curves
+            from lightning_dml.commands.curves import main as curves
 
             curves(arguments[1:], read_training)
         else:

@@ -6,6 +6,8 @@ import datetime
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -17,6 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes as untyped_start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parents[1]
+"""The repository."""
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+"""Starts a script on two ranks."""
 
 start_processes: Callable[..., Any] = untyped_start_processes
 
@@ -94,3 +102,21 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(each, Tensor):
                 self.entries = max(self.entries, each.numel())
         return outcome
+
+
+def run(*command: str, folder: Path) -> str:
+    """Runs a command as a user would, in its own processes, and shows its output if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_same(ours: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:
+    """Compares name by name, so that a failure tells which tensor differs."""
+    assert ours.keys() == right.keys()
+    for name, tensor in right.items():
+        if isinstance(tensor, str):
+            assert ours[name] == tensor, name
+            continue
+        torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(tensor), rtol=0, atol=tolerance)

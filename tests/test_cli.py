@@ -12,9 +12,9 @@ from PIL import Image
 
 from lightning_dml import MetricLearningModule
 from lightning_dml.cli import main
+from tests.helpers import ROOT
 from tests.image_folder import CLASSES, FOLDER_CONFIG, pictures
 
-ROOT = Path(__file__).parents[1]
 QUICKSTART = ("fit", "--config", str(ROOT / "configs/quickstart.yaml"))
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2")
 CPU = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")

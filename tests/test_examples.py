@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[1] / "examples/subclass.py"
+from tests.helpers import ROOT
+
+PATH = ROOT / "examples/subclass.py"
 
 
 def test_a_foreign_module_uses_the_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from pytorch_lightning import Callback
 
-ROOT = Path(__file__).parents[1]
+from lightning_dml import callbacks
+from tests.helpers import ROOT
+
 PACKAGE = "lightning_dml"
 FOLDERS = {PACKAGE: "lightning_dml", f"{PACKAGE}.callbacks": "callbacks", f"{PACKAGE}.datamodules": "datamodules"}
 
 # From the bottom up; a part may import from its own row and from the rows above it.
 LAYERS = (
     (PACKAGE,),  # the package's own __init__, whose lazy table is no import
-    ("distributed", "errors", "plain_text"),
+    ("checks", "cores", "distributed", "errors", "files", "labels", "parsing", "seeds"),
     ("losses", "memory", "retrieval"),
-    ("report",),
+    ("report",),  # below the callbacks, which draw with it while a training runs
+    ("lightning_repairs",),
     ("modules",),
     ("callbacks", "datamodules"),
-    ("bank_command", "curves_command", "cli", "parsing", "study", "__main__"),
+    ("study",),
+    ("commands",),
+    ("cli", "__main__"),
 )
 HEIGHTS = {part: height for height, parts in enumerate(LAYERS) for part in parts}
-WITHOUT_LIGHTNING = {PACKAGE, "distributed", "errors", "plain_text", "losses", "memory", "report", "retrieval"}
+WITHOUT_LIGHTNING = {
+    PACKAGE,
+    *(part for parts in LAYERS[1:4] for part in parts),
+}
 LIGHTNING_AND_TIMM = {"lightning", "lightning_fabric", "pytorch_lightning", "timm"}
 ONLY_IN_THE_REPOSITORY = {"callbacks", "datamodules", "tests"}  # folders here, no packages of that name in the wheel
 
@@ -165,6 +175,56 @@ def test_no_modules_import_in_a_circle(library: Sources) -> None:
     """The imports between files, those within functions too, form no circle."""
     found = circle(library)
     assert not found, " -> ".join(found)
+
+
+def public_definitions(root: Path, folder: str) -> dict[str, set[str]]:
+    """Public functions, classes and constants of each file of a folder."""
+    found = {}
+    for path in sorted((root / folder).rglob("*.py")):
+        names = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        found[path.name] = {name for name in names if not name.startswith("_")}
+    return found
+
+
+def test_callbacks_hold_callbacks_and_nothing_else() -> None:
+    """A reader who opens `callbacks/` finds one Callback in each file, and no piece that others need."""
+    found = public_definitions(ROOT, "callbacks")
+    assert found.pop("__init__.py") == set()
+    assert all(len(names) == 1 for names in found.values()), found
+    for names in found.values():
+        assert issubclass(getattr(callbacks, *names), Callback)
+
+
+def test_no_test_module_imports_another() -> None:
+    """Cases that several test files share stand in a `cases.py` beside them, so that each file runs by itself."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {node.module}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith("tests.")
+        and (
+            str(node.module).rpartition(".")[2].startswith("test_")
+            or any(alias.name.startswith("test_") for alias in node.names)
+        )
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("folder", ["lightning_dml", "callbacks", "datamodules"])
+def test_rooms_are_small(folder: str) -> None:
+    """No folder holds more than 15 files beside its `__init__`, and no file more than 400 lines."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    counts = Counter(path.parent for path in paths if path.name != "__init__.py")
+    assert [f"{path.relative_to(ROOT)}: {count} files" for path, count in counts.items() if count > 15] == []
+    lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert [f"{path}: {lines} lines" for path, lines in lengths.items() if lines > 400] == []
 
 
 LAZY_ROOT = (

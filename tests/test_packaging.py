@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 SOURCES = {
     "lightning_dml": "lightning_dml",
     "callbacks": "lightning_dml/callbacks",

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from lightning_dml.cli import config_parser
-from lightning_dml.datamodules.transforms import image_settings
-from tests.test_recipes import RECIPES, ROOT
+from lightning_dml.datamodules.images.transforms import image_settings
+from tests.helpers import ROOT
+from tests.test_recipes import RECIPES
 
 Values = dict[str, dict[str, Any]]
 

@@ -10,8 +10,8 @@ import torch
 
 from lightning_dml.cli import main
 from tests.datamodules import replicas
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 SMALL = (
     "--model.init_args.embedder.init_args.model_name=test_resnet",
     "--model.init_args.embedder.init_args.pretrained=false",

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers import ROOT, TORCHRUN, assert_same, run
 from tests.scripts.fit_tiny import fit
-
-ROOT = Path(__file__).parents[1]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def run(*command: str, folder: Path) -> str:
-    """Runs a command as a user would, in its own processes, and shows its output if it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def assert_same(ours: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:
-    """Compares name by name, so that a failure tells which tensor differs."""
-    assert ours.keys() == right.keys()
-    for name, tensor in right.items():
-        if isinstance(tensor, str):
-            assert ours[name] == tensor, name
-            continue
-        torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(tensor), rtol=0, atol=tolerance)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from lightning_dml import MemoryBank, MetricLearningModule
 from lightning_dml.datamodules import RetrievalDataModule
-from lightning_dml.datamodules.images import ArrayDataset
+from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.losses import ContrastiveLoss
 
 CLASSES, PER_CLASS, SIDE = 12, 5, 8

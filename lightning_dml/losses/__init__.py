@@ -2,11 +2,17 @@
 
 from lightning_dml.losses import curves, mining, weighting
 from lightning_dml.losses.base import PairWeightingLoss
-from lightning_dml.losses.general import GeneralPairWeightingLoss
-from lightning_dml.losses.halves import FromLoss
-from lightning_dml.losses.inspection import pair_weights
-from lightning_dml.losses.logistic_losses import BinomialDevianceLoss, CircleLoss, LiftedStructureLoss
-from lightning_dml.losses.metric_losses import MarginLoss
+from lightning_dml.losses.direct_loss import DirectWeightingLoss, FromLoss
+from lightning_dml.losses.general_loss import GeneralPairWeightingLoss
+from lightning_dml.losses.inspection.observed import ObservedWeights, observed_weights
+from lightning_dml.losses.inspection.pair_weights import pair_weights
+from lightning_dml.losses.inspection.weight_curves import Context, context_free, weight_curve
+from lightning_dml.losses.logistic_losses import (
+    BinomialDevianceLoss,
+    CircleLoss,
+    LiftedStructureLoss,
+    MultiSimilarityLoss,
+)
 from lightning_dml.losses.mining import (
     AllPairs,
     BatchHardMiner,
@@ -18,12 +24,10 @@ from lightning_dml.losses.mining import (
     TopKMiner,
     TripletViolationMiner,
 )
-from lightning_dml.losses.named import ContrastiveLoss, DirectWeightingLoss, MultiSimilarityLoss
-from lightning_dml.losses.observed import ObservedWeights, observed_weights
+from lightning_dml.losses.pairwise_losses import ContrastiveLoss, MarginLoss
 from lightning_dml.losses.ranking_losses import FastAPLoss, RankedListLoss
 from lightning_dml.losses.softmax_losses import NCALoss, NPairLoss, NTXentLoss, SupConLoss, TupletMarginLoss
 from lightning_dml.losses.triplet_losses import TripletLoss
-from lightning_dml.losses.weight_curves import Context, context_free, weight_curve
 
 __all__ = [
     "AllPairs",

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
+from lightning_dml.labels import UNLABELLED
 from lightning_dml.losses.engine import PairSums, PairTask, pair_sums, row_statistics
-from lightning_dml.losses.labels import UNLABELLED, PairLabels
+from lightning_dml.losses.labels import PairLabels
 from lightning_dml.losses.mining import Miner
 from lightning_dml.losses.sharded import sharded_pair_sums
 from lightning_dml.losses.weighting import Weighting

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-UNLABELLED = -1
-"""Label of a row that takes part in no pair: an empty or refused slot of a memory bank."""
+from lightning_dml.labels import UNLABELLED
 
 _NOTHING = -2  # never equal to the index of an unnumbered reference, which is -1
 _TABLE = 2**24  # largest label or index that a look-up table is made for

@@ -1,4 +1,4 @@
-"""Named losses that compare soft extremes, or each pair by a sigmoid: lifted structure, binomial deviance, circle."""
+"""Named losses of logistic functions: lifted structure, binomial deviance, circle and multi-similarity."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning_dml.losses.mining import Miner
 from lightning_dml.losses.weighting.binomial import BinomialWeighting
 from lightning_dml.losses.weighting.circle import CircleWeighting
 from lightning_dml.losses.weighting.lifted import LiftedWeighting, Measure, OriginalLiftedWeighting
+from lightning_dml.losses.weighting.multi_similarity import MultiSimilarityWeighting
 
 Variant = Literal["generalized", "original"]
 
@@ -179,3 +180,40 @@ class CircleLoss(PairWeightingLoss):
         block_bytes: int = 16 * 2**20,
     ) -> None:
         super().__init__(CircleWeighting(margin, gamma, detach), miner, reduction, gather, block_bytes)
+
+
+class MultiSimilarityLoss(PairWeightingLoss):
+    r"""Multi-similarity loss (arXiv 1904.06627).
+
+    .. math::
+        L_i = \frac{1}{\alpha} \log\Big[1 + \sum_{j \in P_i} e^{-\alpha (S_{ij} - \lambda)}\Big]
+            + \frac{1}{\beta} \log\Big[1 + \sum_{k \in N_i} e^{\beta (S_{ik} - \lambda)}\Big]
+
+    The weights of each side are softmax weights with a one in the denominator; they sum to at most 1 per anchor, so a
+    larger memory does not push harder. The official code has alpha 2, beta 40, base 0.5 and mines with epsilon 0.1
+    (`MultiSimilarityMiner`); ports that cite the paper have beta 50 and base 1.
+
+    Args:
+        alpha: sharpness on positives.
+        beta: sharpness on negatives.
+        base: the similarity :math:`\lambda` that both sides are measured from.
+        miner: None keeps all pairs; `MultiSimilarityMiner()` for the mining of the paper.
+        reduction: see `PairWeightingLoss`; the official code divides by the anchors.
+        gather: see `PairWeightingLoss`.
+        block_bytes: see `PairWeightingLoss`.
+
+    Raises:
+        InputError: for a sharpness that is not positive.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        beta: float = 50.0,
+        base: float = 0.5,
+        miner: Miner | None = None,
+        reduction: Reduction = "anchors",
+        gather: bool = True,
+        block_bytes: int = 16 * 2**20,
+    ) -> None:
+        super().__init__(MultiSimilarityWeighting(alpha, beta, base), miner, reduction, gather, block_bytes)

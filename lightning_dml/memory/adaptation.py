@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.memory.bank import EMPTY, MemoryBank
+from lightning_dml.labels import UNLABELLED
+from lightning_dml.memory.bank import MemoryBank
 
 MIN_STD = 1e-4
 """Columns with less spread than this, in the bank or in the batch, are moved but not stretched."""
@@ -62,7 +63,7 @@ class MomentAdaptation:
             embeddings: (n, D) float current embeddings of all ranks; those that are not finite do not count.
             labels: (n,) int64; rows with label -1 do not count.
         """
-        used = torch.isfinite(embeddings).all(dim=1) & (labels != EMPTY)
+        used = torch.isfinite(embeddings).all(dim=1) & (labels != UNLABELLED)
         rows = torch.where(used[:, None], embeddings.float(), 0.0)
         count = used.sum()
         target = torch.stack(_moments(rows, used, count))

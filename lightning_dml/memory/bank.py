@@ -10,12 +10,11 @@ from torch import Tensor
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
+from lightning_dml.labels import UNLABELLED
 from lightning_dml.memory import bank_state
 from lightning_dml.memory.bank_statistics import moment_sums, moments_of, summarise, transform_rows
 from lightning_dml.memory.slot_store import SlotStore
-from lightning_dml.memory.slots import EMPTY, check_batch, last_of_each, own_count, unit_rows
-
-__all__ = ["EMPTY", "MemoryBank"]
+from lightning_dml.memory.slots import check_batch, last_of_each, own_count, unit_rows
 
 POLICIES = ("queue", "samples")
 COLUMNS = ("labels", "indices", "steps")
@@ -136,7 +135,7 @@ class MemoryBank:
     @property
     def filled(self) -> Tensor:
         """0-dim int64: rows with a label, over all ranks."""
-        return (self._store.labels[: self.size] != EMPTY).sum()
+        return (self._store.labels[: self.size] != UNLABELLED).sum()
 
     def __len__(self) -> int:
         return own_count(self._count, *self.share)
@@ -204,7 +203,7 @@ class MemoryBank:
     def _enqueue_last(
         self, embeddings: Tensor, labels: Tensor, indices: Tensor | None, step: int | None, mask: Tensor | None
     ) -> None:
-        indices = torch.full_like(labels, EMPTY) if indices is None else indices
+        indices = torch.full_like(labels, UNLABELLED) if indices is None else indices
         if mask is not None:
             embeddings = embeddings[mask.to(embeddings.device)]
             labels, indices = labels[mask.to(self.device)], indices[mask.to(self.device)]
@@ -212,8 +211,8 @@ class MemoryBank:
         rows = embeddings[skipped:].to(self._store.embeddings)
         finite = torch.isfinite(rows).all(dim=1)
         rows = torch.where(finite[:, None], rows, 0)
-        labels = torch.where(finite, labels[skipped:], EMPTY)
-        indices = torch.where(finite, indices[skipped:], EMPTY)
+        labels = torch.where(finite, labels[skipped:], UNLABELLED)
+        indices = torch.where(finite, indices[skipped:], UNLABELLED)
         start = (self._pointer + skipped) % self.size
         self._store.write_ring(start, rows, labels, indices, step)
         self.refused += (~finite).sum()
@@ -228,7 +227,7 @@ class MemoryBank:
         if not len(labels):
             return
         rows = embeddings.to(self._store.embeddings)
-        wanted = labels != EMPTY if mask is None else (labels != EMPTY) & mask.to(self.device)
+        wanted = labels != UNLABELLED if mask is None else (labels != UNLABELLED) & mask.to(self.device)
         inside = (indices >= 0) & (indices < self.size)
         if not self._trusted and bool((wanted & ~inside).any()):
             raise InputError(
@@ -244,7 +243,7 @@ class MemoryBank:
             wide = torch.promote_types(self.dtype, torch.float32)
             new, old = embeddings.to(self.device, wide), self._store.embeddings[self._store.own_slots(slots, last)[1]]
             mixed = unit_rows(self.average * old.to(wide) + (1 - self.average) * new, otherwise=new)
-            rows = torch.where((self._store.labels[slots] != EMPTY)[:, None], mixed, new).to(self.dtype)
+            rows = torch.where((self._store.labels[slots] != UNLABELLED)[:, None], mixed, new).to(self.dtype)
         self._store.write_at(slots, last, rows, labels, step)
         self.refused += (wanted & ~usable).sum()
         self._count = self.size

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
-from lightning_dml.memory.slots import EMPTY, blocks, last_of_each, own_count
+from lightning_dml.labels import UNLABELLED
+from lightning_dml.memory.slots import blocks, last_of_each, own_count
 
 FORMAT = "lightning_dml.memory_bank"
 VERSION = 1
@@ -53,7 +54,7 @@ def place(state: dict[str, Any], size: int, policy: str) -> Placement:
     labels, indices, steps = (state[name].cpu() for name in ("labels", "indices", "steps"))
     rows = torch.arange(len(labels))
     if state.get("policy", "queue") == "samples":
-        rows = rows[labels != EMPTY]
+        rows = rows[labels != UNLABELLED]
         rows = rows[steps[rows].argsort(stable=True)]
     elif policy == "queue" and state["size"] == size:
         return Placement(rows, rows, len(rows), int(state["pointer"]))
@@ -62,7 +63,7 @@ def place(state: dict[str, Any], size: int, policy: str) -> Placement:
     if policy == "queue":
         rows = rows[-size:]
         return Placement(rows, torch.arange(len(rows)), len(rows), len(rows) % size)
-    rows = rows[(labels[rows] != EMPTY) & (indices[rows] >= 0) & (indices[rows] < size)]
+    rows = rows[(labels[rows] != UNLABELLED) & (indices[rows] >= 0) & (indices[rows] < size)]
     rows = rows[last_of_each(indices[rows])]
     return Placement(rows, indices[rows], size if len(rows) else 0, 0)
 

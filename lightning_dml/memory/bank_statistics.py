@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.memory.slots import EMPTY, blocks, unit_rows
+from lightning_dml.labels import UNLABELLED
+from lightning_dml.memory.slots import blocks, unit_rows
 
 
 def moment_sums(embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -13,7 +14,7 @@ def moment_sums(embeddings: Tensor, labels: Tensor) -> Tensor:
     dim = embeddings.shape[1]
     sums = embeddings.new_zeros(1 + 2 * dim, dtype=torch.float64)
     for block in blocks(len(embeddings), dim * sums.element_size()):
-        rows, used = embeddings[block].double(), (labels[block] != EMPTY).double()
+        rows, used = embeddings[block].double(), (labels[block] != UNLABELLED).double()
         sums[0] += used.sum()
         sums[1 : 1 + dim] += used @ rows
         sums[1 + dim :] += used @ rows.square()
@@ -34,12 +35,12 @@ def transform_rows(embeddings: Tensor, labels: Tensor, scale: Tensor, shift: Ten
     for block in blocks(len(embeddings), embeddings.shape[1] * wide.itemsize):
         rows = embeddings[block].to(wide)
         moved = unit_rows(rows * scale + shift, otherwise=rows)
-        embeddings[block] = torch.where((labels[block] != EMPTY)[:, None], moved, rows).to(embeddings.dtype)
+        embeddings[block] = torch.where((labels[block] != UNLABELLED)[:, None], moved, rows).to(embeddings.dtype)
 
 
 def summarise(labels: Tensor, indices: Tensor, steps: Tensor, step: int | None) -> dict[str, float]:
     """Shares and counts of a bank's slots, (size,) int64 each; ages where `step` and a row's step are known."""
-    used = labels != EMPTY
+    used = labels != UNLABELLED
     rows = int(used.sum())
     known = indices[used & (indices >= 0)]
     summary = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.memory.slots import EMPTY, blocks, own_count, segments
+from lightning_dml.labels import UNLABELLED
+from lightning_dml.memory.slots import blocks, own_count, segments
 
 
 class SlotStore:
@@ -28,9 +29,9 @@ class SlotStore:
         self.size, self.share = size, share
         # One slot more than there are: rows that are not to be written go there, where nobody reads.
         self.embeddings = torch.zeros(own_count(size, *share) + 1, dim, dtype=dtype, device=device)
-        self.labels = torch.full((size + 1,), EMPTY, dtype=torch.int64, device=device)
-        self.indices = torch.full_like(self.labels, EMPTY)
-        self.steps = torch.full_like(self.labels, EMPTY)
+        self.labels = torch.full((size + 1,), UNLABELLED, dtype=torch.int64, device=device)
+        self.indices = torch.full_like(self.labels, UNLABELLED)
+        self.steps = torch.full_like(self.labels, UNLABELLED)
 
     def own(self, column: Tensor, count: int) -> Tensor:
         """View of a whole column at this rank's slots among the first `count`."""
@@ -47,7 +48,7 @@ class SlotStore:
         """Writes at most `size` rows to the slots from `start` on, around the end; slices only."""
         parts = segments(start, len(rows), self.size)
         for part, slot in parts:
-            self.labels[slot : slot + len(labels[part])] = EMPTY
+            self.labels[slot : slot + len(labels[part])] = UNLABELLED
         rank, ranks = self.share
         for part, slot in parts:
             first = (rank - slot) % ranks
@@ -55,7 +56,7 @@ class SlotStore:
             self.embeddings[at : at + len(own)] = own
             slots = slice(slot, slot + len(labels[part]))
             self.indices[slots] = indices[part]
-            self.steps[slots] = EMPTY if step is None else step
+            self.steps[slots] = UNLABELLED if step is None else step
         for part, slot in parts:
             self.labels[slot : slot + len(labels[part])] = labels[part]
 
@@ -66,11 +67,11 @@ class SlotStore:
         """
         own, own_slots = self.own_slots(slots, keep)
         slots = torch.where(keep, slots, self.size)
-        self.labels.index_fill_(0, slots, EMPTY)
+        self.labels.index_fill_(0, slots, UNLABELLED)
         self.embeddings.index_copy_(0, own_slots, torch.where(own[:, None], rows, 0))
-        self.indices.index_copy_(0, slots, torch.where(keep, slots, EMPTY))
-        self.steps.index_fill_(0, slots, EMPTY if step is None else step)
-        self.labels.index_copy_(0, slots, torch.where(keep, labels, EMPTY))
+        self.indices.index_copy_(0, slots, torch.where(keep, slots, UNLABELLED))
+        self.steps.index_fill_(0, slots, UNLABELLED if step is None else step)
+        self.labels.index_copy_(0, slots, torch.where(keep, labels, UNLABELLED))
 
     def take_over(self, slots: Tensor, rows: Tensor, saved: dict[str, Tensor]) -> None:
         """Writes rows `rows` (n,) of saved columns to `slots` (n,), converted; a share takes its own."""
@@ -88,7 +89,7 @@ class SlotStore:
     def clear(self) -> None:
         """Empties every slot."""
         for column in (self.labels, self.indices, self.steps):
-            column.fill_(EMPTY)
+            column.fill_(UNLABELLED)
         self.embeddings.zero_()
 
     def to(self, device: torch.device | str) -> None:

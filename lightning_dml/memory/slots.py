@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_dml.errors import InputError
 
-EMPTY = -1
-"""Label of a slot without a row; also the index and the step of a row that came without."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that a bank may keep its embeddings in, by the names that configs use."""
 
 BLOCK_BYTES = 4 * 2**20
 """Work on a whole bank goes by blocks of at most this size, so that no second copy of it is made."""

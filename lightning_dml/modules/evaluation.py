@@ -5,16 +5,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from lightning_dml import distributed
 from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.retrieval import RetrievalMetrics, RetrievalResult
 
@@ -161,55 +156,3 @@ def named_loaders(loaders: Any) -> dict[str, Any]:
                 raise InputError(f"dataloaders: two data sets are called {full!r}; give each a name of its own")
             named[full] = loader
     return named
-
-
-def evaluate_on_every_rank(trainer: Trainer, module: LightningModule) -> None:
-    """Makes the ranks evaluate together where some have no batches; to be called from the module's `setup`.
-
-    On a rank whose loaders are all empty Lightning (2.6, observed) raises, and where it is allowed to go on
-    (`allow_zero_length_dataloader_with_multiple_devices`) it leaves the evaluation out there: hooks and callbacks of
-    that rank are not called, and the others wait for it in theirs. With this, such a rank passes through the loop
-    without a batch.
-    """
-    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
-        loop.setup_data = partial(_set_up_data, loop, module)  # type: ignore[method-assign]
-
-
-class _Loop(Protocol):
-    """What is used of Lightning's evaluation loop."""
-
-    trainer: Trainer
-    _max_batches: list[int | float]
-
-    def setup_data(self) -> None:
-        """Makes the loaders and counts their batches."""
-
-
-def _set_up_data(loop: _Loop, module: LightningModule) -> None:
-    set_up = partial(type(loop).setup_data, loop)
-    if loop.trainer.lightning_module is not module or not distributed.is_distributed():
-        set_up()
-        return
-    # Not for good: a rank whose *training* loader is empty would no longer raise but let the others wait for it.
-    before = module.allow_zero_length_dataloader_with_multiple_devices
-    module.allow_zero_length_dataloader_with_multiple_devices = True
-    try:
-        set_up()
-    finally:
-        module.allow_zero_length_dataloader_with_multiple_devices = before
-    if loop._max_batches:
-        own = [int(batches > 0) for batches in loop._max_batches]
-        ranks = distributed.gather_numbers(own, distributed.collective_device())
-        # Lightning skips a loop without batches; with a limit of one it looks for the batch and finds none.
-        somewhere = [max(rank) for rank in zip(*ranks, strict=True)]
-        loop._max_batches = [max(pair) for pair in zip(loop._max_batches, somewhere, strict=True)]
-        _share_buffers(loop.trainer.strategy.model)
-
-
-def _share_buffers(model: Any) -> None:
-    """Gives every rank the buffers of rank 0, as DDP does at the next forward pass, which not every rank may run."""
-    ddp: Any = model if isinstance(model, DistributedDataParallel) else None
-    if ddp is not None and ddp.will_sync_module_buffers():
-        for buffer in ddp.modules_buffers:
-            dist.broadcast(buffer, 0, group=ddp.process_group)
-        ddp.require_forward_param_sync = False

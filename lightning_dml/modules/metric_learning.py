@@ -14,10 +14,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
+from lightning_dml.labels import UNLABELLED
+from lightning_dml.lightning_repairs import evaluate_on_every_rank
 from lightning_dml.losses import PairWeightingLoss
-from lightning_dml.losses.labels import UNLABELLED
 from lightning_dml.memory import MemoryBank
-from lightning_dml.modules.evaluation import SetMetrics, evaluate_on_every_rank, named_loaders
+from lightning_dml.modules.evaluation import SetMetrics, named_loaders
 from lightning_dml.retrieval import RetrievalMetrics
 
 DEFAULT_KS = (1, 2, 4, 8)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses import Context, ObservedWeights, weight_curve
-from lightning_dml.losses.observed import ObservedSide
-from lightning_dml.plain_text import as_text
-from lightning_dml.report.saving import save_figure
+from lightning_dml.losses.inspection.observed import ObservedSide
+from lightning_dml.report.saving import as_text, save_figure
 
 FONTS: Any = {"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13}
 """Legible at half size."""

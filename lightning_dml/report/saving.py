@@ -40,3 +40,8 @@ def _aside(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def as_text(name: str) -> str:
+    """A name as matplotlib shows it: no mathematics between dollars, and in the legend even if it begins with `_`."""
+    return ("\N{ZERO WIDTH SPACE}" if name.startswith("_") else "") + name.replace("$", r"\$")

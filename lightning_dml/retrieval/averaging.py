@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_dml.checks import check_integers, is_integer
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_integers, is_integer
 
 AverageName = Literal["micro", "macro"]
 

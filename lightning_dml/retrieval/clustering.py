@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dml.checks import check_embeddings, check_finite, check_integers, is_integer
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers, is_integer
 
 # Terms of the expected mutual information that are held at a time: 2 MiB of float64 for each intermediate.
 _BLOCK_ENTRIES = 2**18

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dml.checks import check_integers
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_integers
 from lightning_dml.retrieval.ties import Ties
 
 

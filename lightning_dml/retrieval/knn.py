@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from lightning_dml.checks import check_embeddings, check_finite, check_integers, is_integer
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_integers, is_integer
 from lightning_dml.retrieval.exclusion import combined_keys, match_counts
 from lightning_dml.retrieval.search import Exclusions, SimilarityName, nearest, unit_rows
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_dml.checks import check_embeddings, check_finite, check_flags, check_integers
 from lightning_dml.distributed import collective_device, gather_numbers, on_first_rank, rank
 from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.retrieval.averaging import (
@@ -22,7 +23,6 @@ from lightning_dml.retrieval.averaging import (
     macro_average,
     micro_average,
 )
-from lightning_dml.retrieval.checks import check_embeddings, check_finite, check_flags, check_integers
 from lightning_dml.retrieval.clustering import (
     adjusted_mutual_information,
     kmeans_labels,
@@ -30,7 +30,7 @@ from lightning_dml.retrieval.clustering import (
 )
 from lightning_dml.retrieval.evaluation import Items
 from lightning_dml.retrieval.options import StoredName, check_options, check_search, metric_names
-from lightning_dml.retrieval.reranking import RerankingStep
+from lightning_dml.retrieval.reranking.step import RerankingStep
 from lightning_dml.retrieval.rows import Rows, gather_items
 from lightning_dml.retrieval.scoring import Scores, Settings, score
 from lightning_dml.retrieval.search import SimilarityName, unit_rows

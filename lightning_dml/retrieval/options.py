@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from lightning_dml.checks import is_integer
 from lightning_dml.errors import InputError
 from lightning_dml.retrieval.averaging import check_average, check_bootstrap
-from lightning_dml.retrieval.checks import is_integer
-from lightning_dml.retrieval.expansion import DatabaseAugmentation, QueryExpansion
-from lightning_dml.retrieval.factory import EXAMPLES, set_parameters, untrained_index
-from lightning_dml.retrieval.k_reciprocal import KReciprocal
+from lightning_dml.retrieval.index.factory import EXAMPLES, set_parameters, untrained_index
+from lightning_dml.retrieval.reranking.expansion import DatabaseAugmentation, QueryExpansion
+from lightning_dml.retrieval.reranking.k_reciprocal import KReciprocal
 from lightning_dml.retrieval.search import SimilarityName
 from lightning_dml.retrieval.tasks import IgnoreName
 

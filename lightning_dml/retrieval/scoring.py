@@ -20,11 +20,11 @@ from lightning_dml.retrieval.evaluation import (
     rank_block,
 )
 from lightning_dml.retrieval.exclusion import match_counts
-from lightning_dml.retrieval.expansion import DatabaseAugmentation, QueryExpansion
-from lightning_dml.retrieval.index import ApproximateIndex
-from lightning_dml.retrieval.k_reciprocal import KReciprocal
+from lightning_dml.retrieval.index.approximate import ApproximateIndex
 from lightning_dml.retrieval.options import metric_names
-from lightning_dml.retrieval.reranking import RerankingStep
+from lightning_dml.retrieval.reranking.expansion import DatabaseAugmentation, QueryExpansion
+from lightning_dml.retrieval.reranking.k_reciprocal import KReciprocal
+from lightning_dml.retrieval.reranking.step import RerankingStep
 from lightning_dml.retrieval.search import BLOCK_ENTRIES, Exclusions, SearchName, nearest
 from lightning_dml.retrieval.tasks import Task
 

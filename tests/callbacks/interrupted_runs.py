@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from tests.helpers import ROOT
 from tests.scripts import fit_interrupted
 from tests.scripts.fit_interrupted import Run, fit
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds until a process counts as hung; starting one takes a minute on a machine that is busy
 
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dml import MemoryBank, distributed
-from lightning_dml.callbacks import MemoryBankCallback, bank_contents
-from lightning_dml.callbacks.bank_contents import BankContents, pair_figures
+from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.callbacks.drift_monitor import DriftMonitor
 from lightning_dml.errors import InputError
+from lightning_dml.memory import contents as bank_contents
+from lightning_dml.memory.contents import BankContents, pair_figures
 from tests.helpers import run_ranks
 from tests.tiny import QUIET, TinyData, TinyEmbedder, bank_of, tiny_module
 

@@ -16,7 +16,6 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from tests.callbacks.interrupted_runs import (
     PATIENCE,
-    ROOT,
     assert_checkpoints_load_safely,
     assert_equal,
     assert_resumed,
@@ -36,6 +35,7 @@ from tests.callbacks.interrupted_runs import (
     wait_for,
     whole,
 )
+from tests.helpers import ROOT
 from tests.scripts.fit_interrupted import BATCHES, EPOCHS, Run, fit
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_dml import MetricLearningModule, RetrievalMetrics
 from lightning_dml.callbacks import RetrievalReport, retrieval_report
-from lightning_dml.datamodules.images import ArrayDataset
+from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss
 from lightning_dml.retrieval.search import SimilarityName

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_dml import MemoryBank
-from lightning_dml.callbacks import MemoryBankCallback, WeightCurveLogger, weight_curves
-from lightning_dml.callbacks.pair_observation import Rows, drawn_from, exact_curve, figures_of, observe
+from lightning_dml.callbacks import MemoryBankCallback, WeightCurveLogger, weight_curve_logger
 from lightning_dml.cli import main
 from lightning_dml.errors import InputError
 from lightning_dml.losses import (
@@ -39,8 +38,9 @@ from lightning_dml.losses import (
     TripletLoss,
     pair_weights,
 )
+from lightning_dml.losses.inspection.observed import ObservedSide, Rows, thinned
 from lightning_dml.losses.mining import SemiHardMiner, TopKMiner
-from lightning_dml.losses.observed import ObservedSide, thinned
+from lightning_dml.report.pair_observation import drawn_from, exact_curve, figures_of, observe
 from tests.helpers import run_ranks
 from tests.scripts.fit_uneven import UnevenBatches
 from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
@@ -743,8 +743,8 @@ def test_a_full_disk_is_reported_once(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(weight_curves, "save_curves", fail)
-    monkeypatch.setattr(weight_curves, "save_training", fail)
+    monkeypatch.setattr(weight_curve_logger, "save_curves", fail)
+    monkeypatch.setattr(weight_curve_logger, "save_training", fail)
     taker = Taker()
     logger = WeightCurveLogger(2, figure_every_n_steps=4)
     (message,) = told(lambda: fit(logger, logger=taker, default_root_dir=tmp_path))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lightning_dml.datamodules.rows import ImageTable
-from lightning_dml.datamodules.splits import Tables
+from lightning_dml.datamodules.tables.rows import ImageTable
+from lightning_dml.datamodules.tables.splits import Tables
 
 Counts = int | Sequence[int]  # images of each class
 

@@ -10,9 +10,9 @@ from pytorch_lightning import Trainer
 
 from lightning_dml import distributed
 from lightning_dml.datamodules import PKBatchSampler, ResumableLoader, RetrievalDataModule, UnpaddedDistributedSampler
-from lightning_dml.datamodules.images import ArrayDataset
-from lightning_dml.datamodules.loading import CountResumedEpoch
+from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.errors import InputError
+from lightning_dml.lightning_repairs import CountResumedEpoch
 
 
 def data_set(counts: list[int]) -> ArrayDataset:

@@ -24,8 +24,8 @@ from lightning_dml.datamodules import (
     TableDataModule,
     VehicleIDDataModule,
 )
-from lightning_dml.datamodules.splits import HoldOut
-from lightning_dml.datamodules.transforms import ImageSettings
+from lightning_dml.datamodules.images.transforms import ImageSettings
+from lightning_dml.datamodules.tables.splits import HoldOut
 
 BASE = {
     "classes_per_batch": 3,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_dml.datamodules import FolderDataModule
-from lightning_dml.datamodules.images import LabelledImages
+from lightning_dml.datamodules.images.datasets import LabelledImages
 from lightning_dml.errors import InputError
 
 Maker = Callable[[dict[str, int]], Path]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_dml.datamodules import GlyphsDataModule, glyphs
-from lightning_dml.datamodules.samplers import SeededIndex
+from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
 from lightning_dml.errors import InputError
 
 Drawn = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]

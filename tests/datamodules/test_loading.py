@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from lightning_dml.datamodules import PKBatchSampler, ResumableLoader, RetrievalDataModule
-from lightning_dml.datamodules.images import ArrayDataset
+from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.errors import InputError
 
 BATCHES, EPOCHS = 5, 3

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_dml.errors import InputError
 from lightning_dml.losses import MultiSimilarityMiner, PairWeightingLoss
-from lightning_dml.losses.metric_losses import MarginLoss
+from lightning_dml.losses.pairwise_losses import MarginLoss
 from lightning_dml.losses.ranking_losses import FastAPLoss, RankedListLoss
 from lightning_dml.losses.triplet_losses import TripletLoss
 from lightning_dml.losses.weighting import Weighting

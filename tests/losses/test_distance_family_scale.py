@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dml.losses import PairWeightingLoss
-from lightning_dml.losses.metric_losses import MarginLoss
+from lightning_dml.losses.pairwise_losses import MarginLoss
 from lightning_dml.losses.ranking_losses import FastAPLoss, RankedListLoss
 from lightning_dml.losses.triplet_losses import TripletLoss
 from lightning_dml.losses.weighting import Weighting

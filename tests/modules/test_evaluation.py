@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dml import MetricLearningModule, RetrievalMetrics
 from lightning_dml.cli import main
-from lightning_dml.datamodules.images import ArrayDataset
+from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.losses import ContrastiveLoss
 from lightning_dml.modules.evaluation import SetMetrics, named_loaders

@@ -26,8 +26,8 @@ from lightning_dml.retrieval import (
     scoring,
 )
 from lightning_dml.retrieval.averaging import AverageName, bootstrap_interval
-from tests.retrieval.test_expansion import slow_expansion
-from tests.retrieval.test_k_reciprocal import slow_distances
+from tests.retrieval.reranking.test_expansion import slow_expansion
+from tests.retrieval.reranking.test_k_reciprocal import slow_distances
 from tests.retrieval.test_retrieval_options import LIST_METRICS, allowed, averages, evaluated, query_values
 
 Matrix = npt.NDArray[np.float64]

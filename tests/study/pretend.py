@@ -65,7 +65,7 @@ if __name__ == "__main__":
         options = dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
         fit(options["--config"], options.get("--ckpt_path", ""))
     else:
-        from lightning_dml.study.command import main  # Optuna, which a training does without
+        from lightning_dml.commands.study import main  # Optuna, which a training does without
 
         try:
             main(sys.argv[2:], parser, FIT, STUDY)

@@ -4,17 +4,12 @@ Weights are signed as derivatives are: positive on pairs that the loss pushes ap
 pulls together. Some losses change the sign within a set, so nothing here takes absolute values.
 """
 
-from lightning_dml.losses.weighting.base import Weighting
+from lightning_dml.losses.weighting.base import ChunkedWeighting, Weighting
 from lightning_dml.losses.weighting.binomial import BinomialWeighting
 from lightning_dml.losses.weighting.circle import CircleWeighting
 from lightning_dml.losses.weighting.contrastive import ContrastiveWeighting
 from lightning_dml.losses.weighting.direct import DirectWeighting
-from lightning_dml.losses.weighting.distance import (
-    ChunkedWeighting,
-    DistanceContrastiveWeighting,
-    HadsellWeighting,
-    MarginWeighting,
-)
+from lightning_dml.losses.weighting.distance import DistanceContrastiveWeighting, HadsellWeighting, MarginWeighting
 from lightning_dml.losses.weighting.general import GeneralWeighting, Shape
 from lightning_dml.losses.weighting.lifted import LiftedWeighting, OriginalLiftedWeighting
 from lightning_dml.losses.weighting.multi_similarity import MultiSimilarityWeighting

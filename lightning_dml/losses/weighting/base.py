@@ -72,3 +72,32 @@ class Weighting(nn.Module):
                 return losses, [torch.zeros_like(each) for each in inputs]
             gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True, materialize_grads=True)
         return losses.detach(), list(gradients)
+
+
+class ChunkedWeighting(Weighting):
+    """A weighting that takes a few rows of its block at a time.
+
+    Its temporaries are then small, and stay in the processor's cache between the many passes over them.
+    """
+
+    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Row losses (n,) and weights (n, M) in closed form."""
+        step = _rows_per_chunk(similarity)
+        if step >= len(similarity):
+            return self.chunk(similarity, positive, negative)
+        losses = similarity.new_zeros(len(similarity))
+        for start in range(0, len(similarity), step):
+            rows = slice(start, start + step)
+            # In place: the block itself becomes the weights, and no memory is fresh.
+            losses[rows], similarity[rows] = self.chunk(similarity[rows], positive[rows], negative[rows])
+        return losses, similarity
+
+    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, of a chunk of rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define chunk(similarity, positive, negative)")
+
+
+def _rows_per_chunk(similarity: Tensor) -> int:
+    # On a CPU a chunk fits the second-level cache; on an accelerator each operation should be worth its launch.
+    elements = 2**22 if similarity.is_cuda else 2**19
+    return max(1, elements // max(1, similarity.shape[1]))

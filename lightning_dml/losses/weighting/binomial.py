@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number
-from lightning_dml.losses.weighting.rows import LEAST_EXPONENT, Positives
-from lightning_dml.losses.weighting.softmax import softplus
+from lightning_dml.checks import check_number
+from lightning_dml.losses.weighting.base import ChunkedWeighting
+from lightning_dml.losses.weighting.rows import LEAST_EXPONENT, Positives, softplus
 
 
 class BinomialWeighting(ChunkedWeighting):

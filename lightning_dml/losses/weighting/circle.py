@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number
-from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
-from lightning_dml.losses.weighting.softmax import softplus
+from lightning_dml.checks import check_number
+from lightning_dml.losses.weighting.base import ChunkedWeighting
+from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax, softplus
 
 
 class CircleWeighting(ChunkedWeighting):

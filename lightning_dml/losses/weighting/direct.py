@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_dml.errors import InputError
 from lightning_dml.losses.curves import Curve, WeightCurve
 from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.halves import RowWeights, check_frozen
+from lightning_dml.losses.weighting.row_weights import RowWeights, check_frozen
 from lightning_dml.losses.weighting.rows import Positives
 
 

@@ -8,41 +8,16 @@ pulled or pushed along.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_dml.errors import InputError
-from lightning_dml.losses.weighting.base import Weighting
+from lightning_dml.checks import check_number
+from lightning_dml.losses.weighting.base import ChunkedWeighting
 from lightning_dml.losses.weighting.rows import Positives
 
 MIN_DISTANCE = 1e-3
 """Distance that nearer pairs are taken to have, without a slope. Ours."""
-
-
-class ChunkedWeighting(Weighting):
-    """A weighting that takes a few rows of its block at a time.
-
-    Its temporaries are then small, and stay in the processor's cache between the many passes over them.
-    """
-
-    def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        """Row losses (n,) and weights (n, M) in closed form."""
-        step = _rows_per_chunk(similarity)
-        if step >= len(similarity):
-            return self.chunk(similarity, positive, negative)
-        losses = similarity.new_zeros(len(similarity))
-        for start in range(0, len(similarity), step):
-            rows = slice(start, start + step)
-            # In place: the block itself becomes the weights, and no memory is fresh.
-            losses[rows], similarity[rows] = self.chunk(similarity[rows], positive[rows], negative[rows])
-        return losses, similarity
-
-    def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, of a chunk of rows."""
-        raise NotImplementedError(f"{type(self).__name__} must define chunk(similarity, positive, negative)")
 
 
 class HadsellWeighting(ChunkedWeighting):
@@ -170,29 +145,6 @@ def distance_and_slope_(similarity: Tensor) -> tuple[Tensor, Tensor]:
     return squared.clamp_min_(MIN_DISTANCE**2).sqrt_(), slope
 
 
-def check_number(
-    name: str, value: float, meaning: str, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
-) -> None:
-    """Raises `InputError` unless `value` is finite, greater than `above`, and within [`least`, `most`].
-
-    Args:
-        name: the argument.
-        value: what was passed.
-        meaning: what it should be instead, with an example.
-        above: open lower limit.
-        least: closed lower limit.
-        most: closed upper limit.
-    """
-    if math.isfinite(value) and value > above and least <= value <= most:
-        return
-    limits = [
-        text.format(limit)
-        for text, limit in (("greater than {:g}", above), ("at least {:g}", least), ("at most {:g}", most))
-        if math.isfinite(limit)
-    ]
-    raise InputError(f"{name} must be {meaning}, finite{''.join(f', {limit}' for limit in limits)}; got {value}")
-
-
 def _hinges(
     similarity: Tensor, positive: Tensor, negative: Tensor, pos_margin: Tensor | float, margin: Tensor | float
 ) -> tuple[Tensor, Tensor]:
@@ -206,9 +158,3 @@ def _hinges(
     weights = slope.mul_(excess.sign_())
     weights[pairs.row, pairs.column] = -pull
     return losses, weights
-
-
-def _rows_per_chunk(similarity: Tensor) -> int:
-    # On a CPU a chunk fits the second-level cache; on an accelerator each operation should be worth its launch.
-    elements = 2**22 if similarity.is_cuda else 2**19
-    return max(1, elements // max(1, similarity.shape[1]))

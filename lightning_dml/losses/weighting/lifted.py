@@ -7,9 +7,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_dml.checks import check_number
 from lightning_dml.errors import InputError
-from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number, distance_and_slope_, distances
+from lightning_dml.losses.weighting.base import ChunkedWeighting, Weighting
+from lightning_dml.losses.weighting.distance import distance_and_slope_, distances
 from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
 
 Measure = Literal["distance", "similarity"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dml.checks import check_number
 from lightning_dml.errors import InputError
-from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number, distance_and_slope
+from lightning_dml.losses.weighting.base import ChunkedWeighting
+from lightning_dml.losses.weighting.distance import distance_and_slope
 from lightning_dml.losses.weighting.rows import Positives, row_softmax
 
 

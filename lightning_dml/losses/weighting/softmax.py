@@ -11,12 +11,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lightning_dml.checks import check_number
 from lightning_dml.errors import InputError
 from lightning_dml.losses.weighting.base import Weighting
-from lightning_dml.losses.weighting.distance import MIN_DISTANCE, check_number
-from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
+from lightning_dml.losses.weighting.distance import MIN_DISTANCE
+from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax, softplus
 
 PositivesReduction = Literal["mean", "sum"]
 
@@ -133,11 +133,6 @@ class NCAWeighting(Weighting):
     def extra_repr(self) -> str:
         """What `print` shows between the brackets."""
         return f"scale={self.scale}"
-
-
-def softplus(values: Tensor) -> Tensor:
-    """log(1 + e^x) for any x, -inf too; torch's own is linear from 20 on, an error of 2e-9."""
-    return -F.logsigmoid(-values)
 
 
 def check_temperature(temperature: float) -> None:

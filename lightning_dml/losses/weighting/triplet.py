@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dml.checks import check_number
 from lightning_dml.errors import InputError
-from lightning_dml.losses.weighting.distance import ChunkedWeighting, check_number, distance_and_slope
+from lightning_dml.losses.weighting.base import ChunkedWeighting
+from lightning_dml.losses.weighting.distance import distance_and_slope
 from lightning_dml.losses.weighting.rows import Positives
 
 Measure = Literal["similarity", "distance", "squared_distance"]

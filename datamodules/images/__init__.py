@@ -1,0 +1,1 @@
+"""Images: opened, checked, cached, transformed, and as data sets."""

@@ -1,0 +1,1 @@
+"""The official files of the public data sets, read and checked."""

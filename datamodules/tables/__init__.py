@@ -1,0 +1,1 @@
+"""Tables of images: read from files, checked, and split."""

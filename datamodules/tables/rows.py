@@ -1,0 +1,284 @@
+"""The rows of a data set of image files, in few flat arrays however many there are."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_dml.datamodules.arrays import BoolArray, IntArray
+from lightning_dml.errors import InputError
+
+
+class Texts:
+    """A column of N texts in two arrays, one of bytes and one of offsets.
+
+    A list of as many `str` is several times as large, and worker processes copy it page by page as they count
+    references to its items. When it is pickled to a worker the arrays travel in shared memory.
+
+    Args:
+        values: the texts, in order.
+
+    Examples:
+        >>> column = Texts(["a.jpg", "b/c.jpg"])
+        >>> column[1], len(column), list(column.take([1, 0]))
+        ('b/c.jpg', 2, ['b/c.jpg', 'a.jpg'])
+    """
+
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        """Encodes the texts; see the class."""
+        parts: list[bytes] = []
+        lengths: list[int] = []
+        blocks: list[NDArray[np.uint8]] = []
+        for value in values:
+            encoded = value.encode("utf-8", "surrogateescape")
+            parts.append(encoded)
+            lengths.append(len(encoded))
+            if len(parts) == _BLOCK:
+                blocks.append(np.frombuffer(b"".join(parts), np.uint8))
+                parts.clear()
+        blocks.append(np.frombuffer(b"".join(parts), np.uint8))
+        self._bytes: NDArray[np.uint8] = np.concatenate(blocks)
+        self._offsets: IntArray = np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))]).astype(np.int64)
+
+    @classmethod
+    def concatenate(cls, columns: Iterable[Texts]) -> Texts:
+        """One column after the other."""
+        columns = list(columns)
+        made = cls()
+        if columns:
+            made._bytes = np.concatenate([each._bytes for each in columns])
+            lengths = np.concatenate([np.diff(each._offsets) for each in columns])
+            made._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return made
+
+    def __len__(self) -> int:
+        """How many texts there are."""
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: int) -> str:
+        """The text of one row; negative rows count from the end."""
+        count = len(self)
+        if not -count <= row < count:
+            raise IndexError(f"row {row} of {count} texts")
+        row = int(row) % count
+        return bytes(self._bytes[self._offsets[row] : self._offsets[row + 1]]).decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        """The texts in order."""
+        for first in range(0, len(self), _BLOCK):
+            offsets = self._offsets[first : first + _BLOCK + 1]
+            block = self._bytes[offsets[0] : offsets[-1]].tobytes()
+            places = (offsets - offsets[0]).tolist()
+            for start, end in itertools.pairwise(places):
+                yield block[start:end].decode("utf-8", "surrogateescape")
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other column holds the same texts in the same order."""
+        if not isinstance(other, Texts):
+            return NotImplemented
+        return np.array_equal(self._offsets, other._offsets) and np.array_equal(self._bytes, other._bytes)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(self[row]) for row in range(min(3, len(self))))
+        return f"Texts([{shown}{', ...' if len(self) > 3 else ''}]) of {len(self)}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both arrays."""
+        return self._bytes.nbytes + self._offsets.nbytes
+
+    def take(self, rows: Iterable[int] | NDArray[Any]) -> Texts:
+        """The texts of some rows, in the order of `rows`.
+
+        Args:
+            rows: (M,) integers, or a (N,) mask of bools.
+        """
+        chosen = _positions(rows, len(self))
+        starts, lengths = self._offsets[chosen], np.diff(self._offsets)[chosen]
+        made = Texts()
+        made._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        # A block at a time, because there is a number of eight bytes for each byte that is taken.
+        blocks = [np.zeros(0, np.uint8)]
+        for first in range(0, len(chosen), _BLOCK):
+            block = slice(first, first + _BLOCK)
+            within = np.arange(lengths[block].sum())
+            before = np.cumsum(lengths[block]) - lengths[block]
+            blocks.append(self._bytes[np.repeat(starts[block] - before, lengths[block]) + within])
+        made._bytes = np.concatenate(blocks)
+        return made
+
+    def codes(self) -> tuple[IntArray, list[str]]:
+        """Each row's place among the sorted distinct texts, (N,), and those texts."""
+        places: dict[str, int] = {}
+        codes = np.fromiter((places.setdefault(value, len(places)) for value in self), np.int64, len(self))
+        names = sorted(places)
+        order = np.empty(len(names), np.int64)
+        for place, name in enumerate(names):
+            order[places[name]] = place
+        return (order[codes] if len(codes) else codes), names
+
+    def digest(self) -> str:
+        """A hash of the texts, in hexadecimal."""
+        return hashlib.blake2b(self._offsets.tobytes() + self._bytes.tobytes(), digest_size=16).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arrays as tensors, which worker processes share instead of copying."""
+        return shared(self.__dict__)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Takes the arrays back."""
+        self.__dict__.update(unshared(state))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTable:
+    """Rows of image files: where each lies, its class, and what else is known of it.
+
+    Args:
+        root: folder that relative paths start from.
+        paths: (N,) paths of the images, relative to `root` or absolute.
+        labels: (N,) int64 classes; -1 is a distractor, which matches nothing.
+        boxes: (N, 4) int32 of x_1, y_1, x_2, y_2 in pixels, the last two past the edge; the part of the image to use.
+        is_query: (N,) bool, evaluation roles; None means that every row is both.
+        is_gallery: (N,) bool, likewise.
+        groups: (N,) int64 camera or sequence of each row; negative means none.
+        super_labels: (N,) int64 coarser classes.
+        rows: (N,) int64 row of each in the table that these were taken from, where something else counts in those.
+        extra: further columns by name, (N,) each.
+
+    Raises:
+        InputError: if a column has another length or shape than the paths ask for.
+
+    Examples:
+        >>> table = ImageTable(Path("images"), Texts(["a.jpg", "b.jpg"]), np.array([0, 1]))
+        >>> len(table.take([1])), table.path(1).name
+        (1, 'b.jpg')
+    """
+
+    root: Path
+    paths: Texts
+    labels: IntArray
+    boxes: NDArray[np.int32] | None = None
+    is_query: BoolArray | None = None
+    is_gallery: BoolArray | None = None
+    groups: IntArray | None = None
+    super_labels: IntArray | None = None
+    rows: IntArray | None = None
+    extra: Mapping[str, Texts | NDArray[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks the names and the lengths."""
+        if taken := sorted({each.name for each in fields(self)} & set(self.extra)):
+            raise InputError(f"extra must not have a column {taken[0]!r}, which the table has itself: rename it")
+        for name, column in self._columns().items():
+            wanted = (len(self), 4) if name == "boxes" else (len(self),)
+            shape = (len(column),) if isinstance(column, Texts) else column.shape
+            if shape != wanted:
+                raise InputError(f"{name} must have the shape {wanted}, a row for each path, got {shape}")
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.paths)
+
+    def path(self, row: int) -> Path:
+        """Where the image of a row lies."""
+        return self.root / self.paths[row]
+
+    def take(self, rows: Iterable[int] | NDArray[Any]) -> ImageTable:
+        """Some rows, in the order of `rows`: (M,) integers or a (N,) mask of bools."""
+        chosen = _positions(rows, len(self))
+        columns = {
+            name: column.take(chosen) if isinstance(column, Texts) else column[chosen]
+            for name, column in self._columns().items()
+        }
+        extra = {name: columns.pop(name) for name in self.extra}
+        return replace(self, **columns, extra=extra)  # type: ignore[arg-type]
+
+    def with_labels(self, labels: NDArray[Any]) -> ImageTable:
+        """The same rows with other classes, (N,) integers."""
+        return replace(self, labels=np.asarray(labels, np.int64))
+
+    def digest(self) -> str:
+        """A hash of the paths, labels, boxes and roles, but not of the root: the same on every machine."""
+        made = hashlib.blake2b(digest_size=16)
+        for name, column in sorted(self._columns().items()):
+            if name != "rows":
+                content = column.digest().encode() if isinstance(column, Texts) else column.tobytes()
+                made.update(name.encode() + content)
+        return made.hexdigest()
+
+    def _columns(self) -> dict[str, Any]:
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "extra")}
+        return {**{name: column for name, column in own.items() if column is not None}, **self.extra}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The columns as tensors, which worker processes share instead of copying."""
+        return {**shared(self.__dict__), "extra": shared(self.extra)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Takes the columns back."""
+        self.__dict__.update({**unshared(state), "extra": unshared(state["extra"])})
+
+
+def shared(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state whose numeric arrays are tensors: torch pickles those to its workers in shared memory."""
+    return {name: _as_tensor(value) for name, value in state.items()}
+
+
+def unshared(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `shared`."""
+    return {name: value.array if isinstance(value, _Shared) else value for name, value in state.items()}
+
+
+_BLOCK = 65_536
+
+
+class _Shared:
+    """An array on its way to another process."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.tensor = torch.from_numpy(array.copy())  # of its own, or the array would live as long as this does
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The array, on the memory of the tensor."""
+        return self.tensor.numpy()
+
+
+# The tensor of an array lives as long as the array: all workers then share one, and its memory is not gone before one
+# of them that was just spawned has taken hold of it. An array that went to workers once must not be written to.
+_KEPT: dict[int, _Shared] = {}
+
+
+def _as_tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or not value.dtype.isnative:
+        return value
+    key = id(value)
+    if key not in _KEPT:
+        _KEPT[key] = _Shared(value)
+        weakref.finalize(value, _KEPT.pop, key)
+    return _KEPT[key]
+
+
+def _positions(rows: Iterable[int] | NDArray[Any], count: int) -> IntArray:
+    chosen = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows))
+    if chosen.dtype == np.bool_:
+        if chosen.shape != (count,):
+            raise InputError(f"rows must be integers or a mask of {count} bools, got a mask of {chosen.shape}")
+        return np.flatnonzero(chosen)
+    if len(chosen) == 0:
+        return np.zeros(0, np.int64)
+    if chosen.min() < -count or chosen.max() >= count:
+        raise InputError(f"rows must be less than {count}, got {chosen.max()}")
+    return chosen.astype(np.int64) % count

@@ -1,0 +1,1 @@
+"""The commands of `lightning-dml` beyond Lightning's own, one file for each."""

@@ -1,0 +1,172 @@
+"""The pairs that a training step is about, and the weights that its loss gives them, the same on every rank."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_dml import distributed
+from lightning_dml.errors import InputError
+from lightning_dml.labels import UNLABELLED
+from lightning_dml.losses import ObservedWeights, PairWeightingLoss, observed_weights
+from lightning_dml.losses.inspection.observed import ObservedSide, Rows
+from lightning_dml.memory import MemoryBank
+from lightning_dml.memory.contents import BankContents
+from lightning_dml.report import DrawnCurve
+from lightning_dml.seeds import mixed_seed
+
+SIDES = ("positive", "negative")
+QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
+FIGURES = tuple(
+    f"{side}_{name}"
+    for side in SIDES
+    for name in ("force", "similarity", *(f"similarity_{quantile}" for quantile in QUANTILES))
+)
+
+
+def gathered(rows: Rows, counts: list[int]) -> Rows:
+    """The rows of all ranks in rank order; a collective."""
+    return Rows(*(distributed.gather_rows(each, counts) for each in rows))
+
+
+def drawn_from(bank: MemoryBank, limit: int, seed: int, step: int, device: torch.device) -> Rows:
+    """At most `limit` entries of a bank, drawn evenly by seed and step; a collective where the bank is in shares.
+
+    The draw is from the slots of the whole bank, so that it is the same however the bank is spread over ranks.
+    """
+    contents = BankContents(bank)
+    slots = (contents.labels != UNLABELLED).nonzero()[:, 0]
+    if len(slots) > limit:
+        generator = torch.Generator().manual_seed(mixed_seed(seed, step))
+        slots = slots[torch.randperm(len(slots), generator=generator)[:limit].sort().values]
+    columns = contents.embeddings_of(slots), contents.labels[slots], contents.indices[slots]
+    return Rows(*(each.to(device) for each in columns))
+
+
+def observe(loss: nn.Module, batch: Rows, references: Rows | None, counts: Sequence[int]) -> ObservedWeights | None:
+    """The weights of all pairs of the batches of all ranks, as the training's loss gives them; no collective.
+
+    The loss itself is left alone, its state and what it draws included: a copy is asked. A loss of ours that keeps to
+    its rank sees the batch of each rank by itself; its weights are divided by the ranks, as DDP takes the mean.
+
+    Args:
+        loss: one of ours or another library's.
+        batch: N rows, of all ranks in rank order.
+        references: of the bank; None for in-batch.
+        counts: how many rows of the batch are each rank's.
+
+    Returns:
+        None where the loss gets no rows to work on.
+
+    Raises:
+        InputError: for a loss without weights of pairs.
+    """
+    ours = isinstance(loss, PairWeightingLoss)
+    if not ours and references is not None:
+        references = _as_others_get_them(batch, references)
+    if not len(batch.labels) or (references is not None and not len(references.labels)):
+        return None
+    loss = copy.deepcopy(loss)
+    apart = isinstance(loss, PairWeightingLoss) and not loss.gather and len(counts) > 1
+    bounds = list(itertools.accumulate(counts))[:-1]
+    parts = [Rows(*each) for each in zip(*(column.tensor_split(bounds) for column in batch), strict=True)]
+    seen = [_observed(loss, part, references) for part in (parts if apart else [batch]) if len(part.labels)]
+    return _merged(seen, len(counts)) if apart else seen[0]
+
+
+def figures_of(observed: ObservedWeights | None, factor: float) -> dict[str, float]:
+    """The figures by the names of `FIGURES`; NaN for what there are no pairs for.
+
+    Args:
+        observed: all pairs.
+        factor: of the loss in the training.
+    """
+    figures = dict.fromkeys(FIGURES, math.nan)
+    for name in SIDES if observed is not None else ():
+        assert observed is not None
+        side = observed.positives if name == "positive" else observed.negatives
+        figures[f"{name}_force"] = factor * side.force + 0.0  # not -0.0
+        if side.pairs:
+            values = side.similarity.numpy()
+            figures[f"{name}_similarity"] = float(values.mean())
+            levels = np.quantile(values, list(QUANTILES.values()))
+            figures |= {f"{name}_similarity_{q}": float(level) for q, level in zip(QUANTILES, levels, strict=True)}
+    return figures
+
+
+def exact_curve(loss: nn.Module) -> DrawnCurve | None:
+    """The loss's weight curve, where the points of a batch, times its anchors, must lie on it."""
+    if not isinstance(loss, PairWeightingLoss) or loss.reduction != "anchors" or not loss.weighting.separable:
+        return None
+    if loss.miner is not None and not loss.miner.separable:
+        return None
+    device = next((each.device for each in loss.parameters()), torch.device("cpu"))
+    curve = DrawnCurve.of(copy.deepcopy(loss), torch.linspace(-1, 1, 401, dtype=torch.float64, device=device))
+    return DrawnCurve(*(each.cpu() for each in curve))
+
+
+def loss_of(pl_module: nn.Module, attribute: str) -> nn.Module:
+    """The loss in an attribute of the module.
+
+    Raises:
+        InputError: if there is none.
+    """
+    loss = getattr(pl_module, attribute, None)
+    if not isinstance(loss, nn.Module):
+        found = "no such attribute" if not hasattr(pl_module, attribute) else f"a {type(loss).__name__} there"
+        raise InputError(
+            f"WeightCurveLogger asks the loss for the weights of pairs, but {type(pl_module).__name__} has {found}: "
+            f"set loss (now {attribute!r}) to the attribute that holds the loss as an nn.Module, or take the callback "
+            "out"
+        )
+    return loss
+
+
+def factor_of(pl_module: nn.Module, attribute: str) -> float:
+    """A factor that the module gives a loss, 1 where it has no such number."""
+    value = getattr(pl_module, attribute, 1.0)
+    return float(value) if isinstance(value, int | float) else 1.0
+
+
+def _as_others_get_them(batch: Rows, references: Rows) -> Rows:
+    """Without the samples of the batch, which a loss that knows no indices would take for positives."""
+    own = (references.indices >= 0) & torch.isin(references.indices, batch.indices)
+    return Rows(*(column[~own] for column in references))
+
+
+def _observed(loss: nn.Module, batch: Rows, references: Rows | None) -> ObservedWeights:
+    if references is None:
+        return observed_weights(loss, batch.embeddings, batch.labels, indices=batch.indices)
+    return observed_weights(
+        loss,
+        batch.embeddings,
+        batch.labels,
+        references.embeddings,
+        references.labels,
+        indices=batch.indices,
+        ref_indices=references.indices,
+    )
+
+
+def _merged(seen: Sequence[ObservedWeights], ranks: int) -> ObservedWeights:
+    def side(sides: Sequence[ObservedSide]) -> ObservedSide:
+        return ObservedSide(
+            torch.cat([each.similarity for each in sides]),
+            torch.cat([each.weight for each in sides]) / ranks,
+            sum(each.force for each in sides) / ranks,
+            sum(each.pairs for each in sides),
+            torch.stack([each.counts for each in sides]).sum(dim=0),
+        )
+
+    return ObservedWeights(
+        side([each.positives for each in seen]),
+        side([each.negatives for each in seen]),
+        seen[0].edges,
+        sum(each.anchors for each in seen),
+    )

@@ -1,0 +1,1 @@
+"""Approximate indexes: built once, saved, and measured by what they miss."""
