@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from lightning_dml import distributed
 from lightning_dml.callbacks.step_end_signals import StepEndSignals
+from lightning_dml.checks import check_choice
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
 from lightning_dml.memory import MemoryBank, MomentumEncoder
 from lightning_dml.memory.encoder_watch import EncoderWatch
-from lightning_dml.memory.feed import BankFeed, BankSchedule, check_choice
+from lightning_dml.memory.feed import BankFeed, BankSchedule
 from lightning_dml.memory.momentum import check_precision
 from lightning_dml.modules.sample_encoding import encode_samples
 from lightning_dml.modules.training_batches import check_slots, identity_of, mask_of, outputs_of, training_samples

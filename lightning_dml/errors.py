@@ -22,5 +22,10 @@ def input_error_in(error: BaseException) -> InputError | None:
     return seen
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an error as one line of at most `limit` characters; its type where it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 class NothingToEvaluate(InputError):
     """There are no queries, or there is no gallery, to evaluate."""

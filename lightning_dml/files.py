@@ -1,22 +1,82 @@
-"""Files that appear only when they are whole."""
+"""Writing files whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lightning_dml.errors import InputError
 
-def write_whole(path: Path, write: str | Callable[[Path], None]) -> None:
-    """Writes a text, or what `write` makes of the path that it is given, aside and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
+
+class UnwritableFile(InputError, OSError):
+    """A file that cannot be written: no rights, no room, or no such place."""
+
+
+def write_whole(path: Path, write: str | bytes | Callable[[Path], object]) -> None:
+    """Writes a file aside and puts it in its place when it is complete and on the disk.
+
+    A reader sees the old file or the new one, never a part, whatever is killed. Two processes may write the same file:
+    each has a part of its own, and the later one's file stays. A symbolic link stays one, and its target is replaced.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        write: a text, which is written as UTF-8, bytes, or a function that writes a file at the path that it is given.
+            That path has the suffix of `path`.
+
+    Raises:
+        UnwritableFile: an InputError and an OSError; if the system refuses to write. An older file is then as it was.
+    """
+    with replacing(path) as aside:
         if isinstance(write, str):
             aside.write_text(write, encoding="utf-8")
+        elif isinstance(write, bytes):
+            aside.write_bytes(write)
         else:
             write(aside)
-        os.replace(aside, path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, and renames what was written there to `path` unless the block raises.
+
+    Raises:
+        UnwritableFile: see `write_whole`.
+    """
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.stem}.{uuid.uuid4().hex}.part{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _flush(aside)
+        os.replace(aside, target)
+    except UnwritableFile:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UnwritableFile(
+            f"{path} cannot be written ({reason}): make room there, or choose another place"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def delete_parts(path: Path) -> None:
+    """Deletes what killed processes left of their attempts to write `path`; call it while no process may write it."""
+    target = Path(os.path.realpath(path))
+    part = re.compile(rf"\.{re.escape(target.stem)}\.[0-9a-f]{{32}}\.part{re.escape(target.suffix)}")
+    for entry in list(target.parent.iterdir()):
+        if part.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    # Without it a crash of the machine may leave the new name with none of its bytes.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_choice
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank, MomentAdaptation
 from lightning_dml.memory.slots import DTYPES, check_batch
@@ -177,9 +178,3 @@ class BankFeed:
     def _make(self, dim: int, device: torch.device) -> MemoryBank:
         share = (distributed.rank(), distributed.world_size()) if self.sharded else (0, 1)
         return MemoryBank(self.entries, dim, self.dtype, device, self.policy, self.average, share)
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raises `InputError` unless `value` is one of the choices."""
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(str(each) for each in choices)}, got {value!r}")
