@@ -56,12 +56,12 @@ def replacing(path: Path) -> Iterator[Path]:
     except UnwritableFile:
         raise
     except OSError as error:
-        reason = error.strerror or str(error)
         raise UnwritableFile(
-            f"{path} cannot be written ({reason}): make room there, or choose another place"
+            f"{path} cannot be written ({error.strerror or error}): make room there, or choose another place"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def delete_parts(path: Path) -> None:

@@ -39,10 +39,13 @@ UPDATE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN rows": ({"embeddings": with_nans()}, "embeddings has NaN or infinite values in 2 of 6 rows, .* row 2;"),
     "one row as a vector": (
         {"embeddings": torch.ones(6)},
-        r"embeddings must be \(rows, dimensions\), got shape \(6,\)",
+        r"embeddings must have shape \(N, D\), got \(6,\)",
     ),
     "integer rows": ({"embeddings": torch.ones(6, 2).int()}, "embeddings must be floating point, got torch.int32"),
-    "too few labels": ({"labels": LABELS[:5]}, r"labels must have shape \(6,\), one for each row, got \(5,\)"),
+    "too few labels": (
+        {"labels": LABELS[:5]},
+        r"labels must have shape \(6,\), one for each row of embeddings, got \(5,\)",
+    ),
     "labels as a column": ({"labels": LABELS[:, None]}, r"labels must have shape \(6,\).* got \(6, 1\)"),
     "float labels": ({"labels": LABELS.float()}, "labels must be integers, got torch.float32"),
     "bool labels": ({"labels": LABELS.bool()}, "labels must be integers, got torch.bool"),
