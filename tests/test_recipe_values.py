@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_dml.cli import config_parser
+from lightning_dml.commands.training_configs import config_parser
 from lightning_dml.datamodules.images.transforms import image_settings
 from tests.helpers import ROOT
 from tests.test_recipes import RECIPES
