@@ -78,7 +78,7 @@ def columns_of(outputs: Any, module_name: str, device: torch.device, purpose: st
         outputs: of `Trainer.predict`.
         module_name: the module's class, for errors.
         device: where collectives work.
-        purpose: what they are for, as an error says it.
+        purpose: what is made of them, as an error says it.
 
     Raises:
         InputError: if a rank has none, or `predict_step` returns something else.
@@ -90,9 +90,7 @@ def columns_of(outputs: Any, module_name: str, device: torch.device, purpose: st
     if not all(any_batch for any_batch, _ in states):
         raise InputError(f"there are fewer training batches than the {len(states)} ranks: use fewer ranks")
     if not all(dicts for _, dicts in states):
-        raise InputError(
-            f"{module_name}.predict_step must return a dict with {', '.join(names)} for {purpose} to be made of"
-        )
+        raise InputError(f"{module_name}.predict_step must return a dict with {', '.join(names)}, to make {purpose} of")
     columns = [torch.cat([batch[name] for batch in outputs]).to(device) for name in names]
     if all("enqueue" in batch for batch in outputs):
         wanted = torch.cat([batch["enqueue"] for batch in outputs]).to(device)
