@@ -13,6 +13,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.cli import LightningArgumentParser
 
 import lightning_dml
 from lightning_dml.cli import main
@@ -87,7 +88,7 @@ def test_a_short_help_fits_the_screen_and_shows_how_to_call(name: str) -> None:
 
 @pytest.mark.parametrize("name", LIGHTNINGS)
 def test_a_short_help_names_what_exists(
-    name: str, folder: Path, parsers: dict[str, DMLParser], options_of_classes: set[str]
+    name: str, folder: Path, parsers: dict[str, LightningArgumentParser], options_of_classes: set[str]
 ) -> None:
     """A help is read in place of the sources: an option that was renamed must not live on in it."""
     text = help_of_command(name)
@@ -110,7 +111,7 @@ def test_the_help_of_fit_has_every_callback_of_ours() -> None:
 
 
 @pytest.fixture(scope="module")
-def parsers() -> dict[str, DMLParser]:
+def parsers() -> dict[str, LightningArgumentParser]:
     """The parser of each command that LightningCLI runs."""
 
     class ParsersAlone(DMLCLI):
