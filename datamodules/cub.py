@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dml.datamodules.download import CUB_200_2011, obtain
+from lightning_dml.datamodules.downloads import CUB_200_2011, obtain
 from lightning_dml.datamodules.files import ImagesDataModule
 from lightning_dml.datamodules.official import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.rows import ImageTable, Texts

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dml.datamodules.download import STANFORD_ONLINE_PRODUCTS, obtain
+from lightning_dml.datamodules.downloads import STANFORD_ONLINE_PRODUCTS, obtain
 from lightning_dml.datamodules.files import ImagesDataModule
 from lightning_dml.datamodules.official import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.rows import ImageTable, Texts
