@@ -106,7 +106,7 @@ def obtain(archive: Archive, folder: Path, contents: str) -> Path:
     Args:
         archive: the archive.
         folder: where archive and contents go; made where it is missing.
-        contents: the folder at the top of the archive that is unpacked.
+        contents: the folder at the top of the archive that is kept.
 
     Returns:
         `folder / contents`.
@@ -207,7 +207,7 @@ def _download(archive: Archive, work: Path, path: Path) -> Path:
 
 
 def _unpack(path: Path, work: Path, contents: str) -> None:
-    """Unpacks the folder `contents` to `work / contents`, with the permissions and times of new files."""
+    """Unpacks an archive that holds the folder `contents` to `work`, with the permissions and times of new files."""
     try:
         with zipfile.ZipFile(path) if path.suffix == ".zip" else tarfile.open(path) as source:
             calls, total = [], 0
@@ -220,8 +220,7 @@ def _unpack(path: Path, work: Path, contents: str) -> None:
                 total += size
                 if total > _LARGEST:
                     raise InputError(f"archive {path} is refused: it would unpack to more than {_LARGEST:,} bytes")
-                if inside.parts[:1] == (contents,):
-                    calls.append(extract)
+                calls.append(extract)
             _check_space(work, total, f"unpacking {path.name}")
             for extract in tqdm(calls, desc=contents, unit="file", disable=None):
                 extract(path=work)

@@ -12,11 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-from lightning_dml.datamodules.downloads import Archive
+import pytest
+
+from lightning_dml.datamodules.downloads import Archive, obtain
+from lightning_dml.errors import InputError
 
 FILES = {"birds/list.txt": b"1 a.jpg\n", "birds/images/a.jpg": bytes(range(256)) * 3000, "birds/images/b.jpg": b""}
+
+
+NO_FAULT: tuple[str, Any] = ("", None)
 
 
 @dataclass
@@ -42,7 +49,7 @@ def http_server(data: bytes = b"") -> Iterator[Remote]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             remote.requests.append(dict(self.headers.items()))
-            kind, value = remote.faults.pop(0) if remote.faults else ("", None)
+            kind, value = remote.faults.pop(0) if remote.faults else NO_FAULT
             if kind == "status":
                 self.send_error(value)
                 return
@@ -114,6 +121,24 @@ def zip_member(name: str, mode: int = stat.S_IFREG) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name)
     info.create_system, info.external_attr = 3, (mode | 0o644) << 16
     return info
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Name -> bytes of every file in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> set[str]:
+    """What stands in a folder, hidden or not."""
+    return {path.name for path in folder.iterdir()}
+
+
+def fails(archive: Archive, folder: Path, match: str, contents: str = "birds") -> str:
+    """Obtains what must not be had, with an error of one line; the text of the error."""
+    with pytest.raises(InputError, match=match) as caught:
+        obtain(archive, folder, contents)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 OUTSIDE, LINK = "would be written outside of its folder", "is a link, a device or a pipe"
