@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.download import CUB_200_2011, obtain
+from lightning_dml.datamodules.downloads import CUB_200_2011, obtain
 from lightning_dml.datamodules.image_files import ImagesDataModule
 from lightning_dml.datamodules.official.reading import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.download import STANFORD_ONLINE_PRODUCTS, obtain
+from lightning_dml.datamodules.downloads import STANFORD_ONLINE_PRODUCTS, obtain
 from lightning_dml.datamodules.image_files import ImagesDataModule
 from lightning_dml.datamodules.official.reading import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
