@@ -21,10 +21,10 @@ import filelock
 import pytest
 
 from lightning_dml.datamodules import downloads
-from lightning_dml.datamodules.cub import CUB200DataModule
 from lightning_dml.datamodules.downloads import CUB_200_2011, STANFORD_ONLINE_PRODUCTS, Archive, obtain
-from lightning_dml.datamodules.files import ImagesDataModule
-from lightning_dml.datamodules.sop import SOPDataModule
+from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.cub import CUB200DataModule
+from lightning_dml.datamodules.official.sop import SOPDataModule
 from lightning_dml.errors import InputError
 from tests.datamodules.archive_cases import (
     FILES,
