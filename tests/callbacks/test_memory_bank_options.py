@@ -403,7 +403,7 @@ def test_our_module_trains_with_everything_on() -> None:
         size=1.0, policy="samples", average=0.5, adaptation="kalman", initial_fill=True, start_step=1, warmup_steps=2
     )
     module = fit(callback, tiny_module(), steps=6)
-    assert int(bank_of(module).filled) == 60
+    assert int(bank_of(module).store.labelled) == 60
     assert all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
 
 
