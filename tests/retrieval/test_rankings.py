@@ -18,7 +18,7 @@ from lightning_dml.retrieval import RetrievalMetrics, average_precision, evaluat
 from lightning_dml.retrieval.evaluation import Items, list_metrics, list_values, positive_ranks, rank_block
 from lightning_dml.retrieval.search import SearchName, nearest, unit_rows
 from lightning_dml.retrieval.ties import RESOLUTION
-from tests.retrieval.test_ties import (
+from tests.retrieval.cases import (
     Runs,
     orders,
     slow_average_precision,

@@ -26,9 +26,8 @@ from lightning_dml.retrieval import (
     scoring,
 )
 from lightning_dml.retrieval.averaging import AverageName, bootstrap_interval
-from tests.retrieval.reranking.test_expansion import slow_expansion
-from tests.retrieval.reranking.test_k_reciprocal import slow_distances
-from tests.retrieval.test_retrieval_options import LIST_METRICS, allowed, averages, evaluated, query_values
+from tests.retrieval.cases import LIST_METRICS, allowed, averages, evaluated, query_values
+from tests.retrieval.reranking.cases import slow_distances, slow_expansion
 
 Matrix = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]

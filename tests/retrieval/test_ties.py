@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import combinations, permutations, product
+from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -27,48 +27,17 @@ from lightning_dml.retrieval import (
     tie_runs,
 )
 from lightning_dml.retrieval.ties import RESOLUTION, tied_with_next, with_last_run
-
-Hits = tuple[bool, ...]
-Runs = list[list[bool]]
-
-
-def orders(runs: Runs) -> Iterator[Hits]:
-    """Every way in which the hits of each run can lie in it, all equally probable."""
-    placed = [list(combinations(range(len(run)), sum(run))) for run in runs]
-    for choice in product(*placed):
-        yield tuple(at in chosen for run, chosen in zip(runs, choice, strict=True) for at in range(len(run)))
-
-
-def slow_recall(hits: Hits, k: int) -> float:
-    """Whether a hit is among the first k."""
-    return float(any(hits[:k]))
-
-
-def slow_precision(hits: Hits, k: int) -> float:
-    """Share of hits among the first k."""
-    return sum(hits[:k]) / k
-
-
-def slow_map_at_r(hits: Hits, r: int) -> float:
-    """Mean of the precisions at the hits among the first r."""
-    return sum(slow_precision(hits, place) for place in range(1, r + 1) if hits[place - 1]) / r
-
-
-def slow_ndcg(hits: Hits, r: int, k: int) -> float:
-    """Discounted gain over that of a perfect ranking."""
-    gain = sum(1 / math.log2(place + 1) for place in range(1, k + 1) if hits[place - 1])
-    return gain / sum(1 / math.log2(place + 1) for place in range(1, min(k, r) + 1))
-
-
-def slow_average_precision(hits: Hits) -> float:
-    """Mean of the precisions at all hits."""
-    places = [place for place, hit in enumerate(hits, 1) if hit]
-    return sum(number / place for number, place in enumerate(places, 1)) / len(places)
-
-
-def slow_reciprocal_rank(hits: Hits) -> float:
-    """One over the place of the first hit."""
-    return 1 / (1 + hits.index(True))
+from tests.retrieval.cases import (
+    Hits,
+    Runs,
+    orders,
+    slow_average_precision,
+    slow_map_at_r,
+    slow_ndcg,
+    slow_precision,
+    slow_recall,
+    slow_reciprocal_rank,
+)
 
 
 class Tied(NamedTuple):
@@ -127,7 +96,7 @@ def test_the_orders_are_all_permutations() -> None:
     run = [True, False, True, False, False]
     counted = [tuple(run[at] for at in order) for order in permutations(range(5))]
     placings = list(orders([run]))
-    assert len(placings) == 10 and all(counted.count(each) == 12 for each in placings)
+    assert len(placings) == 10 and all(counted.count(placing) == 12 for placing in placings)
 
 
 @given(ranking=tied_rankings(), extra=st.integers(0, 3))

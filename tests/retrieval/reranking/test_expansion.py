@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -17,28 +16,12 @@ from lightning_dml.errors import InputError
 from lightning_dml.retrieval.reranking import expansion
 from lightning_dml.retrieval.reranking.expansion import DatabaseAugmentation, QueryExpansion
 from lightning_dml.retrieval.search import nearest, unit_rows
-
-Rows = npt.NDArray[np.float64]
+from tests.retrieval.reranking.cases import slow_expansion
 
 
 def random_rows(count: int, seed: int, dimensions: int = 5) -> Tensor:
     """Unit rows in no order, some of them far from all others."""
     return unit_rows(torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed)))
-
-
-def slow_expansion(
-    queries: Rows, gallery: Rows, k: int, alpha: float, query_keys: list[int], gallery_keys: list[int]
-) -> Rows:
-    """The definition, item by item."""
-    expanded = []
-    for query, key in zip(queries, query_keys, strict=True):
-        candidates = [item for item, other in zip(gallery, gallery_keys, strict=True) if key < 0 or key != other]
-        candidates.sort(key=lambda item: -float(query @ item))
-        total = query.copy()
-        for item in candidates[:k]:
-            total += max(float(query @ item), 0.0) ** alpha * item
-        expanded.append(total / np.sqrt((total**2).sum()))
-    return np.array(expanded)
 
 
 @given(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,7 @@ from lightning_dml.retrieval.reranking import expansion, k_reciprocal, sparse_ro
 from lightning_dml.retrieval.reranking.k_reciprocal import KReciprocal, k_reciprocal_nearest
 from lightning_dml.retrieval.search import nearest, unit_rows
 from tests.helpers import LargestTensor, run_ranks
-
-Matrix = npt.NDArray[np.float64]
+from tests.retrieval.reranking.cases import Matrix, slow_distances
 
 
 def clusters(count: int, classes: int, seed: int, noise: float = 0.8, dimensions: int = 8) -> tuple[Tensor, Tensor]:
@@ -30,38 +28,6 @@ def clusters(count: int, classes: int, seed: int, noise: float = 0.8, dimensions
     centres = torch.randn(classes, dimensions, generator=generator)
     noises = torch.randn(count, dimensions, generator=generator)
     return unit_rows(centres[labels] + noise * noises), labels
-
-
-def slow_distances(rows: Tensor, k1: int, k2: int, weight: float) -> Matrix:
-    """Final distances of all pairs, dense and in the order of the paper's sections."""
-    x = rows.double().numpy()
-    count = len(x)
-    original = ((x[:, None] - x[None]) ** 2).sum(axis=2)
-    largest = original.max(axis=1)
-    lists = [[i, *(j for j in np.argsort(original[i]).tolist() if j != i)] for i in range(count)]
-    original /= largest[:, None]
-
-    @cache
-    def reciprocal(i: int, k: int) -> set[int]:
-        return {j for j in lists[i][: k + 1] if i in lists[j][: k + 1]}
-
-    encodings = np.zeros((count, count))
-    for i in range(count):
-        close = reciprocal(i, k1)
-        robust = set(close)
-        for j in close:
-            theirs = reciprocal(j, round(k1 / 2))
-            if len(theirs & close) > 2 / 3 * len(theirs):
-                robust |= theirs
-        for j in robust:
-            encodings[i, j] = np.exp(-original[i, j])
-        encodings[i] /= encodings[i].sum()
-    encodings = np.array([encodings[lists[i][:k2]].mean(axis=0) for i in range(count)])
-
-    pairs = encodings[:, None], encodings[None]
-    jaccard = 1 - np.minimum(*pairs).sum(axis=2) / np.maximum(*pairs).sum(axis=2)
-    final: Matrix = (1 - weight) * jaccard + weight * original
-    return final
 
 
 def check_against(distances: Matrix, values: Tensor, positions: Tensor, allowed: npt.NDArray[np.bool_]) -> None:
