@@ -65,7 +65,7 @@ class MemoryBank:
         average: as given.
         share: as given.
         store: the slots of all ranks, for code that must know more than the rows of this rank.
-        weight: factor of the loss against the bank, for whoever schedules it; no part of the state.
+        weight: factor of the loss against the bank, for the code that schedules it; no part of the state.
 
     Raises:
         InputError: if `size` or `dim` is not positive, `dtype` is not floating, or another argument is out of range.
@@ -122,7 +122,7 @@ class MemoryBank:
 
     @property
     def device(self) -> torch.device:
-        """Where the bank lives."""
+        """Device of the stored rows."""
         return self.store.embeddings.device
 
     def __len__(self) -> int:
@@ -131,22 +131,22 @@ class MemoryBank:
 
     @property
     def embeddings(self) -> Tensor:
-        """(len, dim) view of the filled slots."""
+        """Stored embeddings, a (len, dim) view."""
         return self.store.embeddings[: len(self)]
 
     @property
     def labels(self) -> Tensor:
-        """(len,) int64 view; -1 in a slot that is empty or whose row was refused."""
+        """Labels, a (len,) int64 view; -1 in a slot that is empty or whose row was refused."""
         return self.store.own(self.store.labels)
 
     @property
     def indices(self) -> Tensor:
-        """(len,) int64 view of the sample indices; -1 where none was given."""
+        """Sample indices, a (len,) int64 view; -1 where none was given."""
         return self.store.own(self.store.indices)
 
     @property
     def steps(self) -> Tensor:
-        """(len,) int64 view of the steps at which the rows came in; -1 where none was given."""
+        """Steps at which the rows came in, a (len,) int64 view; -1 where none was given."""
         return self.store.own(self.store.steps)
 
     @torch.no_grad()

@@ -58,7 +58,10 @@ class BankContents:
 
 
 def bank_figures(bank: MemoryBank, step: int) -> dict[str, float]:
-    """`fill`, the share of slots in use, `age_mean` and `age_max` in steps where known, and `classes`."""
+    """Figures of a bank: `fill`, the share of slots in use, `age_mean` and `age_max` in steps, and `classes`.
+
+    The ages are there where the step of some entry is known.
+    """
     summary = bank.summary(step)
     names = {"fill": "filled", "age_mean": "age_mean", "age_max": "age_max", "classes": "classes"}
     return {name: summary[its_name] for name, its_name in names.items() if its_name in summary}
@@ -89,20 +92,20 @@ def pair_figures(
         embeddings, labels, indices = (distributed.gather_rows(column, counts) for column in batch)
     embeddings = precise(embeddings)
     pairs = PairLabels(labels, bank.labels, indices, bank.indices)
-    counted = torch.zeros(2, dtype=torch.int64, device=labels.device)  # hard negatives, negatives
+    counts_of_pairs = torch.zeros(2, dtype=torch.int64, device=labels.device)  # hard negatives, negatives
     has_positive = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
     for start in range(0, len(bank), COLUMNS):
         columns = slice(start, min(start + COLUMNS, len(bank)))
         positive, negative = pairs.masks(slice(0, len(labels)), columns)
         similarity = embeddings @ bank.embeddings[columns].to(embeddings).T
-        counted += torch.stack(((negative & (similarity > hard_above)).sum(), negative.sum()))
+        counts_of_pairs += torch.stack(((negative & (similarity > hard_above)).sum(), negative.sum()))
         has_positive |= positive.any(dim=1)
     if sharded:
         has_positive = distributed.all_reduce_sum(has_positive).clamp_max(1)
     anchors = torch.stack((has_positive.sum(), (labels != UNLABELLED).sum()))
     if not sharded:
         anchors = distributed.all_reduce_sum(anchors)
-    hard, negatives = distributed.all_reduce_sum(counted).tolist()
+    hard, negatives = distributed.all_reduce_sum(counts_of_pairs).tolist()
     with_positive, labelled = anchors.tolist()
     return {"hard_negatives": hard / max(1, negatives), "positives": with_positive / max(1, labelled)}
 

@@ -33,7 +33,7 @@ class SlotStore:
     ) -> None:
         self.size, self.share = size, share
         self.count = self.pointer = 0
-        # One slot more than there are: rows that are not to be written go there, where nobody reads.
+        # One slot more than there are: rows that are not to be written go there, and it is never read.
         self.embeddings = torch.zeros(own_count(size, *share) + 1, dim, dtype=dtype, device=device)
         self.labels = torch.full((size + 1,), UNLABELLED, dtype=torch.int64, device=device)
         self.indices = torch.full_like(self.labels, UNLABELLED)

@@ -36,7 +36,7 @@ def segments(start: int, count: int, size: int) -> list[tuple[slice, int]]:
 
 
 def last_of_each(slots: Tensor) -> Tensor:
-    """(n,) bool: True for a row that is the last of those with its slot; `slots` is (n,) int64.
+    """True for a row that is the last of those with its slot, (n,) bool; `slots` is (n,) int64.
 
     The shapes do not depend on the data, so an accelerator's host need not wait.
     """

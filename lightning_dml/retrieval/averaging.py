@@ -68,7 +68,7 @@ class PerClass:
 
         Args:
             class_names: what to call class i, such as a data module's `class_names`; the labels by default.
-            limit: how many classes to show, all by default; a last line says how many are left out.
+            limit: how many classes to show, all by default; a last line tells how many are left out.
 
         Raises:
             InputError: `limit` is negative or no integer, or `class_names` has none for a label.

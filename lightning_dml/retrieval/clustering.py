@@ -195,7 +195,7 @@ def _entropy(sizes: Tensor) -> float:
 
 
 def _expected_information(class_sizes: Tensor, cluster_sizes: Tensor, total: int) -> float:
-    """E[I] over all pairs of partitions with these sizes, each as likely: Vinh et al. (2010), hypergeometric model.
+    """Mean of I over all pairs of partitions with these sizes, all as likely: Vinh et al. (2010), hypergeometric model.
 
     An overlap n of a class of a and a cluster of b items is hypergeometric, so only the distinct pairs (a, b) matter:
     at most 2 N, since sizes that all differ sum to N. Each pair is one row of a block, n runs along it.

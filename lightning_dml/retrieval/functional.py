@@ -45,9 +45,9 @@ def recall_at_k(hits: Tensor, k: int, ties: Ties | None = None) -> Tensor:
     start, size, positives = (column[:, k - 1] for column in ties)
     surely = _hits_before(hits, ties)[:, k - 1] > 0
     # Of the run at place k, the places from its start up to k are drawn one after the other.
-    drawn = torch.arange(k, device=hits.device)
-    left = (size[:, None] - drawn).clamp_min(1).double()
-    misses = ((left - positives[:, None]).clamp_min(0) / left).masked_fill(drawn >= (k - start)[:, None], 1.0)
+    draws = torch.arange(k, device=hits.device)
+    left = (size[:, None] - draws).clamp_min(1).double()
+    misses = ((left - positives[:, None]).clamp_min(0) / left).masked_fill(draws >= (k - start)[:, None], 1.0)
     return torch.where(surely, 1.0, 1.0 - misses.prod(dim=1))
 
 
@@ -127,9 +127,9 @@ def map_at_r(hits: Tensor, relevant: Tensor, ties: Ties | None = None) -> Tensor
     ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
     within = _first_r(hits, relevant)
     if ties is None:
-        counted = (hits & within).double()
-        precisions = counted.cumsum(dim=1) / ranks
-        return (precisions * counted).sum(dim=1) / relevant
+        within_r = (hits & within).double()
+        precisions = within_r.cumsum(dim=1) / ranks
+        return (precisions * within_r).sum(dim=1) / relevant
     # A hit at place t of its run follows, on average, (t - 1) (g - 1) / (G - 1) hits of the same run.
     share = _expected_hits(hits, ties)
     others = (ties.positives - 1).double() / (ties.size - 1).clamp_min(1)

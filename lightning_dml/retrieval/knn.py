@@ -1,4 +1,4 @@
-"""`knn`: the nearest gallery rows of each query, for anybody's tensors."""
+"""The nearest gallery rows of each query, for tensors of any origin."""
 
 from __future__ import annotations
 

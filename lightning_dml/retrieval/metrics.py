@@ -1,4 +1,4 @@
-"""`RetrievalMetrics`: the torchmetrics front of this package; it collects the rows, functions do the mathematics."""
+"""The torchmetrics front of this package: `RetrievalMetrics` collects rows, functions do the mathematics."""
 
 from __future__ import annotations
 

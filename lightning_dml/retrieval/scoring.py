@@ -173,7 +173,7 @@ class _Job:
         )
 
     def _k_reciprocal_search(self, step: KReciprocal) -> Search:
-        """The search among the items that have a role; others have no say in who is whose neighbour."""
+        """The search among the items that have a role; the others do not take part in the encoding."""
         items = torch.unique(torch.cat([self.task.queries, self.task.gallery]))
         encoded = step.encode(self.items.part(items).embeddings)
         queries = torch.searchsorted(items, self.queries)

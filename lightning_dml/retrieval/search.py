@@ -112,7 +112,7 @@ def worst_value(metric: str) -> float:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """`rows` (N, D) float32 divided by their Euclidean norms; rows of zeros stay zeros."""
+    """Rows (N, D) float32 divided by their Euclidean norms; rows of zeros stay zeros."""
     # Scaled by the largest entry first, so that squares of very large or small entries do not leave float32.
     largest = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     return F.normalize(rows / largest, dim=1)

@@ -222,7 +222,7 @@ KINDS = {"queue": torch.float32, "samples": torch.bfloat16}
 
 
 def _save_and_load(rank: int, ranks: int, folder: str) -> dict[str, Any]:
-    """In every rank: saves its share of each kind of bank, loads it again and maps it."""
+    """Saves, in every rank, its share of each kind of bank, loads it again and maps it."""
     slots.BLOCK_BYTES = 64  # several blocks, of which the last is uneven
     results = {}
     for policy, dtype in KINDS.items():

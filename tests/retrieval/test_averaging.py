@@ -1,4 +1,4 @@
-"""Averages over queries and classes against plain loops, and whether the bootstrap covers what it says."""
+"""Averages over queries and classes against plain loops, and the coverage of the bootstrap."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_equals_a_plain_evaluation(
     per_class = result.per_class
     assert per_class is not None
     for label, means in per_class.as_dict().items():
-        of_class = {query: each for query, each in expected.items() if labels[query] == label}
+        of_class = {query: its_values for query, its_values in expected.items() if labels[query] == label}
         assert means == pytest.approx(averages(of_class, labels, "micro"), rel=1e-9)
 
 
@@ -99,9 +99,9 @@ def test_the_protocol_of_vehicleid_is_the_mean_over_its_draws() -> None:
             first.setdefault(int(labels[item]), item)
         gallery = [item for label, item in first.items() if label != -1] + [0, 1]
         queries = [item for item in range(120) if item not in gallery]
-        found = slow_evaluation(rows.numpy(), labels.numpy(), nobody, queries, gallery, (1, 5), "group")
-        assert len(found) == len(queries) == 120 - 30 - 2
-        draws.append(averages(found, labels, "micro"))
+        its_values = slow_evaluation(rows.numpy(), labels.numpy(), nobody, queries, gallery, (1, 5), "group")
+        assert len(its_values) == len(queries) == 120 - 30 - 2
+        draws.append(averages(its_values, labels, "micro"))
     for name, value in values.items():
         assert value == pytest.approx(np.mean([draw[name] for draw in draws]))
     assert len({draw["recall@1"] for draw in draws}) > 1
@@ -119,15 +119,15 @@ def test_draws_and_roles_exclude_each_other() -> None:
 def test_intervals_surround_the_values_and_widen_with_confidence() -> None:
     """An interval is what tells a gain from luck; it must belong to the value beside it."""
     rows, labels = clustered()
-    found = {}
+    results = {}
     for confidence in (0.5, 0.95):
         metrics = RetrievalMetrics(ks=(1,), confidence=confidence)
         metrics.update(rows, labels)
-        found[confidence] = metrics.compute()
+        results[confidence] = metrics.compute()
     for name in ("recall@1", "map@r"):
-        low, high = (found[0.95][f"{name}/{end}"] for end in ("low", "high"))
-        inner = [found[0.5][f"{name}/{end}"] for end in ("low", "high")]
-        assert low < inner[0] < found[0.95][name] < inner[1] < high
+        low, high = (results[0.95][f"{name}/{end}"] for end in ("low", "high"))
+        inner = [results[0.5][f"{name}/{end}"] for end in ("low", "high")]
+        assert low < inner[0] < results[0.95][name] < inner[1] < high
 
 
 def test_clustering_metrics_look_at_all_labelled_items() -> None:
@@ -163,8 +163,8 @@ def test_half_precision_halves_the_memory_and_hardly_moves_the_values(metric: An
         for start in range(0, 400, 64):
             metrics.update(rows[start : start + 64], labels[start : start + 64])
         values[dtype] = metrics.compute()
-        (kept,) = metrics.embeddings  # the batches have become one piece
-        assert kept.dtype == getattr(torch, dtype) and kept.shape == (400, 8)
+        (stored,) = metrics.embeddings  # the batches have become one piece
+        assert stored.dtype == getattr(torch, dtype) and stored.shape == (400, 8)
     assert values["float16"] == pytest.approx(values["float32"], abs=0.01)
     assert values["float16"] != values["float32"]
 

@@ -44,7 +44,7 @@ def test_labels_are_not_written_to() -> None:
 
 
 def may_find(query: int, item: int, labels: list[int], groups: list[int], ignore: IgnoreName) -> bool:
-    """What the re-identification protocol, or that of sequences, says of a pair."""
+    """True where the protocol of re-identification, or that of sequences, lets a query find an item."""
     if query == item:
         return False
     same_group = groups[query] >= 0 and groups[query] == groups[item]

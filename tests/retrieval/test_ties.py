@@ -1,4 +1,4 @@
-"""Metrics of tied rankings against their mean over every order of the tied items, and how ties are found."""
+"""Metrics of tied rankings against their mean over every order of the tied items, and the search for ties."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.retrieval.cases import (
 
 
 class Tied(NamedTuple):
-    """A ranking of which some columns are seen, as the functions get it, and what it was made of."""
+    """A ranking of which the first columns are known, as the functions get it, and the runs that it was made of."""
 
     runs: Runs
     columns: int
@@ -64,7 +64,7 @@ def tied_rankings(draw: st.DrawFn) -> Tied:
 
 
 def tied_ranking(runs: Runs, columns: int) -> Tied:
-    """What a search for `columns` neighbours makes of a ranking."""
+    """A ranking as a search for `columns` neighbours sees it."""
     whole = torch.tensor([[hit for run in runs for hit in run]])
     number = torch.tensor([at for at, run in enumerate(runs) for _ in run])
     tied = (number[1:] == number[:-1])[None]
@@ -94,9 +94,9 @@ def assert_equal(value: Tensor, expected: float) -> None:
 def test_the_orders_are_all_permutations() -> None:
     """The oracle below counts each placing of the hits once; every one stands for equally many permutations."""
     run = [True, False, True, False, False]
-    counted = [tuple(run[at] for at in order) for order in permutations(range(5))]
+    permuted = [tuple(run[at] for at in order) for order in permutations(range(5))]
     placings = list(orders([run]))
-    assert len(placings) == 10 and all(counted.count(placing) == 12 for placing in placings)
+    assert len(placings) == 10 and all(permuted.count(placing) == 12 for placing in placings)
 
 
 @given(ranking=tied_rankings(), extra=st.integers(0, 3))
@@ -117,10 +117,10 @@ def test_metrics_at_k_are_means_over_all_orders(ranking: Tied, extra: int) -> No
 @given(ranking=tied_rankings(), data=st.data())
 def test_metrics_at_r_are_means_over_all_orders(ranking: Tied, data: st.DataObject) -> None:
     """The hits before a place within a run are an expectation as well, which is easily taken for independent."""
-    found = max(1, int(ranking.hits.sum()))
+    hits = max(1, int(ranking.hits.sum()))
     # R may not be below the hits of any order; where the run that goes on has more, only such R can be asked for.
     within = min(ranking.columns, sum(map(sum, ranking.runs)))
-    r = data.draw(st.integers(max(found, within), ranking.columns))
+    r = data.draw(st.integers(max(hits, within), ranking.columns))
     counts = torch.tensor([r])
     assert_equal(
         r_precision(ranking.hits, counts, ranking.ties), ranking.expected(lambda order: slow_precision(order, r))
@@ -214,12 +214,12 @@ def test_only_the_last_run_of_the_named_queries_goes_on() -> None:
     hits = torch.tensor([[True, False, True, False], [True, False, True, False]])
     tied = torch.tensor([[True, False, True], [True, False, True]])
     before = tie_runs(hits, tied)
-    kept = [column.clone() for column in before]
+    copies = [column.clone() for column in before]
     ties = with_last_run(before, torch.tensor([1]), torch.tensor([9]), torch.tensor([4]))
     assert ties.start.tolist() == [[0, 0, 2, 2]] * 2
     assert ties.size.tolist() == [[2, 2, 2, 2], [2, 2, 9, 9]]
     assert ties.positives.tolist() == [[1, 1, 1, 1], [1, 1, 4, 4]]
-    assert all(now.equal(then) for now, then in zip(before, kept, strict=True))
+    assert all(now.equal(then) for now, then in zip(before, copies, strict=True))
 
 
 INFINITE = float("inf")

@@ -256,8 +256,8 @@ class ApproximateIndex:
         whole = any(isinstance(graph, faiss.IndexNSG) for graph in graphs)
         try:
             if not index.is_trained:
-                drawn = np.random.default_rng(seed).choice(len(gallery), rows, replace=False, shuffle=False)
-                sample = gallery if rows == len(gallery) else gallery[torch.from_numpy(np.sort(drawn))]
+                numbers = np.random.default_rng(seed).choice(len(gallery), rows, replace=False, shuffle=False)
+                sample = gallery if rows == len(gallery) else gallery[torch.from_numpy(np.sort(numbers))]
                 index.train(self._prepared(sample).numpy())
             with _threads(graph_threads if graphs else faiss.omp_get_max_threads()):
                 for _, block in self._blocks(gallery, len(gallery) if whole else None):

@@ -267,18 +267,18 @@ class _ReciprocalGraph:
 
     def expanded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Sets R* of some rows: the size of each, (n,), and the members, ascending, one row after the other."""
-        nobody = len(self.lists)
+        none = len(self.lists)
         mutual = self.mutual[rows]
-        own = self.lists[rows].masked_fill(~mutual, nobody).sort(dim=1).values
+        own = self.lists[rows].masked_fill(~mutual, none).sort(dim=1).values
         theirs = self.short_lists[self.lists[rows]]
         valid = self.short_mutual[self.lists[rows]]
         place = torch.searchsorted(own, theirs.flatten(1)).clamp_max_(own.shape[1] - 1)
         known = (own.gather(1, place) == theirs.flatten(1)).view_as(theirs) & valid
         # More than two thirds, in whole numbers.
         joins = mutual & (3 * known.sum(dim=2) > 2 * valid.sum(dim=2))
-        joined = theirs.masked_fill_(~(valid & joins[:, :, None]), nobody)
+        joined = theirs.masked_fill_(~(valid & joins[:, :, None]), none)
         members = torch.cat([own, joined.flatten(1)], dim=1).sort(dim=1).values
-        new = members < nobody
+        new = members < none
         new[:, 1:] &= members[:, 1:] != members[:, :-1]
         return new.sum(dim=1), members[new]
 

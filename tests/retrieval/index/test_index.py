@@ -36,7 +36,7 @@ def test_a_flat_index_is_the_exact_search(metric: Any, exclude: bool) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_recall_rises_with_the_lists_that_are_probed(metric: Any) -> None:
-    """That nprobe trades time for recall, up to the exact answer, is the reason for choosing an IVF index."""
+    """An IVF index is chosen because nprobe trades time for recall, up to the exact answer."""
     gallery, queries = rows(800), rows(50, seed=1)
     index = ApproximateIndex(gallery, "IVF16,Flat", metric)
     recalls = []
@@ -66,7 +66,7 @@ def test_the_kinds_of_index_work_with_every_metric(metric: Any, factory: str, pa
     index = ApproximateIndex(gallery, factory, metric, parameters)
     values, positions = index.search(queries, 5)
     assert index.recall(queries, 5, gallery) >= least
-    assert all(len(set(found)) == 5 for found in positions.tolist())
+    assert all(len(set(row)) == 5 for row in positions.tolist())
     steps = values.diff(dim=1)
     assert (steps >= 0).all() if metric == "l2" else (steps <= 0).all()
     assert (positions >= 0).all() and (positions < 700).all() and torch.isfinite(values).all()
@@ -145,11 +145,11 @@ def test_input_stays_as_it_is() -> None:
     assert not values.requires_grad
 
 
-# What recall means
+# The meaning of recall
 
 
-def oracle_recall(queries: Tensor, gallery: Tensor, found: Tensor, k: int, metric: str, allowed: Tensor) -> float:
-    """By loops in float64: found rows that are as near as the k-th nearest of those allowed, of all that there are."""
+def oracle_recall(queries: Tensor, gallery: Tensor, positions: Tensor, k: int, metric: str, allowed: Tensor) -> float:
+    """Share of the rows found that are as near as the k-th nearest of those allowed, by loops in float64."""
     right = total = 0
     for row, query in enumerate(queries.double().tolist()):
         nearness = []
@@ -164,7 +164,7 @@ def oracle_recall(queries: Tensor, gallery: Tensor, found: Tensor, k: int, metri
                 nearness.append(sum(products))
         best = sorted((nearness[i] for i in range(len(gallery)) if allowed[row, i]), reverse=True)[:k]
         total += len(best)
-        right += sum(1 for place in found[row].tolist() if place >= 0 and nearness[place] >= best[-1] - 1e-5)
+        right += sum(1 for place in positions[row].tolist() if place >= 0 and nearness[place] >= best[-1] - 1e-5)
     return right / total
 
 
@@ -185,9 +185,9 @@ def test_recall_is_that_of_a_slow_count_with_ties(seed: int, k: int, metric: Any
         patch.setattr(module, "_BLOCK_ENTRIES", block)
         index = ApproximateIndex(gallery, "PCAR2,SQ4", metric)
         measured = index.recall(queries, k, gallery, [(query_keys, keys)])
-    found = index.search(queries, k, [(query_keys, keys)])[1]
+    positions = index.search(queries, k, [(query_keys, keys)])[1]
     allowed = (query_keys[:, None] != keys) | (query_keys[:, None] < 0)
-    assert measured == pytest.approx(oracle_recall(queries, gallery, found, k, metric, allowed), abs=1e-12)
+    assert measured == pytest.approx(oracle_recall(queries, gallery, positions, k, metric, allowed), abs=1e-12)
 
 
 def test_ties_do_not_lower_recall_and_near_misses_do() -> None:
@@ -195,11 +195,11 @@ def test_ties_do_not_lower_recall_and_near_misses_do() -> None:
     gallery = unit_rows(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 1e-3], [0.0, 1.0]]))
     index = ApproximateIndex(gallery, "Flat")
     query = torch.tensor([[1.0, 0.0]])
-    found = {int(index.search(query, 1)[1])}
-    assert found < {0, 1, 2} and index.recall(query, 1, gallery) == 1.0
+    best = {int(index.search(query, 1)[1])}
+    assert best < {0, 1, 2} and index.recall(query, 1, gallery) == 1.0
     # The same index over other rows: now the one found is 5e-7 less similar than two others.
     moved = gallery.clone()
-    moved[list(found)] = gallery[3]
+    moved[list(best)] = gallery[3]
     assert index.recall(query, 1, moved) == 0.0
 
 
@@ -209,9 +209,9 @@ def test_another_order_of_rounding_is_no_error_of_the_index(monkeypatch: pytest.
     nearer, other = [1.0, 2**-13], [1.0, 0.0]  # by 2**-26, a quarter of the last digit of 1
     gallery = torch.tensor([nearer, nearer, [0.0, 1.0]])
     index = ApproximateIndex(gallery, "Flat")
-    found = int(index.search(query, 1)[1])
-    gallery[found] = torch.tensor(other)
-    monkeypatch.setattr(module, "nearest", lambda *_: (torch.ones(1, 1), torch.tensor([[1 - found]])))
+    best = int(index.search(query, 1)[1])
+    gallery[best] = torch.tensor(other)
+    monkeypatch.setattr(module, "nearest", lambda *_: (torch.ones(1, 1), torch.tensor([[1 - best]])))
     assert index.recall(query, 1, gallery) == 1.0
 
 

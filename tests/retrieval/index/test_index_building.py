@@ -66,9 +66,9 @@ def test_it_trains_on_rows_from_all_over_the_gallery(monkeypatch: pytest.MonkeyP
         ApproximateIndex(gallery, "IVF4,Flat", "l2", train_rows=train_rows)
     assert [len(sample) for sample in samples] == [1000, 65_536, 70_000]
     for sample in samples:
-        drawn = sample[:, 0]
-        assert len(set(drawn.tolist())) == len(drawn)
-        assert drawn.mean() == pytest.approx(35_000, rel=0.1)
+        numbers = sample[:, 0]
+        assert len(set(numbers.tolist())) == len(numbers)
+        assert numbers.mean() == pytest.approx(35_000, rel=0.1)
 
 
 def test_a_graph_is_linked_by_one_thread_unless_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

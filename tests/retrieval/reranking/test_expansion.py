@@ -1,4 +1,4 @@
-"""Query expansion and database-side augmentation against loops, and whether they help where they should."""
+"""Query expansion and database-side augmentation against loops, and their gain on noisy classes."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_expansion_equals_the_definition(n_queries: int, n_gallery: int, k: int,
     query_keys = torch.randint(-1, 3, (n_queries,), generator=generator)
     gallery_keys = torch.randint(-1, 3, (n_gallery,), generator=generator)
 
-    found = QueryExpansion(k, alpha).apply(queries, gallery, [(query_keys, gallery_keys)])
+    answer = QueryExpansion(k, alpha).apply(queries, gallery, [(query_keys, gallery_keys)])
 
     keys = query_keys.tolist(), gallery_keys.tolist()
     expected = slow_expansion(queries.double().numpy(), gallery.double().numpy(), k, alpha, *keys)
-    assert found.dtype == torch.float32 and found.shape == queries.shape
-    np.testing.assert_allclose(found.numpy(), expected.reshape(n_queries, 5), atol=1e-5)
+    assert answer.dtype == torch.float32 and answer.shape == queries.shape
+    np.testing.assert_allclose(answer.numpy(), expected.reshape(n_queries, 5), atol=1e-5)
 
 
 @given(count=st.integers(1, 12), k=st.integers(1, 14), alpha=st.sampled_from([0.0, 3.0]), seed=st.integers(0, 10**6))
@@ -92,7 +92,7 @@ def test_both_lift_the_map_at_r_of_noisy_clusters() -> None:
 
 
 def test_blocks_and_storage_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fits into memory at a time must not decide the numbers, and a half-precision gallery stays one."""
+    """The size of a block must not decide the numbers, and a half-precision gallery stays one."""
     queries, gallery, keys = random_rows(23, 1), random_rows(37, 2), torch.arange(23)
     exclude = [(keys, torch.arange(37))]
     whole = QueryExpansion(4).apply(queries, gallery, exclude), DatabaseAugmentation(4).apply(gallery)
@@ -103,9 +103,9 @@ def test_blocks_and_storage_do_not_change_the_result(monkeypatch: pytest.MonkeyP
     half = DatabaseAugmentation(4).apply(gallery.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), whole[1], atol=5e-3, rtol=0)
-    found = QueryExpansion(4).apply(queries.half(), gallery.half(), exclude)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, whole[0], atol=5e-3, rtol=0)
+    half = QueryExpansion(4).apply(queries.half(), gallery.half(), exclude)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, whole[0], atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 3.0])
