@@ -69,7 +69,7 @@ def kmeans_labels(
         (True, True, False)
     """
     rows = _check_rows(embeddings)
-    check_count("clusters", clusters, 1, len(rows), "there are no more rows: ask for fewer, or embed more items")
+    check_count("clusters", clusters, 1, len(rows), "the number of rows is the most: embed more items for more")
     check_count("seed", seed, 0, 2**63 - 1, "torch takes no larger one")
     check_count("iterations", iterations, 1, 2**31 - 1, "faiss takes no more; 20 is usual")
     points, point_of_row, weights = _distinct_rows(rows)

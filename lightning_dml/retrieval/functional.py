@@ -213,4 +213,4 @@ def _check_hits(hits: Tensor) -> None:
 
 
 def _check_k(hits: Tensor, k: int) -> None:
-    check_count("k", k, 1, hits.shape[1], "hits has no more columns: search for more neighbours")
+    check_count("k", k, 1, hits.shape[1], "hits has that many columns: search for more neighbours for a larger k")

@@ -228,10 +228,13 @@ def broken_rows() -> Tensor:
 
 GOOD = torch.eye(3)
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "not a matrix": ({"queries": torch.ones(3)}, r"queries must be \(rows, dimensions\), got shape \(3,\)"),
-    "no dimensions": ({"gallery": torch.ones(3, 0)}, r"gallery must be \(rows, dimensions\), got shape \(3, 0\)"),
+    "not a matrix": ({"queries": torch.ones(3)}, r"queries must have shape \(N, D\), got \(3,\)"),
+    "no dimensions": ({"gallery": torch.ones(3, 0)}, r"gallery must have shape \(N, D\), got \(3, 0\)"),
     "integers": ({"gallery": torch.ones(3, 3).long()}, r"gallery must be floating point, got torch.int64"),
-    "dimensions differ": ({"gallery": torch.ones(3, 2)}, "gallery has 2 dimensions and queries have 3"),
+    "dimensions differ": (
+        {"gallery": torch.ones(3, 2)},
+        r"gallery must have shape \(N, 3\), got \(3, 2\); all embeddings must come from embedders of the same",
+    ),
     "devices differ": ({"gallery": torch.ones(3, 3, device="meta")}, "gallery is on meta and queries are on cpu"),
     "no queries": ({"queries": torch.ones(0, 3)}, r"queries is empty, got shape \(0, 3\)"),
     "no gallery": ({"gallery": torch.ones(0, 3)}, r"gallery is empty, got shape \(0, 3\)"),

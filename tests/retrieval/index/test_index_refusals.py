@@ -98,7 +98,7 @@ def test_settings_are_checked_before_the_gallery_is_read(monkeypatch: pytest.Mon
 
 
 SEARCH_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "not a matrix": ({"queries": torch.ones(8)}, r"queries must have shape \(N, 8\), got \(8,\)"),
+    "not a matrix": ({"queries": torch.ones(8)}, r"queries must have shape \(N, D\), got \(8,\)"),
     "dimensions": (
         {"queries": rows(5, 7)},
         r"queries must have shape \(N, 8\), got \(5, 7\); all embeddings must come from embedders of the same",

@@ -123,8 +123,8 @@ def test_rows_of_zeros_and_of_one_point_stay_finite(alpha: float) -> None:
         ({"k": 0}, "k must be an integer of at least 1, got 0"),
         ({"k": True}, "k must be an integer of at least 1, got True"),
         ({"k": 2.0}, r"k must be an integer of at least 1, got 2\.0"),
-        ({"alpha": -0.5}, r"alpha must be a finite number of at least 0, got -0\.5"),
-        ({"alpha": float("nan")}, "alpha must be a finite number of at least 0, got nan"),
+        ({"alpha": -0.5}, r"alpha must be a number, finite, at least 0, got -0\.5; 0 weights all alike"),
+        ({"alpha": float("nan")}, "alpha must be a number, finite, at least 0, got nan; 0 weights all alike"),
     ],
 )
 def test_settings_out_of_range(kind: Callable[..., Any], settings: dict[str, Any], message: str) -> None:
@@ -138,7 +138,7 @@ def test_input_that_does_not_fit() -> None:
     rows, broken = torch.eye(3), torch.full((1, 3), float("nan"))
     calls: dict[str, Callable[[], Tensor]] = {
         "gallery is empty": lambda: QueryExpansion().apply(rows, rows[:0]),
-        "gallery has 2 dimensions and queries have 3": lambda: QueryExpansion().apply(rows, rows[:, :2]),
+        r"gallery must have shape \(N, 3\), got \(3, 2\)": lambda: QueryExpansion().apply(rows, rows[:, :2]),
         "queries must be floating point": lambda: QueryExpansion().apply(rows.long(), rows),
         "gallery has NaN": lambda: QueryExpansion().apply(rows, broken),
         "queries has NaN": lambda: QueryExpansion().apply(broken, rows),
