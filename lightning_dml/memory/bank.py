@@ -247,8 +247,9 @@ class MemoryBank:
             given and the step of some row is known.
         """
         slots = slice(self.size)
-        columns = (column[slots] for column in (self.store.labels, self.store.indices, self.store.steps))
-        return {**summarise(*columns, step), "refused": float(self.refused)}
+        store = self.store
+        figures = summarise(store.labels[slots], store.indices[slots], store.steps[slots], step)
+        return {**figures, "refused": float(self.refused)}
 
     def state_dict(self) -> dict[str, Any]:
         """The bank as tensors, numbers and strings that `torch.load(weights_only=True)` reads.
@@ -297,7 +298,7 @@ class MemoryBank:
         self.reset()
         self.store.take_over(place.slots, place.rows, state)
         self.refused.copy_(state["refused"])
-        self.store.pointer, self.store.count = place.pointer, place.count
+        self.store.pointer, self.store.count = place.pointer, place.used
 
     @classmethod
     def from_state_dict(

@@ -21,11 +21,11 @@ KEYS = ("size", "dim", "pointer", "embeddings", "labels", "indices", "steps", "r
 
 
 class Placement(NamedTuple):
-    """Rows of a state with the slots of a bank that they go to, and the bank's count and pointer afterwards."""
+    """Rows of a state with the slots of a bank that they go to, and the bank's count of used slots and pointer afterwards."""
 
     rows: Tensor
     slots: Tensor
-    count: int
+    used: int
     pointer: int
 
 

@@ -51,6 +51,8 @@ class Options:
     def __post_init__(self) -> None:
         _check_each(self)
         _check_search(self)
+        for name in ("ks", "include", "reranking"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a caller's list may change
 
     @property
     def names(self) -> list[str]:
