@@ -21,7 +21,14 @@ KEYS = ("size", "dim", "pointer", "embeddings", "labels", "indices", "steps", "r
 
 
 class Placement(NamedTuple):
-    """Rows of a state with the slots of a bank that they go to, and the bank's count of used slots and pointer afterwards."""
+    """Rows of a state with the slots of a bank that they go to, and where the bank stands afterwards.
+
+    Attributes:
+        rows: (n,) int64, rows of the state.
+        slots: (n,) int64, the slot of each.
+        used: slots in use.
+        pointer: the slot that a queue writes next.
+    """
 
     rows: Tensor
     slots: Tensor
