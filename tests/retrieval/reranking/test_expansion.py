@@ -142,7 +142,7 @@ def test_input_that_does_not_fit() -> None:
         "queries must be floating point": lambda: QueryExpansion().apply(rows.long(), rows),
         "gallery has NaN": lambda: QueryExpansion().apply(rows, broken),
         "queries has NaN": lambda: QueryExpansion().apply(broken, rows),
-        "gallery must be": lambda: DatabaseAugmentation().apply(rows[0]),
+        r"gallery must have shape \(N, D\)": lambda: DatabaseAugmentation().apply(rows[0]),
         "keys must have shape": lambda: DatabaseAugmentation().apply(rows, torch.arange(2)),
     }
     for message, call in calls.items():
