@@ -163,7 +163,7 @@ class DriftMonitor(Callback):
             return
         figures = self._probe_drift(trainer, pl_module) if self.probes else {}
         bank: MemoryBank | None = getattr(pl_module, self.attribute, None)
-        if bank is not None and int(bank.filled):
+        if bank is not None and int(bank.store.labelled):
             purpose = "DriftMonitor to compare the batch with the memory bank"
             embeddings, labels, indices = outputs_of(outputs, purpose)
             if self.entries:

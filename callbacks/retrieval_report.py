@@ -66,7 +66,7 @@ class RetrievalReport(Callback):
             raise InputError(f"queries must not be negative, got {queries}; 0 draws no figure")
         if neighbours < 1:
             raise InputError(f"neighbours must be at least 1, got {neighbours}")
-        self.ks = RetrievalMetrics(ks=ks).ks
+        self.ks = RetrievalMetrics(ks=ks).options.ks
         self.queries = queries
         self.neighbours = neighbours
         self.seed = seed
@@ -98,7 +98,7 @@ class RetrievalReport(Callback):
         self._seconds_before, self._started = seconds, 0.0
         values, evaluated = self._evaluate(trainer, pl_module)
         self.rows = [*self.rows[:1], (f"trained, step {trainer.global_step}", values, seconds)]
-        figure = self._figure(trainer, evaluated.metric, *_gathered(evaluated)) if self.queries else None
+        figure = self._figure(trainer, evaluated.options.metric, *_gathered(evaluated)) if self.queries else None
         # Asking the trainer for its folder is a collective, so every rank asks.
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "retrieval.png")
         _publish(_table(self.rows, self.ks), figure, path)
@@ -143,7 +143,7 @@ class RetrievalReport(Callback):
         template = getattr(getattr(pl_module, "val_metrics", None), "template", None)
         if not isinstance(template, RetrievalMetrics):
             return RetrievalMetrics(ks=self.ks)
-        return RetrievalMetrics(ks=self.ks, metric=template.metric, ignore=template.ignore)
+        return RetrievalMetrics(ks=self.ks, metric=template.options.metric, ignore=template.options.ignore)
 
     def _figure(
         self,

@@ -260,7 +260,7 @@ class WeightCurveLogger(Callback):
         """The parts that take part in the training now, each with the factor of its loss."""
         factors = {"batch": factor_of(pl_module, "batch_weight")}
         bank = getattr(pl_module, self.attribute, None)
-        if isinstance(bank, MemoryBank) and int(bank.filled):
+        if isinstance(bank, MemoryBank) and int(bank.store.labelled):
             factors["memory"] = factor_of(pl_module, "memory_weight") * bank.weight
         return {part: factor for part, factor in factors.items() if factor > 0 and part not in self._stopped}
 

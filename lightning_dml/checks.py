@@ -107,6 +107,12 @@ def check_embeddings(name: str, tensor: object, dim: int | None = None) -> None:
         )
 
 
+def check_not_empty(name: str, tensor: Tensor) -> None:
+    """Raises InputError when `tensor` has no row."""
+    if len(tensor) == 0:
+        raise InputError(f"{name} is empty, got shape {tuple(tensor.shape)}; give at least one row")
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises InputError when a row of `tensor` (N, D) holds NaN or infinity."""
     # One pass without an N x D mask: a sum is finite unless a row holds NaN or inf, or overflows.

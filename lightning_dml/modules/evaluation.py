@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class SetMetrics:
     def _compute_one(self, number: int, prefix: str, sanity_check: bool) -> dict[str, float]:
         evaluator = self[number]
         if sanity_check:
-            evaluator.index, evaluator.index_parameters = None, ""
+            evaluator.options = replace(evaluator.options, index=None, index_parameters="")
         # Without its set in it, a warning of the second set would often be the same as that of the first, and Python
         # shows equal ones once.
         with warnings.catch_warnings(record=True) as caught:

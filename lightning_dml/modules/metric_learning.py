@@ -145,7 +145,7 @@ class MetricLearningModule(LightningModule):
             self._log_train("train/batch_loss", in_batch, len(labels))
             total = total + self.batch_weight * in_batch
         bank = self.memory_bank
-        if bank is not None and bank.total and self.memory_weight * bank.weight:
+        if bank is not None and bank.store.count and self.memory_weight * bank.weight:
             loss = self.loss if self.memory_loss is None else self.memory_loss
             against_bank = _call_loss(loss, embeddings, labels, indices, bank)
             self._log_train("train/memory_loss", against_bank, len(labels))

@@ -235,7 +235,7 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
     trainer.validate(module, data, verbose=False)
     trainer.strategy.connect(module)
     _, evaluated = report._evaluate(_with_val(trainer), module)
-    report._figure(trainer, evaluated.metric, *retrieval_report._gathered(evaluated))
+    report._figure(trainer, evaluated.options.metric, *retrieval_report._gathered(evaluated))
     assert shown == [None, True, True, True, True, False, False] * 3
 
 

@@ -1,4 +1,4 @@
-"""What a bank accepts and refuses, what its writes cost, and its statistics; sequences are in test_bank_machine.py."""
+"""The bank's input and refusals, the cost of its writes, and its statistics; sequences are in test_bank_machine.py."""
 
 from __future__ import annotations
 
@@ -15,23 +15,7 @@ from lightning_dml import MemoryBank
 from lightning_dml.errors import InputError
 from lightning_dml.memory import slots
 from lightning_dml.memory.slot_store import SlotStore
-
-
-def batch(start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that carry their number, so that a mixed-up row shows."""
-    values = torch.arange(start, start + count)
-    return torch.stack((values, -values), dim=1).float(), values % 5, values
-
-
-def random_bank(policy: str = "queue", dtype: torch.dtype = torch.float32, **options: Any) -> MemoryBank:
-    """50 unit rows of 4 columns, of which two are refused and one has no label."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.nn.functional.normalize(torch.randn(50, 4, generator=generator) + 0.5, dim=1)
-    labels = torch.arange(50) % 7
-    rows[[3, 20], 1], labels[30] = torch.nan, -1
-    bank = MemoryBank(60, 4, dtype, policy=policy, **options)
-    bank.enqueue(rows, labels, torch.arange(50), step=4)
-    return bank
+from tests.memory.cases import batch, random_bank
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -45,7 +29,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Runs the operation, then looks."""
         result = func(*args, **(kwargs or {}))
         several = result if isinstance(result, (list, tuple)) else [result]
-        self.look([each for each in several if isinstance(each, Tensor)])
+        self.look([output for output in several if isinstance(output, Tensor)])
         return result
 
 
@@ -72,8 +56,8 @@ def test_a_write_costs_the_batch_and_not_the_bank(policy: str, share: tuple[int,
     bank.enqueue(*batch(0, 9_990))
     before = bank.embeddings.data_ptr()
     assert largest_new_tensor(bank, lambda: bank.enqueue(*batch(9_970, 30))) <= 30 * 2 * 8
-    assert bank.embeddings.data_ptr() == before == bank._store.embeddings.data_ptr()
-    assert bank.labels.untyped_storage().data_ptr() == bank._store.labels.data_ptr()
+    assert bank.embeddings.data_ptr() == before == bank.store.embeddings.data_ptr()
+    assert bank.labels.untyped_storage().data_ptr() == bank.store.labels.data_ptr()
 
 
 @pytest.mark.parametrize("policy", ["queue", "samples"])
@@ -87,7 +71,7 @@ def test_a_write_does_not_wait_for_an_accelerator(policy: str) -> None:
             rows, labels, indices = (column.to("meta") for column in batch(0, 4))
             bank.enqueue(rows, labels, indices, step=1, mask=mask)
         bank.transform(torch.ones(2, device="meta"), torch.ones(2, device="meta"))
-        assert bank.total == 5
+        assert bank.store.count == 5
 
 
 @pytest.mark.parametrize("policy", ["queue", "samples"])
@@ -95,17 +79,17 @@ def test_an_interrupted_write_leaves_no_label_at_a_foreign_row(policy: str) -> N
     """A checkpoint written in a signal handler may come between any two operations."""
     bank = MemoryBank(8, 2, policy=policy)
     bank.enqueue(*batch(0, 6))
-    seen = []
+    labelled_rows = []
 
     def look(results: list[Tensor]) -> None:
         used = bank.labels != -1
         assert torch.equal(bank.embeddings[used, 0].long(), bank.indices[used])
         assert torch.equal(bank.labels[used], bank.indices[used] % 5)
-        seen.append(int(used.sum()))
+        labelled_rows.append(int(used.sum()))
 
     with Watch(look):
         bank.enqueue(*batch(6, 5) if policy == "queue" else batch(2, 4))
-    assert min(seen) < 6  # it did look in the middle of the write
+    assert min(labelled_rows) < 6  # it did look in the middle of the write
 
 
 def test_label_zero_in_the_last_slot_is_full_all_the_same() -> None:
@@ -117,15 +101,15 @@ def test_label_zero_in_the_last_slot_is_full_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("policy", ["queue", "samples"])
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
-def test_what_is_enqueued_does_not_recast_the_bank(policy: str, kept: torch.dtype, given: torch.dtype) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("enqueued", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_enqueued_does_not_recast_the_bank(policy: str, stored: torch.dtype, enqueued: torch.dtype) -> None:
     """A single half-precision batch must not lower the precision of all keys."""
-    bank = MemoryBank(4, 2, dtype=kept, policy=policy, average=0.5 * (policy == "samples"))
+    bank = MemoryBank(4, 2, dtype=stored, policy=policy, average=0.5 * (policy == "samples"))
     for _ in range(2):
-        bank.enqueue(torch.eye(2, dtype=given), torch.tensor([3, 4], dtype=torch.int32), torch.tensor([0, 1]))
-    assert bank.embeddings.dtype == kept and bank.labels.dtype == torch.int64
-    assert torch.equal(bank.embeddings[:2], torch.eye(2, dtype=kept))
+        bank.enqueue(torch.eye(2, dtype=enqueued), torch.tensor([3, 4], dtype=torch.int32), torch.tensor([0, 1]))
+    assert bank.embeddings.dtype == stored and bank.labels.dtype == torch.int64
+    assert torch.equal(bank.embeddings[:2], torch.eye(2, dtype=stored))
 
 
 def test_rows_that_are_not_finite_are_refused() -> None:
@@ -136,7 +120,7 @@ def test_rows_that_are_not_finite_are_refused() -> None:
     assert bank.labels.tolist() == [1, -1, -1]
     assert bank.indices.tolist() == [4, -1, -1]
     assert torch.isfinite(bank.embeddings).all()
-    assert int(bank.refused) == 2 and int(bank.filled) == 1
+    assert int(bank.refused) == 2 and int(bank.store.labelled) == 1
 
 
 def test_what_overflows_the_stored_dtype_is_refused() -> None:
@@ -159,7 +143,7 @@ def test_an_empty_batch_changes_nothing(policy: str) -> None:
     """The last shard of an uneven epoch may be empty."""
     bank = MemoryBank(4, 2, policy=policy)
     bank.enqueue(*batch(0, 0))
-    assert (len(bank), bank.total) == (0, 0) and bank.embeddings.shape == (0, 2)
+    assert (len(bank), bank.store.count) == (0, 0) and bank.embeddings.shape == (0, 2)
     bank.enqueue(*batch(0, 3))
     before = bank.state_dict()
     bank.enqueue(*batch(0, 0), mask=torch.zeros(0, dtype=torch.bool))
@@ -261,7 +245,7 @@ def test_transform_is_the_map_of_each_labelled_row(
 
 
 def test_transform_keeps_rows_that_would_lose_their_direction() -> None:
-    """Dividing by a length of nought would put NaN into the bank, past the check at its door."""
+    """A division by a length of zero would put NaN into the bank, past the check of what enters."""
     bank = MemoryBank(3, 2)
     bank.enqueue(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
     bank.transform(torch.ones(2), torch.tensor([-1.0, 0.0]))
@@ -281,7 +265,7 @@ def test_moments_and_transform_make_no_second_bank() -> None:
 
 
 def test_the_summary_counts_what_is_there() -> None:
-    """Who wonders why the loss is nought looks here; refused rows must not be counted as rows."""
+    """A user whose loss is zero looks here; refused rows must not be counted as rows."""
     bank = MemoryBank(8, 2)
     assert bank.summary(step=3) == {"filled": 0, "rows": 0, "classes": 0, "samples": 0, "refused": 0}
     rows, labels, indices = batch(0, 6)
@@ -293,7 +277,7 @@ def test_the_summary_counts_what_is_there() -> None:
     assert bank.summary() == counts
     assert bank.summary(20) == pytest.approx({**counts, "age_mean": (5 * 10 + 4) / 6, "age_max": 10})
     assert all(isinstance(value, float) for value in bank.summary(20).values())
-    assert repr(bank) == "MemoryBank(size=8, dim=2, filled=8, dtype=torch.float32)"
+    assert repr(bank) == "MemoryBank(size=8, dim=2, rows=8, dtype=torch.float32)"
 
 
 def samples() -> MemoryBank:
@@ -312,13 +296,13 @@ LABEL = torch.tensor([0])
         (lambda: MemoryBank(2, 0), "dim.*0"),
         (lambda: MemoryBank(2, 2, dtype=torch.int64), "dtype.*int64"),
         (lambda: MemoryBank(2, 2, policy="stack"), "policy.*queue, samples.*'stack'"),
-        (lambda: MemoryBank(2, 2, policy="samples", average=1.0), r"average.*\[0, 1\).*1.0"),
+        (lambda: MemoryBank(2, 2, policy="samples", average=1.0), "average.*less than 1.*1.0"),
         (lambda: MemoryBank(2, 2, policy="samples", average=float("nan")), "average.*nan"),
         (lambda: MemoryBank(2, 2, average=0.5), "average 0.5.*'samples'"),
         (lambda: MemoryBank(2, 2, share=(2, 2)), r"share.*\(2, 2\)"),
         (lambda: MemoryBank(2, 2, share=(-1, 2)), r"share.*\(-1, 2\)"),
-        (lambda: MemoryBank(2, 2).enqueue(torch.ones(1, 3), LABEL), r"\(n, 2\).*\(1, 3\)"),
-        (lambda: MemoryBank(2, 2).enqueue(ONE.long(), LABEL), "float tensor.*int64"),
+        (lambda: MemoryBank(2, 2).enqueue(torch.ones(1, 3), LABEL), r"\(N, 2\).*\(1, 3\)"),
+        (lambda: MemoryBank(2, 2).enqueue(ONE.long(), LABEL), "floating point.*int64"),
         (lambda: MemoryBank(2, 2).enqueue(ONE, torch.tensor([0.5])), "labels must be integers"),
         (lambda: MemoryBank(2, 2).enqueue(ONE, torch.tensor([0, 1])), r"labels.*\(1,\).*\(2,\)"),
         (lambda: MemoryBank(2, 2).enqueue(ONE, LABEL, torch.tensor([0, 1])), r"indices.*\(1,\).*\(2,\)"),

@@ -331,7 +331,7 @@ def test_an_index_of_more_lists_than_a_sanity_check_has_rows() -> None:
     exact = by_hand(module, data.val_dataloader())
     assert trainer.callback_metrics["val/index_recall"] < 1  # the index is in use where there are rows enough
     assert trainer.callback_metrics["val/map@r"] != pytest.approx(exact["map@r"])
-    assert (evaluator.index, evaluator.index_parameters) == ("IVF16,Flat", "nprobe=4")
+    assert (evaluator.options.index, evaluator.options.index_parameters) == ("IVF16,Flat", "nprobe=4")
 
 
 def queries_first(queries: int) -> DataLoader[Any]:
@@ -452,6 +452,6 @@ trainer:
     )
     main(["fit", "--config", "config.yaml", "--config", "evaluation.yaml"])
     loaded = MetricLearningModule.load_from_checkpoint(folder / "best.ckpt", map_location="cpu")
-    assert (loaded.val_metrics[0].ks, loaded.test_metrics[0].metric) == ((1, 5), "l2")
+    assert (loaded.val_metrics[0].options.ks, loaded.test_metrics[0].options.metric) == ((1, 5), "l2")
     saved = torch.load(folder / "best.ckpt", weights_only=True)
     assert not any("metrics" in name for name in saved["state_dict"])

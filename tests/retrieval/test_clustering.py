@@ -51,14 +51,14 @@ def slow_mean_entropy(labels: list[int], clusters: list[int]) -> float:
 
 
 def within_clusters(rows: Tensor, clusters: Tensor) -> float:
-    """What k-means minimises: squared distances of the rows to the means of their clusters, in float64."""
+    """Sum that k-means minimises: squared distances of the rows to the means of their clusters, in float64."""
     members = [rows.double()[clusters == cluster] for cluster in torch.unique(clusters)]
-    return sum(float((each - each.mean(dim=0)).square().sum()) for each in members)
+    return sum(float((rows_of_cluster - rows_of_cluster.mean(dim=0)).square().sum()) for rows_of_cluster in members)
 
 
-def blobs(clusters: int, each: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows around far corners, and which corner each belongs to."""
-    labels = torch.arange(clusters * each) % clusters
+def blobs(clusters: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows around far corners, and the number of each row's corner."""
+    labels = torch.arange(clusters * size) % clusters
     noise = torch.randn(len(labels), 8, generator=torch.Generator().manual_seed(seed))
     return torch.eye(8)[labels] * 5 + 0.1 * noise, labels
 
@@ -104,20 +104,20 @@ def test_scores_equal_scikit_learn(seed: int, size: int, classes: int, clusters:
     """The two numbers are compared with papers, which took them from there."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (size,), generator=generator)
-    found = torch.randint(clusters, (size,), generator=generator)
-    kept = torch.rand(size, generator=generator) < agreeing
-    found[kept] = labels[kept]
-    nmi, ami = normalized_mutual_information(labels, found), adjusted_mutual_information(labels, found)
-    assert nmi == pytest.approx(normalized_mutual_info_score(labels.numpy(), found.numpy()), rel=1e-9, abs=1e-9)
-    assert ami == pytest.approx(adjusted_mutual_info_score(labels.numpy(), found.numpy()), rel=1e-9, abs=1e-9)
+    partition = torch.randint(clusters, (size,), generator=generator)
+    same = torch.rand(size, generator=generator) < agreeing
+    partition[same] = labels[same]
+    nmi, ami = normalized_mutual_information(labels, partition), adjusted_mutual_information(labels, partition)
+    assert nmi == pytest.approx(normalized_mutual_info_score(labels.numpy(), partition.numpy()), rel=1e-9, abs=1e-9)
+    assert ami == pytest.approx(adjusted_mutual_info_score(labels.numpy(), partition.numpy()), rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("score", [normalized_mutual_information, adjusted_mutual_information])
-@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("classes", [1, 4])
-def test_equal_partitions_have_one(score: Any, each: int, classes: int) -> None:
-    """Also where entropy, or what chance leaves, is 0; exactly 1, so that no mean of such values exceeds it."""
-    labels = torch.arange(classes).repeat(each)
+def test_equal_partitions_have_one(score: Any, size: int, classes: int) -> None:
+    """The score is 1 also where entropy, or what chance leaves, is 0; exactly, so that no mean of scores exceeds it."""
+    labels = torch.arange(classes).repeat(size)
     assert score(labels, 7 - labels * 2) == 1.0
 
 
@@ -137,35 +137,35 @@ def test_two_large_classes() -> None:
     """Long sums, of which only the middle is computed: what is left out must not show."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(100_000) % 2
-    found = torch.where(torch.rand(100_000, generator=generator) < 0.1, labels, 1 - labels.roll(1) * 2)
-    expected = adjusted_mutual_info_score(labels.numpy(), found.numpy())
-    assert adjusted_mutual_information(labels, found) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    partition = torch.where(torch.rand(100_000, generator=generator) < 0.1, labels, 1 - labels.roll(1) * 2)
+    expected = adjusted_mutual_info_score(labels.numpy(), partition.numpy())
+    assert adjusted_mutual_information(labels, partition) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_memory_of_ami_does_not_grow_with_classes_times_clusters() -> None:
     """11,316 classes and as many clusters (SOP) would be a gigabyte as a table."""
     labels = torch.arange(60_502) % 11_316
-    found = torch.randint(11_316, (60_502,), generator=torch.Generator().manual_seed(0))
+    partition = torch.randint(11_316, (60_502,), generator=torch.Generator().manual_seed(0))
     with LargestTensor() as largest:
-        adjusted_mutual_information(labels, found)
+        adjusted_mutual_information(labels, partition)
     assert 60_502 <= largest.entries <= clustering._BLOCK_ENTRIES
 
 
 def test_memory_of_ami_where_all_sizes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing can be grouped there, so the sum is cut in blocks, and the cuts must not change it."""
     labels = torch.arange(100).repeat_interleave(torch.arange(1, 101))
-    found = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    found[::2] = labels[::2]
+    partition = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    partition[::2] = labels[::2]
     with LargestTensor() as largest:
-        whole = adjusted_mutual_information(labels, found)
+        whole = adjusted_mutual_information(labels, partition)
     assert largest.entries > 4 * len(labels)
     monkeypatch.setattr(clustering, "_BLOCK_ENTRIES", 2000)
     with LargestTensor() as largest:
-        blocked = adjusted_mutual_information(labels, found)
-    # The pairs of sizes are then the largest thing held, and there are at most two for each item.
+        blocked = adjusted_mutual_information(labels, partition)
+    # The pairs of sizes are then the largest thing in memory, and there are at most two for each item.
     assert largest.entries <= 2 * len(labels)
     assert blocked == pytest.approx(whole, rel=1e-12)
-    assert blocked == pytest.approx(adjusted_mutual_info_score(labels.numpy(), found.numpy()), rel=1e-9)
+    assert blocked == pytest.approx(adjusted_mutual_info_score(labels.numpy(), partition.numpy()), rel=1e-9)
 
 
 @pytest.mark.parametrize("score", [normalized_mutual_information, adjusted_mutual_information])
@@ -217,7 +217,7 @@ def test_kmeans_does_not_depend_on_the_order_of_the_rows() -> None:
 
 
 def test_single_iterations_equal_one_run_of_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What makes it possible to call back between iterations must not cost quality, where clusters ran empty too."""
+    """Calls between the iterations must not cost quality, nor where clusters run empty."""
     generator = torch.Generator().manual_seed(0)
     # Distinct rows, many of them nearer to each other than float32 tells: some of the first centroids get no rows.
     rows = torch.randn(600, 4, generator=generator).round() + 1e-6 * torch.randn(600, 4, generator=generator)
@@ -259,14 +259,14 @@ def test_kmeans_of_any_rows(clusters: int, distinct: int, scale: float, capfd: p
     corners = torch.randn(distinct, 6, generator=torch.Generator().manual_seed(0))
     rows = corners.repeat(40 // distinct, 1) * scale
     calls: list[int] = []
-    found = kmeans_labels(rows, clusters, iterations=7, after_iteration=lambda: calls.append(1))
+    answer = kmeans_labels(rows, clusters, iterations=7, after_iteration=lambda: calls.append(1))
     # The other ranks wait this often, whatever rank 0 finds.
     assert len(calls) == 7
-    assert 0 <= int(found.min()) and int(found.max()) < clusters
+    assert 0 <= int(answer.min()) and int(answer.max()) < clusters
     # Equal rows share a cluster, so that a collapsed model is not scored by the order of its rows.
-    assert len({(row % distinct, cluster) for row, cluster in enumerate(found.tolist())}) == distinct
+    assert len({(row % distinct, cluster) for row, cluster in enumerate(answer.tolist())}) == distinct
     if clusters >= distinct:
-        assert len(torch.unique(found)) == distinct
+        assert len(torch.unique(answer)) == distinct
     assert capfd.readouterr() == ("", "")
 
 
@@ -289,15 +289,15 @@ ROWS = torch.eye(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"embeddings": ROWS[0]}, r"embeddings must be \(rows, dimensions\), got shape \(3,\)"),
+        ({"embeddings": ROWS[0]}, r"embeddings must have shape \(N, D\), got \(3,\)"),
         ({"embeddings": ROWS.long()}, "embeddings must be floating point, got torch.int64"),
         ({"embeddings": ROWS[:0]}, r"embeddings is empty, got shape \(0, 3\)"),
         ({"embeddings": ROWS.to("meta")}, "embeddings must be on the CPU, .* got meta"),
         ({"embeddings": ROWS / 0}, "embeddings has NaN or infinite values in 3 of 3 rows"),
-        ({"clusters": 0}, "clusters must be an integer from 1 to 3, the number of rows; .* got 0"),
-        ({"clusters": 4}, "clusters must be an integer from 1 to 3, the number of rows; .* got 4"),
-        ({"clusters": 2.0}, "clusters must be an integer from 1 to 3, .* got 2.0"),
-        ({"clusters": True}, "clusters must be an integer from 1 to 3, .* got True"),
+        ({"clusters": 0}, "clusters must be an integer from 1 to 3, got 0; the number of rows is the most"),
+        ({"clusters": 4}, "clusters must be an integer from 1 to 3, got 4; the number of rows is the most"),
+        ({"clusters": 2.0}, "clusters must be an integer from 1 to 3, got 2.0"),
+        ({"clusters": True}, "clusters must be an integer from 1 to 3, got True"),
         ({"seed": -1}, "seed must be an integer from 0 to .* got -1"),
         ({"iterations": 0}, "iterations must be an integer from 1 to .* got 0"),
     ],

@@ -68,11 +68,11 @@ def test_equals_a_sort_of_all_pairs(
     )
 
     assert positions.dtype == torch.int64 and values.dtype == torch.float32
-    for row, found, all_values, all_positions in zip(values, positions.tolist(), *expected, strict=True):
+    for row, its_positions, all_values, all_positions in zip(values, positions.tolist(), *expected, strict=True):
         value_of = dict(zip(all_positions, all_values, strict=True))  # without those that are left out
-        assert len(set(found)) == k
+        assert len(set(its_positions)) == k
         # By value: float32 may exchange neighbours that are nearer to each other than its rounding.
-        assert [value_of[each] for each in found] == pytest.approx(all_values[:k], rel=1e-4, abs=1e-5)
+        assert [value_of[position] for position in its_positions] == pytest.approx(all_values[:k], rel=1e-4, abs=1e-5)
         assert row.tolist() == pytest.approx(all_values[:k], rel=1e-4, abs=1e-5)
 
 
@@ -213,10 +213,10 @@ def test_similarities_are_float32_whatever_precision_training_has() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        found = search.similarities(queries, gallery, "inner_product")
+        table = search.similarities(queries, gallery, "inner_product")
     finally:
         torch.set_float32_matmul_precision(before)
-    assert (found - exact).abs().max() < 1e-4  # in bfloat16 some 0.1
+    assert (table - exact).abs().max() < 1e-4  # in bfloat16 some 0.1
 
 
 def broken_rows() -> Tensor:
@@ -228,10 +228,13 @@ def broken_rows() -> Tensor:
 
 GOOD = torch.eye(3)
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "not a matrix": ({"queries": torch.ones(3)}, r"queries must be \(rows, dimensions\), got shape \(3,\)"),
-    "no dimensions": ({"gallery": torch.ones(3, 0)}, r"gallery must be \(rows, dimensions\), got shape \(3, 0\)"),
+    "not a matrix": ({"queries": torch.ones(3)}, r"queries must have shape \(N, D\), got \(3,\)"),
+    "no dimensions": ({"gallery": torch.ones(3, 0)}, r"gallery must have shape \(N, D\), got \(3, 0\)"),
     "integers": ({"gallery": torch.ones(3, 3).long()}, r"gallery must be floating point, got torch.int64"),
-    "dimensions differ": ({"gallery": torch.ones(3, 2)}, "gallery has 2 dimensions and queries have 3"),
+    "dimensions differ": (
+        {"gallery": torch.ones(3, 2)},
+        r"gallery must have shape \(N, 3\), got \(3, 2\); all embeddings must come from embedders of the same",
+    ),
     "devices differ": ({"gallery": torch.ones(3, 3, device="meta")}, "gallery is on meta and queries are on cpu"),
     "no queries": ({"queries": torch.ones(0, 3)}, r"queries is empty, got shape \(0, 3\)"),
     "no gallery": ({"gallery": torch.ones(0, 3)}, r"gallery is empty, got shape \(0, 3\)"),
@@ -244,7 +247,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "other index only": ({"gallery_indices": torch.arange(3)}, "query_indices is missing"),
     "index length": (
         {"query_indices": torch.arange(2), "gallery_indices": torch.arange(3)},
-        r"query_indices must have shape \(3,\), one for each row, got \(2,\)",
+        r"query_indices must have shape \(3,\), one for each row of queries, got \(2,\)",
     ),
     "index dtype": (
         {"query_indices": torch.arange(3), "gallery_indices": torch.arange(3.0)},
@@ -300,8 +303,7 @@ def test_nearest_passes_over_large_groups(
         values, positions = nearest(queries, gallery, k, metric, [(query_keys, gallery_keys)])
     assert values.shape == positions.shape == (n_queries, k)
     expected = slow_knn(queries, gallery.float(), k, metric, query_keys, gallery_keys)[1]
-    found = [[position for position in row if position >= 0] for row in positions.tolist()]
-    assert found == expected
+    assert [[position for position in row if position >= 0] for row in positions.tolist()] == expected
     assert torch.equal(values.isinf(), positions < 0)
 
 
