@@ -13,7 +13,6 @@ import pytorch_metric_learning.losses as pml
 import torch
 from hypothesis import given, settings
 from pytorch_lightning import LightningDataModule, LightningModule
-from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,40 +32,22 @@ from lightning_dml.losses import (
 )
 from lightning_dml.losses.base import Reduction
 from tests.helpers import ROOT, LargestTensor, run_ranks
-from tests.losses.inspection.test_pair_weights import tangential
+from tests.losses.cases import (
+    OURS,
+    THEIRS,
+    anchors_and_references,
+    own_share,
+    tangential,
+    value_and_gradients,
+)
 from tests.losses.oracle import batches, gradients
-from tests.losses.test_distributed_losses import LOSSES
-from tests.losses.test_sharded import MINED, called, data, share
 
-OURS: dict[str, PairWeightingLoss] = {
-    name: copy.deepcopy(loss).requires_grad_(False) for name, loss in (LOSSES | MINED).items()
-} | {
-    "contrastive on distance": ContrastiveLoss(measure="distance"),
-    "contrastive on squared distance": ContrastiveLoss(measure="squared_distance"),
-    "circle, not detached": losses.CircleLoss(0.4, 8.0, detach=False),
-    "halves of halves": DirectWeightingLoss(FromLoss(MultiSimilarityLoss()), FromLoss(losses.SupConLoss(0.5))),
-}
 LIFTED = losses.LiftedStructureLoss(variant="original")
 COUPLED: dict[str, PairWeightingLoss] = {
     "lifted, original": LIFTED,
     "lifted, original, mined": losses.LiftedStructureLoss(variant="original", miner=losses.ThresholdMiner(0.9, 0.0)),
 }
 
-THEIRS: dict[str, Callable[[], nn.Module]] = {
-    "contrastive": lambda: pml.ContrastiveLoss(1.0, 0.3, distance=CosineSimilarity()),
-    "contrastive on distance": pml.ContrastiveLoss,
-    "multi-similarity": lambda: pml.MultiSimilarityLoss(2.0, 10.0, 0.5),
-    "triplet": lambda: pml.TripletMarginLoss(0.2),
-    "n-pair of tuplets": pml.TupletMarginLoss,
-    "nt-xent": lambda: pml.NTXentLoss(0.2),
-    "supcon": pml.SupConLoss,
-    "circle": pml.CircleLoss,
-    "lifted": pml.LiftedStructureLoss,
-    "lifted, generalized": pml.GeneralizedLiftedStructureLoss,
-    "nca": pml.NCALoss,
-    "margin": pml.MarginLoss,
-    "intra-pair variance": pml.IntraPairVarianceLoss,
-}
 IN_BATCH_ONLY: dict[str, Callable[[], nn.Module]] = {
     "fastap": pml.FastAPLoss,
     "ranked list": lambda: pml.RankedListLoss(margin=0.4, Tn=1.0, Tp=0.0),
@@ -208,21 +189,24 @@ RANKED = ("contrastive", "multi-similarity", "fastap", "semi-hard", "batch hard"
 
 def on_rank(rank: int, ranks: int) -> dict[str, list[Any]]:
     """Each loss and its halves: in-batch, against all references, and against shares of them."""
-    anchors, references = data(ranks, rank)
+    anchors, references = anchors_and_references(ranks, rank)
     found: dict[str, list[Any]] = {}
     for name in RANKED:
         for reduction in get_args(Reduction):
             loss = copy.deepcopy((LOSSES | MINED)[name])
             loss.reduction = reduction
-            for kind, given_references in (("in-batch", {}), ("memory", references), ("shares", share(references))):
-                pair = [called(each, anchors, given_references) for each in (loss, whole(loss, reduction=reduction))]
+            for kind, given_references in (("in-batch", {}), ("memory", references), ("shares", own_share(references))):
+                pair = [
+                    value_and_gradients(each, anchors, given_references)
+                    for each in (loss, whole(loss, reduction=reduction))
+                ]
                 found[f"{name}, {reduction}, {kind}"] = pair
-    found["lifted"] = [called(each, anchors, {}) for each in (LIFTED, whole(LIFTED))]
+    found["lifted"] = [value_and_gradients(each, anchors, {}) for each in (LIFTED, whole(LIFTED))]
     theirs = pml.NTXentLoss(0.2)
     both = DirectWeightingLoss(FromLoss(theirs), FromLoss(theirs))
-    found["theirs"] = [called(both, anchors, {}), called(both, anchors, references)]
+    found["theirs"] = [value_and_gradients(both, anchors, {}), value_and_gradients(both, anchors, references)]
     with pytest.raises(InputError, match="ref_sharded=True needs weights that come row by row"):
-        called(both, anchors, share(references))
+        value_and_gradients(both, anchors, own_share(references))
     return found
 
 
@@ -238,15 +222,15 @@ def test_halves_train_on_ranks_as_their_loss_does() -> None:
 
 def their_batch(rank: int, ranks: int) -> Any:
     """The gradient of another library's loss from its halves, this rank's rows."""
-    anchors, _ = data(2, 0) if ranks == 2 and rank == 0 else data(2, 1)
+    anchors, _ = anchors_and_references(2, 0) if ranks == 2 and rank == 0 else anchors_and_references(2, 1)
     loss = pml.MultiSimilarityLoss(2.0, 10.0, 0.5)
-    (_, (gradient,)) = called(DirectWeightingLoss(FromLoss(loss), FromLoss(loss)), anchors, {})
+    (_, (gradient,)) = value_and_gradients(DirectWeightingLoss(FromLoss(loss), FromLoss(loss)), anchors, {})
     return gradient
 
 
 def test_another_librarys_loss_sees_the_batches_of_all_ranks() -> None:
     """Its in-batch weights are those of one process with the whole batch; DDP takes the mean over two ranks."""
-    parts = [data(2, rank)[0] for rank in range(2)]
+    parts = [anchors_and_references(2, rank)[0] for rank in range(2)]
     embeddings = torch.cat([part["embeddings"] for part in parts]).requires_grad_()
     labels = torch.cat([part["labels"] for part in parts])
     loss = pml.MultiSimilarityLoss(2.0, 10.0, 0.5)

@@ -14,34 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_dml import distributed, losses
 from lightning_dml.losses import ContrastiveLoss
 from tests.helpers import run_ranks
+from tests.losses.cases import LOSSES, grad_of, net
 
-LOSSES: dict[str, losses.PairWeightingLoss] = {
-    "contrastive": ContrastiveLoss(0.2),
-    "contrastive, mined": ContrastiveLoss(0.2, miner=losses.MultiSimilarityMiner(0.1)),
-    "multi-similarity": losses.MultiSimilarityLoss(2.0, 10.0, 0.2),
-    "direct": losses.DirectWeightingLoss(losses.curves.Constant(), losses.curves.Linear(0.1)),
-    "general": losses.GeneralPairWeightingLoss("triplet_violation", "linear", "softmax", "mean"),
-    "triplet": losses.TripletLoss(0.2),
-    "triplet, soft": losses.TripletLoss(scale=4.0, measure="distance"),
-    "margin, learned": losses.MarginLoss(learn_beta=True).double(),
-    "ranked list": losses.RankedListLoss(),
-    "fastap": losses.FastAPLoss(),
-    "n-pair": losses.NPairLoss(4.0),
-    "nt-xent": losses.NTXentLoss(0.5),
-    "tuplet margin": losses.TupletMarginLoss(8.0),
-    "supcon": losses.SupConLoss(0.5),
-    "nca": losses.NCALoss(),
-    "lifted": losses.LiftedStructureLoss(),
-    "binomial": losses.BinomialDevianceLoss(2.0, 10.0, 0.2),
-    "circle": losses.CircleLoss(0.4, 8.0),
-}
 SIZES = {2: (5, 11), 3: (4, 1, 11)}
-
-
-def net() -> nn.Module:
-    """The same network on every rank."""
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8)).double()
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -77,12 +52,6 @@ def gradient(model: nn.Module, name: str, reduction: losses.base.Reduction, rows
         mean = distributed.all_reduce_sum(grad_of(parameter)) / distributed.world_size()
         gradients.append(mean)
     return float(value.detach()), [gradient.numpy().copy() for gradient in gradients]
-
-
-def grad_of(parameter: Tensor) -> Tensor:
-    """The gradient of a parameter that the loss must reach."""
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 CASES = [(name, reduction) for name in LOSSES for reduction in get_args(losses.base.Reduction)]

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss, MultiSimilarityLoss, PairWeightingLoss, engine
 from lightning_dml.losses.weighting import Weighting
+from tests.losses.cases import LOSSES
 from tests.losses.oracle import gradients
-from tests.losses.test_distributed_losses import LOSSES
 
 
 def data(anchors: int = 21, references: int = 50) -> dict[str, Any]:

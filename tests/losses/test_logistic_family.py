@@ -24,8 +24,8 @@ from lightning_dml.losses.weighting.distance import MIN_DISTANCE
 from lightning_dml.losses.weighting.lifted import LiftedWeighting, OriginalLiftedWeighting
 from tests.helpers import run_ranks
 from tests.losses import oracle
-from tests.losses.oracle import batches, gradients
-from tests.losses.test_softmax_family import balanced, extremes, normalized, nothing
+from tests.losses.cases import balanced, extremes, normalized
+from tests.losses.oracle import batches, gradients, nothing
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 

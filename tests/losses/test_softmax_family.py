@@ -26,14 +26,8 @@ from lightning_dml.losses.weighting.softmax import (
     TupletMarginWeighting,
 )
 from tests.losses import oracle
-from tests.losses.oracle import batches, gradients
-
-RowLoss = Callable[[Tensor, Tensor], Tensor]
-
-
-def nothing(sp: Tensor, sn: Tensor) -> Tensor:
-    """No loss, with a graph."""
-    return sp.sum() * 0 + sn.sum() * 0
+from tests.losses.cases import balanced, extremes, normalized
+from tests.losses.oracle import RowLoss, batches, gradients, nothing
 
 
 def n_pair(scale: float, mean: bool = True, margin: float = 0.0) -> RowLoss:
@@ -170,21 +164,6 @@ WEIGHTINGS = [
 ]
 
 
-def extremes() -> tuple[Tensor, Tensor, Tensor]:
-    """Rows without positives, negatives or either, with one side only, all equal, S beyond 1 and at -1."""
-    similarity = torch.tensor([1.0, 1 + 1e-6, -1.0, 0.0, 1 - 1e-7, -1 - 1e-6, 0.3, 1.0]).repeat(8, 1)
-    similarity[6], similarity[7] = 1.0, -1.0
-    positive = torch.zeros(8, 8, dtype=torch.bool)
-    negative = torch.zeros(8, 8, dtype=torch.bool)
-    positive[0, :4], negative[0, 4:] = True, True
-    positive[1, 4:], negative[1, :4] = True, True
-    negative[2] = True
-    positive[3] = True
-    positive[5, 2], negative[5, 0] = True, True
-    positive[6:, ::2], negative[6:, 1::2] = True, True
-    return similarity, positive, negative
-
-
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=repr)
 def test_extreme_rows_are_finite_and_near_float64(weighting: Any) -> None:
     """e^64 overflows half of float32's range when squared; the sums must stay in log space."""
@@ -212,22 +191,6 @@ def test_an_empty_memory_gives_no_loss(loss: PairWeightingLoss) -> None:
     """The first step with a bank may find it empty."""
     value = loss(F.normalize(torch.randn(3, 4), dim=1), torch.arange(3), torch.zeros(0, 4), torch.zeros(0).long())
     assert float(value) == 0
-
-
-def balanced() -> tuple[Tensor, Tensor]:
-    """A P x K batch, where a mean over anchors is a mean over positive pairs."""
-    return F.normalize(torch.randn(24, 8, dtype=torch.float64), dim=1), torch.arange(24) % 6
-
-
-def normalized(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss of rows made unit, as the peer makes them again; its gradient has no part along the rows."""
-
-    def call(**batch: Any) -> Tensor:
-        return loss(
-            **{name: F.normalize(each, dim=1) if each.is_floating_point() else each for name, each in batch.items()}
-        )
-
-    return call
 
 
 PEERS: dict[str, tuple[PairWeightingLoss, Any]] = {

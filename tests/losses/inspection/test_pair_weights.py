@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_dml import losses
 from lightning_dml.errors import InputError
 from lightning_dml.losses import MultiSimilarityMiner, pair_weights
+from tests.losses.cases import tangential
 
 OURS = {
     "contrastive": losses.ContrastiveLoss(0.2, reduction="pairs"),
@@ -62,11 +63,6 @@ def test_our_weights_make_the_gradient(name: str) -> None:
     if name != "lifted, original":
         weights = pair_weights(OURS[name], **data())
         torch.testing.assert_close(weights @ data()["ref_emb"], gradient(OURS[name], data()), rtol=1e-9, atol=1e-9)
-
-
-def tangential(gradient: Tensor, embeddings: Tensor) -> Tensor:
-    """The part of a gradient that moves unit rows; losses that normalise anew have no other part."""
-    return gradient - (gradient * embeddings).sum(dim=1, keepdim=True) * embeddings
 
 
 @pytest.mark.parametrize("name", THEIRS)

@@ -33,7 +33,7 @@ from lightning_dml.losses import (
     weight_curve,
 )
 from lightning_dml.losses.inspection.weight_curves import ALONE
-from tests.losses.test_direct_loss import OURS, THEIRS
+from tests.losses.cases import OURS, THEIRS
 
 Weight = Callable[[float], float]
 
