@@ -33,6 +33,8 @@ from lightning_dml.losses import (
 from lightning_dml.losses.base import Reduction
 from tests.helpers import ROOT, LargestTensor, run_ranks
 from tests.losses.cases import (
+    LOSSES,
+    MINED,
     OURS,
     THEIRS,
     anchors_and_references,

@@ -27,9 +27,7 @@ from lightning_dml.losses.weighting.distance import (
 from lightning_dml.losses.weighting.ranking import FastAPWeighting, RankedListWeighting
 from lightning_dml.losses.weighting.triplet import SoftTripletWeighting, TripletWeighting
 from tests.losses import oracle
-from tests.losses.oracle import batches, gradients
-
-RowLoss = Callable[[Tensor, Tensor], Tensor]
+from tests.losses.oracle import RowLoss, batches, gradients
 
 
 def nothing(sp: Tensor, sn: Tensor) -> Tensor:

@@ -25,9 +25,7 @@ from lightning_dml.losses.weighting.lifted import LiftedWeighting, OriginalLifte
 from tests.helpers import run_ranks
 from tests.losses import oracle
 from tests.losses.cases import balanced, extremes, normalized
-from tests.losses.oracle import batches, gradients, nothing
-
-RowLoss = Callable[[Tensor, Tensor], Tensor]
+from tests.losses.oracle import RowLoss, batches, gradients, nothing
 
 
 def unlike(similarity: Tensor, measure: str) -> Tensor:
