@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
-from lightning_dml.losses.base import PairWeightingLoss, Reduction
+from lightning_dml.losses.base import LossOptions, PairWeightingLoss, Unpack
 from lightning_dml.losses.curves import Curve, WeightCurve
 from lightning_dml.losses.engine import PairTask, row_statistics
 from lightning_dml.losses.inspection.measured import MEASURED_REFERENCES, measured_weights
@@ -86,10 +86,7 @@ class DirectWeightingLoss(PairWeightingLoss):
     Args:
         positive: weight curve of positives, a callable from similarities to weights of the same shape; or `FromLoss`.
         negative: weight curve of negatives; or `FromLoss`.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a side that is neither a curve nor from a loss, or has parameters to train. A call raises it too
@@ -104,12 +101,9 @@ class DirectWeightingLoss(PairWeightingLoss):
         self,
         positive: Side,
         negative: Side,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(direct_weighting(positive, negative), miner, reduction, gather, block_bytes)
+        super().__init__(direct_weighting(positive, negative), **options)
 
     def prepare(
         self,

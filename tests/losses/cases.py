@@ -29,7 +29,7 @@ LOSSES: dict[str, losses.PairWeightingLoss] = {
     "contrastive, mined": ContrastiveLoss(0.2, miner=losses.MultiSimilarityMiner(0.1)),
     "multi-similarity": losses.MultiSimilarityLoss(2.0, 10.0, 0.2),
     "direct": losses.DirectWeightingLoss(losses.curves.Constant(), losses.curves.Linear(0.1)),
-    "general": losses.GeneralPairWeightingLoss("triplet_violation", "linear", "softmax", "mean"),
+    "general": losses.GeneralPairWeightingLoss("triplet_violation", "linear", "softmax", normalization="mean"),
     "triplet": losses.TripletLoss(0.2),
     "triplet, soft": losses.TripletLoss(scale=4.0, measure="distance"),
     "margin, learned": losses.MarginLoss(learn_beta=True).double(),
@@ -40,7 +40,7 @@ LOSSES: dict[str, losses.PairWeightingLoss] = {
     "tuplet margin": losses.TupletMarginLoss(8.0),
     "supcon": losses.SupConLoss(0.5),
     "nca": losses.NCALoss(),
-    "lifted": losses.LiftedStructureLoss(),
+    "lifted": losses.LiftedStructureLoss(measure="distance"),
     "binomial": losses.BinomialDevianceLoss(2.0, 10.0, 0.2),
     "circle": losses.CircleLoss(0.4, 8.0),
 }
@@ -51,7 +51,7 @@ MINED: dict[str, PairWeightingLoss] = {
     "batch hard": losses.TripletLoss(0.2, miner=losses.BatchHardMiner()),
     "top k": ContrastiveLoss(0.2, miner=losses.TopKMiner(2, 3)),
     "triplets": ContrastiveLoss(0.2, miner=losses.TripletViolationMiner()),
-    "semi-hard": losses.TripletLoss(0.2, miner=losses.SemiHardMiner(seed=4)),
+    "semi-hard": losses.TripletLoss(0.2, miner=losses.SemiHardMiner(measure="distance", seed=4)),
     "distance weighted": losses.MarginLoss(learn_beta=True, miner=losses.DistanceWeightedMiner(DIM)).double(),
 }
 

@@ -44,10 +44,12 @@ from tests.losses.cases import (
 )
 from tests.losses.oracle import batches, gradients
 
-LIFTED = losses.LiftedStructureLoss(variant="original")
+LIFTED = losses.LiftedStructureLoss(variant="original", measure="distance")
 COUPLED: dict[str, PairWeightingLoss] = {
     "lifted, original": LIFTED,
-    "lifted, original, mined": losses.LiftedStructureLoss(variant="original", miner=losses.ThresholdMiner(0.9, 0.0)),
+    "lifted, original, mined": losses.LiftedStructureLoss(
+        variant="original", measure="distance", miner=losses.ThresholdMiner(0.9, 0.0)
+    ),
 }
 
 IN_BATCH_ONLY: dict[str, Callable[[], nn.Module]] = {
@@ -158,7 +160,7 @@ def test_the_direct_losss_miner_comes_first() -> None:
     lifted = DirectWeightingLoss(
         FromLoss(LIFTED), FromLoss(copy.deepcopy(LIFTED)), miner=losses.ThresholdMiner(0.9, 0.0)
     )
-    expected = losses.LiftedStructureLoss(variant="original", miner=losses.ThresholdMiner(0.9, 0.0))
+    expected = losses.LiftedStructureLoss(variant="original", measure="distance", miner=losses.ThresholdMiner(0.9, 0.0))
     kept, right = pair_weights(lifted, **in_batch(batch)), pair_weights(expected, **in_batch(batch))
     torch.testing.assert_close(kept, right, rtol=0, atol=1e-12)
     measured = DirectWeightingLoss(FromLoss(pml.NTXentLoss()), curves.Step(0.2), miner=miner)
@@ -289,11 +291,11 @@ def test_halves_come_from_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_halves_resume() -> None:
     """A half's own miner that draws must go on where it stood."""
-    loss = whole(losses.TripletLoss(0.2, miner=losses.SemiHardMiner(seed=4)))
+    loss = whole(losses.TripletLoss(0.2, miner=losses.SemiHardMiner(measure="distance", seed=4)))
     batch = ordinary()
     loss(**batch)
     state, expected = copy.deepcopy(loss.state_dict()), loss(**batch)
-    again = whole(losses.TripletLoss(0.2, miner=losses.SemiHardMiner(seed=4)))
+    again = whole(losses.TripletLoss(0.2, miner=losses.SemiHardMiner(measure="distance", seed=4)))
     assert not torch.equal(again(**batch), expected)
     again.load_state_dict(state)
     assert torch.equal(again(**batch), expected)

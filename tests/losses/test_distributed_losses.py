@@ -81,7 +81,7 @@ def lifted(model: nn.Module, rows: slice) -> tuple[float, list[Any]]:
     """The original lifted structure loss couples anchors of different ranks, and works in-batch only."""
     x, labels, indices, *_ = data()
     model.zero_grad()
-    loss = losses.LiftedStructureLoss(variant="original")
+    loss = losses.LiftedStructureLoss(variant="original", measure="distance")
     value = loss(F.normalize(model(x[rows]), dim=1), labels[rows], indices=indices[rows])
     torch.autograd.backward(value)
     return float(value.detach()), [grad_of(parameter).numpy().copy() for parameter in model.parameters()]

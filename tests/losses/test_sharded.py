@@ -182,7 +182,7 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
         "gather": lambda: ContrastiveLoss(0.2, gather=False)(**anchors, **own),
         "gradient": lambda: loss(**anchors, **{**own, "ref_emb": own["ref_emb"].clone().requires_grad_()}),
         "missing": lambda: loss(**anchors, ref_sharded=True),
-        "coupled": lambda: losses.LiftedStructureLoss(variant="original")(**anchors, **own),
+        "coupled": lambda: losses.LiftedStructureLoss(variant="original", measure="distance")(**anchors, **own),
     }
     said = {}
     for name, call in calls.items():

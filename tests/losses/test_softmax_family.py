@@ -74,12 +74,12 @@ def nca(scale: float) -> RowLoss:
 
 CASES: dict[str, tuple[PairWeightingLoss, RowLoss, Any]] = {
     "n-pair": (NPairLoss(), n_pair(16.0), None),
-    "n-pair, sum": (NPairLoss(5.0, "sum"), n_pair(5.0, mean=False), None),
+    "n-pair, sum": (NPairLoss(5.0, positives="sum"), n_pair(5.0, mean=False), None),
     "n-pair, mined": (NPairLoss(miner=MultiSimilarityMiner(0.1)), n_pair(16.0), oracle.mine_relative(0.1)),
     "nt-xent": (NTXentLoss(), n_pair(1 / 0.07), None),
-    "nt-xent, sum": (NTXentLoss(0.5, "sum"), n_pair(2.0, mean=False), None),
+    "nt-xent, sum": (NTXentLoss(0.5, positives="sum"), n_pair(2.0, mean=False), None),
     "tuplet margin": (TupletMarginLoss(), n_pair(64.0, margin=math.radians(5.73)), None),
-    "tuplet margin, sum": (TupletMarginLoss(8.0, 20.0, "sum"), n_pair(8.0, False, math.radians(20.0)), None),
+    "tuplet margin, sum": (TupletMarginLoss(8.0, 20.0, positives="sum"), n_pair(8.0, False, math.radians(20.0)), None),
     "supcon": (SupConLoss(), sup_con(0.1), None),
     "supcon, mined": (SupConLoss(0.3, miner=MultiSimilarityMiner(0.2)), sup_con(0.3), oracle.mine_relative(0.2)),
     "nca": (NCALoss(), nca(2.0), None),
@@ -104,7 +104,7 @@ CHECKED: dict[str, tuple[Any, RowLoss, int]] = {
         5,
     ),
     "nt-xent": (
-        NPairWeighting(10.0, "sum"),
+        NPairWeighting(10.0, positives="sum"),
         lambda sp, sn: (torch.log(torch.exp(sp / 0.1) + torch.exp(sn / 0.1).sum()) - sp / 0.1).sum(),
         5,
     ),
@@ -157,7 +157,7 @@ def test_tuplet_margin_has_the_slope_of_its_value_at_the_ends(edge: float) -> No
 
 WEIGHTINGS = [
     NPairWeighting(64.0),
-    NPairWeighting(1 / 0.07, "sum"),
+    NPairWeighting(1 / 0.07, positives="sum"),
     TupletMarginWeighting(64.0),
     SupConWeighting(0.02),
     NCAWeighting(64.0),

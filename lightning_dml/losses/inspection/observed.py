@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dml.errors import InputError
-from lightning_dml.losses.base import PairWeightingLoss
+from lightning_dml.checks import check_count
+from lightning_dml.losses.calling import index_keywords
 from lightning_dml.losses.inspection.pair_weights import pair_weights
 from lightning_dml.losses.labels import PairLabels
-
-
-class Rows(NamedTuple):
-    """Samples as a loss gets them.
-
-    Attributes:
-        embeddings: (n, D) float.
-        labels: (n,) integers.
-        indices: (n,) integer sample indices.
-    """
-
-    embeddings: Tensor
-    labels: Tensor
-    indices: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,11 +90,11 @@ def observed_weights(
         >>> seen.negatives.pairs, round(seen.negatives.force, 4)  # four pairs of weight 1 / 3
         (4, 1.3333)
     """
-    for name, value in (("limit", limit), ("bins", bins)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be 1 or more, got {value}")
-    ours = {"indices": indices, "ref_indices": ref_indices} if isinstance(loss, PairWeightingLoss) else {}
-    weights = pair_weights(loss, embeddings, labels, ref_emb, ref_labels, **ours)
+    if limit is not None:
+        check_count("limit", limit, hint="None returns all pairs")
+    check_count("bins", bins)
+    known = index_keywords(loss, indices, ref_indices)
+    weights = pair_weights(loss, embeddings, labels, ref_emb, ref_labels, **known)
     if ref_emb is None or ref_labels is None:
         references, pairs = embeddings, PairLabels(labels, labels, indices, indices, own_column=0)
     else:

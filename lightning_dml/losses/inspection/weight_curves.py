@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from lightning_dml.checks import check_number
 from lightning_dml.errors import InputError
 from lightning_dml.losses.base import PairWeightingLoss
 from lightning_dml.losses.curves import Constant
@@ -50,8 +51,8 @@ class Context:
     def __post_init__(self) -> None:
         for field in fields(self):
             values = tuple(map(float, getattr(self, field.name)))
-            if any(not -1 <= value <= 1 for value in values):
-                raise InputError(f"Context: {field.name} must be cosine similarities in [-1, 1], got {values}")
+            for value in values:
+                check_number(f"{field.name} of Context", value, "cosine similarities such as 0.5", least=-1, most=1)
             object.__setattr__(self, field.name, values)
 
     def __str__(self) -> str:

@@ -102,7 +102,7 @@ class MarginWeighting(ChunkedWeighting):
     separable = True
     beta: nn.Parameter | float
 
-    def __init__(self, margin: float = 0.2, beta: float = 1.2, learn_beta: bool = False) -> None:
+    def __init__(self, margin: float = 0.2, beta: float = 1.2, *, learn_beta: bool = False) -> None:
         super().__init__()
         check_number("margin", margin, "a distance between unit vectors such as 0.2", least=0)
         check_number("beta", beta, "a distance between unit vectors such as 1.2", above=0)

@@ -25,7 +25,7 @@ OURS = {
     "circle": losses.CircleLoss(),
     "fastap": losses.FastAPLoss(),
     "margin": losses.MarginLoss(),
-    "lifted, original": losses.LiftedStructureLoss(variant="original"),
+    "lifted, original": losses.LiftedStructureLoss(variant="original", measure="distance"),
 }
 THEIRS = {
     "contrastive": pml.ContrastiveLoss(1.0, 0.3, distance=CosineSimilarity()),
@@ -106,7 +106,7 @@ def test_indices_are_ours_alone() -> None:
 
 def test_looking_at_halves_does_not_change_what_they_draw() -> None:
     """A callback that logs weights would otherwise make another run of every run that it watches."""
-    loss = losses.TripletLoss(0.2, miner=losses.SemiHardMiner(seed=4))
+    loss = losses.TripletLoss(0.2, miner=losses.SemiHardMiner(measure="distance", seed=4))
     direct = losses.DirectWeightingLoss(losses.FromLoss(loss), losses.curves.Step(0.2))
     expected = pair_weights(direct, **data())
     assert expected.any() and torch.equal(pair_weights(direct, **data()), expected)

@@ -74,7 +74,7 @@ FREE: dict[str, tuple[nn.Module, Weight, Weight]] = {
     "contrastive": (ContrastiveLoss(0.3), lambda s: 1.0, lambda s: float(s > 0.3)),
     "contrastive, both margins": (ContrastiveLoss(0.3, 0.6), lambda s: float(s < 0.6), lambda s: float(s > 0.3)),
     "contrastive on distance": (
-        ContrastiveLoss(0.9, 0.4, "distance"),
+        ContrastiveLoss(0.9, 0.4, measure="distance"),
         lambda s: (distance(s) > 0.4) / distance(s),
         lambda s: (distance(s) < 0.9) / distance(s),
     ),
@@ -139,7 +139,7 @@ FREE: dict[str, tuple[nn.Module, Weight, Weight]] = {
     "general, sigmoid": (general("sigmoid"), lambda s: sigmoid(4 * (0.2 - s)), lambda s: sigmoid(4 * (s - 0.2))),
     **{f"general on distance, {name}": general_on_distance(name, weight) for name, weight in SHAPES.items()},
     "ranked list's pairs": (
-        ContrastiveLoss(-1.0, miner=losses.RankedListMiner(1.2, 0.4)),
+        ContrastiveLoss(-1.0, miner=losses.RankedListMiner(margin=0.4, alpha=1.2)),
         lambda s: float(distance(s) > 0.8),
         lambda s: float(distance(s) < 1.2),
     ),
@@ -305,7 +305,7 @@ def test_another_librarys_loss_has_the_closed_form() -> None:
         losses.FastAPLoss(),
         losses.RankedListLoss(),
         losses.NCALoss(),
-        losses.LiftedStructureLoss(),
+        losses.LiftedStructureLoss(measure="distance"),
         ContrastiveLoss(miner=losses.MultiSimilarityMiner()),
         ContrastiveLoss(miner=losses.TopKMiner(None, 100)),
         GeneralPairWeightingLoss("none", "constant", "softmax"),
@@ -325,7 +325,7 @@ def test_a_loss_on_rows_is_not_context_free(loss: nn.Module) -> None:
 
 def test_a_miner_that_draws_gives_the_mean_and_is_put_back() -> None:
     """Looking must not change what training draws, and one draw is no curve."""
-    loss = ContrastiveLoss(miner=losses.SemiHardMiner(seed=3))
+    loss = ContrastiveLoss(miner=losses.SemiHardMiner(measure="distance", seed=3))
     state = copy.deepcopy(loss.state_dict())
     context = Context((0.6, 0.6, 0.6), (0.1, 0.2))
     pull, push = weight_curve(loss, torch.linspace(-0.5, 0.5, 21), context=context)
@@ -342,23 +342,25 @@ def test_a_miner_that_draws_gives_the_mean_and_is_put_back() -> None:
         (lambda: weight_curve(ContrastiveLoss(), torch.tensor([torch.nan])), "similarity must be finite"),
         (lambda: weight_curve(ContrastiveLoss(), torch.arange(2)), "similarity must be finite floats.*int64"),
         (lambda: weight_curve(pml.NTXentLoss(), torch.tensor([-1.5])), r"\[-1, 1\] for NTXentLoss.*-1.5"),
-        (lambda: Context((1.2,), ()), r"positives must be cosine similarities.*1\.2"),
-        (lambda: Context((), (float("nan"),)), "negatives must be cosine similarities"),
+        (lambda: Context((1.2,), ()), r"positives of Context must be cosine similarities.*1\.2"),
+        (lambda: Context((), (float("nan"),)), "negatives of Context must be cosine similarities"),
         (
-            lambda: weight_curve(losses.LiftedStructureLoss(variant="original"), torch.zeros(1)),
+            lambda: weight_curve(losses.LiftedStructureLoss(variant="original", measure="distance"), torch.zeros(1)),
             "LiftedStructureLoss couples the rows.*observed_weights",
         ),
         (
             lambda: weight_curve(
-                DirectWeightingLoss(FromLoss(losses.LiftedStructureLoss(variant="original")), curves.Step()),
+                DirectWeightingLoss(
+                    FromLoss(losses.LiftedStructureLoss(variant="original", measure="distance")), curves.Step()
+                ),
                 torch.zeros(1),
             ),
             "couples the rows",
         ),
         (lambda: weight_curve(pml.ProxyAnchorLoss(4, 5), torch.zeros(1)), "ProxyAnchorLoss has no weights.*proxies"),
         (lambda: weight_curve(pml.FastAPLoss(), torch.zeros(1)), "FastAPLoss has no weights.*in-batch"),
-        (lambda: observe(limit=0), "limit must be 1 or more, got 0"),
-        (lambda: observe(bins=0), "bins must be 1 or more, got 0"),
+        (lambda: observe(limit=0), "limit must be an integer of at least 1, got 0; None"),
+        (lambda: observe(bins=0), "bins must be an integer of at least 1, got 0"),
     ],
 )
 def test_what_has_no_curve_is_refused(build: Callable[[], object], words: str) -> None:
@@ -392,7 +394,7 @@ def observe(**options: Any) -> losses.ObservedWeights:
 def test_the_scatter_is_what_pair_weights_sees(name: str, bank: bool) -> None:
     """The points of the figure are the pairs of the batch, each once, none with itself, sides and signs right."""
     if name == "lifted, original":
-        loss: nn.Module = losses.LiftedStructureLoss(variant="original")
+        loss: nn.Module = losses.LiftedStructureLoss(variant="original", measure="distance")
         bank = False
     else:
         loss = OURS[name] if name in OURS else pml.NTXentLoss(0.3)

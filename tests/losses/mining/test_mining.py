@@ -59,7 +59,7 @@ def threshold(positive_below: float | None, negative_above: float | None) -> Row
     return row
 
 
-def ranked_list(alpha: float, margin: float) -> Row:
+def ranked_list(margin: float, alpha: float) -> Row:
     """Each pair by its distance."""
 
     def row(s: list[float], p: list[int], n: list[int]) -> tuple[set[int], set[int]]:
@@ -151,14 +151,14 @@ CASES: dict[str, tuple[Miner, Row]] = {
     "top-k": (TopKMiner(), top_k(None, 10)),
     "top-k, both": (TopKMiner(1, 2), top_k(1, 2)),
     "top-k, positives": (TopKMiner(2, None), top_k(2, None)),
-    "ranked list": (RankedListMiner(), ranked_list(1.2, 0.4)),
-    "ranked list, to a point": (RankedListMiner(0.7, 0.7), ranked_list(0.7, 0.7)),
-    "ranked list, all positives": (RankedListMiner(0.5, 0.8), ranked_list(0.5, 0.8)),
+    "ranked list": (RankedListMiner(), ranked_list(0.4, 1.2)),
+    "ranked list, to a point": (RankedListMiner(margin=0.7, alpha=0.7), ranked_list(0.7, 0.7)),
+    "ranked list, all positives": (RankedListMiner(margin=0.8, alpha=0.5), ranked_list(0.8, 0.5)),
 }
 SAMPLED: dict[str, tuple[SampledMiner, Drawn]] = {
-    "semi-hard": (SemiHardMiner(), semi_hard(0.2, "distance")),
-    "semi-hard, similarity": (SemiHardMiner(0.3, "similarity", seed=1), semi_hard(0.3, "similarity")),
-    "semi-hard, squared": (SemiHardMiner(0.5, "squared_distance"), semi_hard(0.5, "squared_distance")),
+    "semi-hard": (SemiHardMiner(measure="distance"), semi_hard(0.2, "distance")),
+    "semi-hard, similarity": (SemiHardMiner(0.3, seed=1), semi_hard(0.3, "similarity")),
+    "semi-hard, squared": (SemiHardMiner(0.5, measure="squared_distance"), semi_hard(0.5, "squared_distance")),
     "distance-weighted": (DistanceWeightedMiner(8), distance_weighted(8, 0.5, 1.4, None)),
     "distance-weighted, plane": (DistanceWeightedMiner(2, negatives=1), distance_weighted(2, 0.5, 1.4, 1)),
     "distance-weighted, no limit": (
@@ -312,7 +312,10 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(left, right, strict=True))
 
 
-SAMPLERS: list[Callable[..., SampledMiner]] = [SemiHardMiner, lambda **seed: DistanceWeightedMiner(6, **seed)]
+SAMPLERS: list[Callable[..., SampledMiner]] = [
+    lambda **seed: SemiHardMiner(measure="distance", **seed),
+    lambda **seed: DistanceWeightedMiner(6, **seed),
+]
 samplers = pytest.mark.parametrize("sampler", SAMPLERS, ids=["semi-hard", "distance-weighted"])
 
 
@@ -400,14 +403,14 @@ def test_distance_weighted_draws_have_their_probability(positives: int, negative
 def test_semi_hard_draws_evenly() -> None:
     """Each positive as often as any other, and each negative of its band."""
     row = [0.9, 0.2, 0.85, 0.87, 0.95, 0.18, -0.5]  # bands: 0.85 and 0.87; 0.18
-    seen_positive, seen_negative = shares(SemiHardMiner(0.2), row, 2)
+    seen_positive, seen_negative = shares(SemiHardMiner(0.2, measure="distance"), row, 2)
     assert_frequencies(seen_positive, torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0]).double())
     assert_frequencies(seen_negative, torch.tensor([0, 0, 0.25, 0.25, 0, 0.5, 0]).double())
 
 
 def test_semi_hard_falls_back_to_any_negative() -> None:
     """Without a negative in the band, all of them are candidates."""
-    _, seen = shares(SemiHardMiner(0.1), [0.5, 0.6, 0.7, -0.5], 1)
+    _, seen = shares(SemiHardMiner(0.1, measure="distance"), [0.5, 0.6, 0.7, -0.5], 1)
     assert_frequencies(seen[1:], torch.full((3,), 1 / 3).double())
 
 
@@ -467,15 +470,15 @@ def test_comes_from_a_config(name: str, settings: dict[str, Any]) -> None:
         (lambda: TripletViolationMiner(float("inf")), "margin.*inf"),
         (lambda: RankedListMiner(alpha=0), "alpha.*0"),
         (lambda: RankedListMiner(margin=-0.1), "margin.*-0.1"),
-        (lambda: TopKMiner(positives=0), "positives.*None.*0"),
-        (lambda: TopKMiner(negatives=2.5), "negatives.*None.*2.5"),  # type: ignore[arg-type]
+        (lambda: TopKMiner(positives=0), "positives.*got 0; None"),
+        (lambda: TopKMiner(negatives=2.5), "negatives.*got 2.5; None"),  # type: ignore[arg-type]
         (lambda: SemiHardMiner(margin=0), "margin.*0"),
         (lambda: SemiHardMiner(measure="cosine"), "measure.*distance.*'cosine'"),  # type: ignore[arg-type]
         (lambda: SemiHardMiner(seed=-1), "seed.*-1"),
         (lambda: DistanceWeightedMiner(1), "dim.*1"),
         (lambda: DistanceWeightedMiner(8, min_distance=0), "min_distance.*0"),
-        (lambda: DistanceWeightedMiner(8, max_distance=0.4), "max_distance.*0.5.*None.*0.4"),
-        (lambda: DistanceWeightedMiner(8, negatives=0), "negatives.*None.*0"),
+        (lambda: DistanceWeightedMiner(8, max_distance=0.4), "max_distance.*greater than 0.5.*got 0.4.*None"),
+        (lambda: DistanceWeightedMiner(8, negatives=0), "negatives.*got 0; None"),
         (lambda: Miner()(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)), None),
     ],
 )
