@@ -226,7 +226,7 @@ class PairWeightingLoss(nn.Module):
         return whole
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"reduction={self.reduction!r}"
 
 

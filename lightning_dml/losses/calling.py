@@ -80,8 +80,8 @@ def references_for(loss: nn.Module, references: Rows, indices: Tensor) -> Rows:
     if isinstance(loss, PairWeightingLoss):
         return references
     own = (references.indices >= 0) & torch.isin(references.indices, indices)
-    kept = (references.labels != UNLABELLED) & ~own
-    return Rows(*(column[kept] for column in references))
+    mask = (references.labels != UNLABELLED) & ~own
+    return Rows(*(column[mask] for column in references))
 
 
 def _call_ours(loss: PairWeightingLoss, batch: Rows, references: Rows | None, sharded: bool) -> Tensor:

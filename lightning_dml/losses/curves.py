@@ -52,7 +52,7 @@ class Constant(Curve):
 
 @dataclass(frozen=True)
 class Step(Curve):
-    """`value` beyond the threshold and 0 before it: w(S) = value 1[S > threshold].
+    """A step, `value` beyond the threshold and 0 before it: w(S) = value 1[S > threshold].
 
     With `above=False` the weighted side is S < threshold. On negatives this is the contrastive loss.
 
@@ -71,7 +71,7 @@ class Step(Curve):
 
 @dataclass(frozen=True)
 class Linear(Curve):
-    """Grows linearly beyond the threshold: w(S) = slope [S - threshold]+, or slope [threshold - S]+.
+    """A ramp that grows linearly beyond the threshold: w(S) = slope [S - threshold]+, or slope [threshold - S]+.
 
     >>> Linear(0.5, slope=2.0)(torch.tensor([0.25, 0.75]))
     tensor([0.0000, 0.5000])
@@ -110,7 +110,7 @@ class Power(Curve):
 
 @dataclass(frozen=True)
 class Exponential(Curve):
-    """w(S) = value exp(rate (S - threshold)); a negative rate falls with similarity.
+    """An exponential: w(S) = value exp(rate (S - threshold)); a negative rate falls with similarity.
 
     >>> Exponential(rate=1.0, threshold=0.5)(torch.tensor([0.5]))
     tensor([1.])
@@ -127,7 +127,7 @@ class Exponential(Curve):
 
 @dataclass(frozen=True)
 class Sigmoid(Curve):
-    """w(S) = value / (1 + exp(-rate (S - threshold))); a negative rate falls with similarity.
+    """A logistic function: w(S) = value / (1 + exp(-rate (S - threshold))); a negative rate falls with similarity.
 
     >>> Sigmoid(rate=10.0, threshold=0.5)(torch.tensor([0.5]))
     tensor([0.5000])
@@ -172,7 +172,7 @@ class PiecewiseLinear(Curve):
 
 
 def unit_step(excess: Tensor) -> Tensor:
-    """1 where a number is positive and 0 where it is 0, in its dtype; numbers must not be negative."""
+    """The unit step: 1 where a number is positive and 0 where it is 0, in its dtype; none may be negative."""
     return unit_step_(excess.clone())
 
 

@@ -87,7 +87,7 @@ class NTXentLoss(PairWeightingLoss):
         self.temperature = temperature
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"temperature={self.temperature}, {super().extra_repr()}"
 
 

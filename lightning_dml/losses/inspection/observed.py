@@ -34,7 +34,7 @@ class ObservedSide:
 
 @dataclass(frozen=True)
 class ObservedWeights:
-    """What `observed_weights` sees.
+    """Similarities and weights of the pairs of a batch, positives and negatives apart.
 
     Attributes:
         positives: pairs of one class; a sample's pairs with itself are in neither set.
@@ -86,8 +86,8 @@ def observed_weights(
     Examples:
         >>> from lightning_dml.losses import ContrastiveLoss
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
-        >>> seen = observed_weights(ContrastiveLoss(margin=0.5), embeddings, torch.tensor([0, 0, 1]))
-        >>> seen.negatives.pairs, round(seen.negatives.force, 4)  # four pairs of weight 1 / 3
+        >>> observed = observed_weights(ContrastiveLoss(margin=0.5), embeddings, torch.tensor([0, 0, 1]))
+        >>> observed.negatives.pairs, round(observed.negatives.force, 4)  # four pairs of weight 1 / 3
         (4, 1.3333)
     """
     if limit is not None:
@@ -118,8 +118,8 @@ def thinned(observed: ObservedWeights, points: int, seed: int) -> ObservedWeight
     def draw(side: ObservedSide) -> ObservedSide:
         if len(side.similarity) <= points:
             return side
-        drawn = torch.randperm(len(side.similarity), generator=generator)[:points].sort().values
-        return replace(side, similarity=side.similarity[drawn], weight=side.weight[drawn])
+        places = torch.randperm(len(side.similarity), generator=generator)[:points].sort().values
+        return replace(side, similarity=side.similarity[places], weight=side.weight[places])
 
     return replace(observed, positives=draw(observed.positives), negatives=draw(observed.negatives))
 

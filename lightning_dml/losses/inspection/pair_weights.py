@@ -77,7 +77,7 @@ def _own_weights(
     similarity = embeddings @ references.T
     extra = () if task.statistics is None else (task.statistics,)
     with drawing_again(loss.miner), drawing_again(task.weighting):  # looking must not change what training draws
-        masks = task.mined(similarity, slice(0, len(embeddings)), slice(0, len(references)))
+        masks = task.kept_masks(similarity, slice(0, len(embeddings)), slice(0, len(references)))
         _, weights = task.weighting(similarity, *masks, *extra)
     active = weights != 0
     divisor = reduction_divisor(loss.reduction, len(embeddings), active.any(dim=1).sum(), active.sum())

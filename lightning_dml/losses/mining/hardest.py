@@ -71,7 +71,7 @@ class TopKMiner(Miner):
         return positive, negative
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"positives={self.positives}, negatives={self.negatives}"
 
 

@@ -1,4 +1,4 @@
-"""Mining by the other side of the row: what is harder than the hardest pair of the other kind, less a slack."""
+"""Mining by the other side of the row: pairs that are harder than the hardest pair of the other kind, less a slack."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MultiSimilarityMiner(Miner):
         return _violating(similarity, positive, negative, self.epsilon)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"epsilon={self.epsilon}"
 
 
@@ -71,7 +71,7 @@ class TripletViolationMiner(Miner):
         return _violating(similarity, positive, negative, self.margin)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}"
 
 

@@ -19,7 +19,7 @@ _NEVER = -80.0
 
 
 class SampledMiner(Miner):
-    """A miner that draws.
+    """A miner that draws among the pairs, from a seeded stream.
 
     Every row uses the same count of random numbers, in the order of the rows, from one stream. So the draws do not
     depend on the engine's block size; and the state is a single integer, the position in the stream, which is saved
@@ -103,7 +103,7 @@ class SemiHardMiner(SampledMiner):
         return kept_positive & both, kept_negative & both
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, measure={self.measure!r}, seed={self.seed}"
 
     def _farthest(self, nearest: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class DistanceWeightedMiner(SampledMiner):
         return positive, at_columns(columns, negative & (counts > 0))
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return (
             f"dim={self.dim}, min_distance={self.min_distance}, max_distance={self.max_distance}, "
             f"negatives={self.negatives}, seed={self.seed}"
@@ -204,7 +204,7 @@ class DistanceWeightedMiner(SampledMiner):
         return squared.log_().mul_((2 - self.dim) / 2).add_(rest, alpha=(3 - self.dim) / 2)
 
     def _counts(self, positive: Tensor) -> Tensor:
-        """How many negatives each row draws, (n, 1) int64."""
+        """Number of negatives that each row draws, (n, 1) int64."""
         if self.negatives is not None:
             return torch.full((len(positive), 1), self.negatives, device=positive.device)
         # Positives are few: listing them is cheaper than a sum over the block.

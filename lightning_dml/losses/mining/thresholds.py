@@ -58,7 +58,7 @@ class ThresholdMiner(Miner):
         return positive, negative
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"positive_below={self.positive_below}, negative_above={self.negative_above}"
 
 
@@ -93,7 +93,7 @@ class RankedListMiner(Miner):
         return positive, negative & (similarity > _similarity_at(self.alpha))
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, alpha={self.alpha}"
 
 

@@ -44,5 +44,5 @@ class CircleWeighting(ChunkedWeighting):
         return softplus(excess), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, gamma={self.gamma}, detach={self.detach}"

@@ -40,5 +40,5 @@ class ContrastiveWeighting(Weighting):
         return losses, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, pos_margin={self.pos_margin}"

@@ -43,10 +43,10 @@ class Shape:
         check_number("rate", self.rate, "the sharpness of an exponential such as 10.0", above=0)
         check_number("exponent", self.exponent, "the exponent of a power such as 2.0", above=0)
 
-    def __call__(self, violation: Tensor, kept: Tensor) -> Tensor:
-        """Weights (n, M) for violations (n, M), 0 where `kept` (n, M) is False."""
+    def __call__(self, violation: Tensor, mask: Tensor) -> Tensor:
+        """Weights (n, M) for violations (n, M), 0 where `mask` (n, M) is False."""
         if self.name in ("softmax", "softmax_with_one"):
-            return row_softmax(self.rate * violation, kept, with_one=self.name == "softmax_with_one").shares()
+            return row_softmax(self.rate * violation, mask, with_one=self.name == "softmax_with_one").shares()
         if self.name == "constant":
             weights = torch.ones_like(violation)
         elif self.name == "linear":
@@ -57,7 +57,7 @@ class Shape:
             weights = torch.exp((self.rate * violation).clamp_(max=-LEAST_EXPONENT))
         else:
             weights = torch.sigmoid(self.rate * violation)
-        return weights.masked_fill_(~kept, 0)
+        return weights.masked_fill_(~mask, 0)
 
 
 class GeneralWeighting(Weighting):
@@ -93,14 +93,14 @@ class GeneralWeighting(Weighting):
         return losses, weights if slope is None else weights * slope
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"{self.positive}, {self.negative}, normalization={self.normalization!r}, measure={self.measure!r}"
 
-    def _normalized(self, weights: Tensor, kept: Tensor) -> Tensor:
+    def _normalized(self, weights: Tensor, mask: Tensor) -> Tensor:
         if self.normalization == "none":
             return weights
         if self.normalization == "mean":
-            divisor = kept.to(weights.dtype).sum(dim=1, keepdim=True)
+            divisor = mask.to(weights.dtype).sum(dim=1, keepdim=True)
         elif self.normalization == "sum":
             divisor = weights.sum(dim=1, keepdim=True)
         else:

@@ -43,12 +43,12 @@ class LiftedWeighting(ChunkedWeighting):
         return losses, weights if slope is None else weights.mul_(slope)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"measure={self.measure!r}, margin={self.margin}, alpha={self.alpha}, beta={self.beta}"
 
 
 class OriginalLiftedWeighting(Weighting):
-    r"""Each positive pair against the negatives of both its ends; see `LiftedStructureLoss`.
+    r"""Weights of each positive pair against the negatives of both its ends; see `LiftedStructureLoss`.
 
     The rows of a batch are coupled: the pair's J needs :math:`E_i = \log \sum_{k \in N_i} e^{M - u_{ik}}` of both ends,
     which is the row statistic. An ordered pair has :math:`\frac14 [J_{ij}]_+^2`, so that an unordered one has half of
@@ -95,7 +95,7 @@ class OriginalLiftedWeighting(Weighting):
         return pairs.sums(violation.square() / 4), weights if slope is None else weights.mul_(slope)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"measure={self.measure!r}, margin={self.margin}"
 
 

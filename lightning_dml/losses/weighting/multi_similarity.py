@@ -31,5 +31,5 @@ class MultiSimilarityWeighting(Weighting):
         return pull.log_sum / self.alpha + push.log_sum / self.beta, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"alpha={self.alpha}, beta={self.beta}, base={self.base}"

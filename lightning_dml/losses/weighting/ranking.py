@@ -53,7 +53,7 @@ class RankedListWeighting(ChunkedWeighting):
         return losses, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return (
             f"margin={self.margin}, alpha={self.alpha}, neg_temperature={self.neg_temperature}, "
             f"pos_temperature={self.pos_temperature}, balance={self.balance}"
@@ -108,7 +108,7 @@ class FastAPWeighting(ChunkedWeighting):
         return histogram
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"bins={self.bins}"
 
 

@@ -55,16 +55,16 @@ class NPairWeighting(Weighting):
         return pairs.sums(losses), weights
 
     def target(self, values: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What stands for the similarities (E,) of positives in the softmax, and its derivative by them."""
+        """Stand-in for the similarities (E,) of positives in the softmax, and its derivative by them."""
         return values, 1.0
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"scale={self.scale}, positives={self.positives!r}"
 
 
 class TupletMarginWeighting(NPairWeighting):
-    r"""As `NPairWeighting`, with the angle of the positive less a margin; see `TupletMarginLoss`."""
+    r"""The weights of `NPairWeighting` with the angle of the positive less a margin; see `TupletMarginLoss`."""
 
     def __init__(self, scale: float = 64.0, margin: float = 5.73, *, positives: PositivesReduction = "mean") -> None:
         super().__init__(scale, positives=positives)
@@ -80,7 +80,7 @@ class TupletMarginWeighting(NPairWeighting):
         return values * cosine + sines * sine, cosine - sine * lean
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"scale={self.scale}, margin={self.margin}, positives={self.positives!r}"
 
 
@@ -102,12 +102,12 @@ class SupConWeighting(Weighting):
         share = (push.log_sum - everything).exp_().masked_fill_(pairs.counts == 0, 0)
         weights = push.shared(share / self.temperature)
         surprise = everything[pairs.row] - logits
-        wanted = pairs.counts.to(similarity.dtype).reciprocal()[pairs.row]
-        weights[pairs.row, pairs.column] = (torch.exp(-surprise) - wanted) / self.temperature
-        return pairs.sums(surprise * wanted), weights
+        target = pairs.counts.to(similarity.dtype).reciprocal()[pairs.row]
+        weights[pairs.row, pairs.column] = (torch.exp(-surprise) - target) / self.temperature
+        return pairs.sums(surprise * target), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"temperature={self.temperature}"
 
 
@@ -131,7 +131,7 @@ class NCAWeighting(Weighting):
         return softplus(excess), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"scale={self.scale}"
 
 

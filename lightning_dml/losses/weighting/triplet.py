@@ -50,7 +50,7 @@ class TripletWeighting(ChunkedWeighting):
         return losses, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, measure={self.measure!r}"
 
 
@@ -89,12 +89,12 @@ class SoftTripletWeighting(ChunkedWeighting):
         return losses, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"scale={self.scale}, measure={self.measure!r}"
 
 
 def count_below(thresholds: Tensor, values: Tensor) -> Tensor:
-    """How many of a row's thresholds are less than each of the row's values.
+    """Counts how many of a row's thresholds are less than each of the row's values.
 
     Args:
         thresholds: (n, W) float, ascending; +inf where a row has fewer than W.
@@ -109,7 +109,7 @@ def count_below(thresholds: Tensor, values: Tensor) -> Tensor:
 
 
 def _count_below_by_grid(thresholds: Tensor, values: Tensor) -> Tensor:
-    """As `count_below`, four times as fast as a binary search on a CPU: most of it is one look-up.
+    """Does what `count_below` does, four times as fast as a binary search on a CPU: most of it is one look-up.
 
     A fine grid over the range of a row's thresholds knows how many of them lie in lower cells. Thresholds and values
     get their cells by the same monotonic operations, so only the thresholds in a value's own cell, mostly none or
