@@ -108,7 +108,10 @@ def normalized(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def call(**batch: Any) -> Tensor:
         return loss(
-            **{name: F.normalize(each, dim=1) if each.is_floating_point() else each for name, each in batch.items()}
+            **{
+                name: F.normalize(tensor, dim=1) if tensor.is_floating_point() else tensor
+                for name, tensor in batch.items()
+            }
         )
 
     return call

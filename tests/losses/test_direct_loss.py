@@ -82,7 +82,7 @@ def test_both_halves_of_a_loss_give_its_gradient(name: str, reduction: Reduction
 
 
 def in_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Without references."""
+    """The batch without its references."""
     return {key: value for key, value in batch.items() if not key.startswith("ref_")}
 
 
@@ -161,13 +161,13 @@ def test_the_direct_losss_miner_comes_first() -> None:
         FromLoss(LIFTED), FromLoss(copy.deepcopy(LIFTED)), miner=losses.ThresholdMiner(0.9, 0.0)
     )
     expected = losses.LiftedStructureLoss(variant="original", measure="distance", miner=losses.ThresholdMiner(0.9, 0.0))
-    kept, right = pair_weights(lifted, **in_batch(batch)), pair_weights(expected, **in_batch(batch))
-    torch.testing.assert_close(kept, right, rtol=0, atol=1e-12)
+    weights, right = pair_weights(lifted, **in_batch(batch)), pair_weights(expected, **in_batch(batch))
+    torch.testing.assert_close(weights, right, rtol=0, atol=1e-12)
     measured = DirectWeightingLoss(FromLoss(pml.NTXentLoss()), curves.Step(0.2), miner=miner)
     assert torch.equal(pair_weights(measured, **batch) < 0, pair_weights(ContrastiveLoss(miner=miner), **batch) < 0)
     theirs = FromLoss(pml.NTXentLoss())
-    kept = pair_weights(DirectWeightingLoss(theirs, theirs, miner=miner), **batch) != 0
-    assert torch.equal(kept, pair_weights(ContrastiveLoss(-1.0, miner=miner), **batch) != 0)
+    mask = pair_weights(DirectWeightingLoss(theirs, theirs, miner=miner), **batch) != 0
+    assert torch.equal(mask, pair_weights(ContrastiveLoss(-1.0, miner=miner), **batch) != 0)
 
 
 def test_no_table_of_all_pairs_is_made() -> None:
@@ -194,33 +194,31 @@ RANKED = ("contrastive", "multi-similarity", "fastap", "semi-hard", "batch hard"
 def on_rank(rank: int, ranks: int) -> dict[str, list[Any]]:
     """Each loss and its halves: in-batch, against all references, and against shares of them."""
     anchors, references = anchors_and_references(ranks, rank)
-    found: dict[str, list[Any]] = {}
+    results: dict[str, list[Any]] = {}
     for name in RANKED:
         for reduction in get_args(Reduction):
             loss = copy.deepcopy((LOSSES | MINED)[name])
             loss.reduction = reduction
             for kind, given_references in (("in-batch", {}), ("memory", references), ("shares", own_share(references))):
-                pair = [
-                    value_and_gradients(each, anchors, given_references)
-                    for each in (loss, whole(loss, reduction=reduction))
-                ]
-                found[f"{name}, {reduction}, {kind}"] = pair
-    found["lifted"] = [value_and_gradients(each, anchors, {}) for each in (LIFTED, whole(LIFTED))]
+                variants = loss, whole(loss, reduction=reduction)
+                pair = [value_and_gradients(variant, anchors, given_references) for variant in variants]
+                results[f"{name}, {reduction}, {kind}"] = pair
+    results["lifted"] = [value_and_gradients(loss, anchors, {}) for loss in (LIFTED, whole(LIFTED))]
     theirs = pml.NTXentLoss(0.2)
     both = DirectWeightingLoss(FromLoss(theirs), FromLoss(theirs))
-    found["theirs"] = [value_and_gradients(both, anchors, {}), value_and_gradients(both, anchors, references)]
+    results["theirs"] = [value_and_gradients(both, anchors, {}), value_and_gradients(both, anchors, references)]
     with pytest.raises(InputError, match="ref_sharded=True needs weights that come row by row"):
         value_and_gradients(both, anchors, own_share(references))
-    return found
+    return results
 
 
 def test_halves_train_on_ranks_as_their_loss_does() -> None:
     """Statistics, draws and counts of a half cross ranks as those of a loss do."""
     everywhere = run_ranks(2, on_rank)
-    for found in everywhere:
-        theirs = found.pop("theirs")
+    for results in everywhere:
+        theirs = results.pop("theirs")
         assert all(np.isfinite(gradient).all() for _, (gradient,) in theirs)
-        for name, ((_, right), (_, ours)) in found.items():
+        for name, ((_, right), (_, ours)) in results.items():
             np.testing.assert_allclose(ours[0], right[0], rtol=0, atol=1e-9, err_msg=name)
 
 

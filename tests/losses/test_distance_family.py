@@ -97,11 +97,11 @@ def ranked_list(margin: float, alpha: float, neg: float, pos: float, balance: fl
     """Mean violations of both sides, weighted by exponentials of themselves that are held constant."""
 
     def side(violations: list[Tensor], temperature: float) -> Tensor | float:
-        kept = [v for v in violations if v > 0]
-        if not kept:
+        open_hinges = [v for v in violations if v > 0]
+        if not open_hinges:
             return 0.0
-        weights = [torch.exp(temperature * v.detach()) for v in kept]
-        return sum(w * v for w, v in zip(weights, kept, strict=True)) / sum(weights)
+        weights = [torch.exp(temperature * v.detach()) for v in open_hinges]
+        return sum(w * v for w, v in zip(weights, open_hinges, strict=True)) / sum(weights)
 
     def row(sp: Tensor, sn: Tensor) -> Tensor:
         pull = side([distance(p) - (alpha - margin) for p in sp], pos)
@@ -112,7 +112,7 @@ def ranked_list(margin: float, alpha: float, neg: float, pos: float, balance: fl
 
 
 def fast_ap(bins: int) -> RowLoss:
-    """Each pair in the two bins around it; which two they are is the documented rule for pairs on a centre."""
+    """Average precision with each pair in the two bins around it, and on a centre in those of the documented rule."""
 
     def histogram(similarities: Tensor) -> list[Tensor]:
         counts = [torch.zeros((), dtype=torch.float64) for _ in range(bins + 1)]

@@ -63,7 +63,9 @@ def test_the_grid_counts_what_a_binary_search_counts(seed: int, width: int, spre
         ],
         dim=1,
     )
-    expected = torch.stack([(row < each[:, None]).sum(1) for row, each in zip(thresholds, values, strict=True)])
+    expected = torch.stack(
+        [(row < row_values[:, None]).sum(1) for row, row_values in zip(thresholds, values, strict=True)]
+    )
     assert torch.equal(_count_below_by_grid(thresholds, values), expected)
     assert torch.equal(count_below(thresholds, values), expected)
 

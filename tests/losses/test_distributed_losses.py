@@ -58,7 +58,7 @@ CASES = [(name, reduction) for name in LOSSES for reduction in get_args(losses.b
 
 
 def on_rank(rank: int, ranks: int) -> list[tuple[float, list[Any]]]:
-    """What one rank gets from its uneven share of the rows."""
+    """Values and gradients that one rank gets from its uneven share of the rows."""
     model = DistributedDataParallel(net())
     start = sum(SIZES[ranks][:rank])
     rows = slice(start, start + SIZES[ranks][rank])
@@ -88,7 +88,7 @@ def lifted(model: nn.Module, rows: slice) -> tuple[float, list[Any]]:
 
 
 def lifted_on_rank(rank: int, ranks: int) -> tuple[float, list[Any]]:
-    """Its share of the batch."""
+    """The coupled loss on this rank's share of the batch."""
     start = sum(SIZES[ranks][:rank])
     return lifted(DistributedDataParallel(net()), slice(start, start + SIZES[ranks][rank]))
 

@@ -1,4 +1,4 @@
-"""What the engine does beside the losses: tiles, learnable parameters, statistics of rows."""
+"""The engine beside the losses: tiles, learnable parameters, statistics of rows."""
 
 from __future__ import annotations
 

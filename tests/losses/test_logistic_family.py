@@ -61,7 +61,7 @@ def binomial(alpha: float, beta: float, base: float) -> RowLoss:
 
 
 def circle(margin: float, gamma: float, detach: bool) -> RowLoss:
-    """Each side's sum, multiplied."""
+    """The circle loss of a row: the sums of both sides, multiplied."""
 
     def row(sp: Tensor, sn: Tensor) -> Tensor:
         pull, push = nothing(sp, sn), nothing(sp, sn)
@@ -214,10 +214,10 @@ def test_weights_of_a_row_are_the_derivative(name: str) -> None:
 def test_negatives_are_attracted_only_if_the_weight_is_differentiated() -> None:
     """The reason why `detach` is the default of the circle loss."""
     positive = torch.tensor([[True, False]])
-    held, differentiated = (
+    constant, differentiated = (
         CircleWeighting(detach=detach)(torch.tensor([[0.5, -0.2]]), positive, ~positive)[1] for detach in (True, False)
     )
-    assert held[0, 1] > 0 > differentiated[0, 1]
+    assert constant[0, 1] > 0 > differentiated[0, 1]
 
 
 WEIGHTINGS = [
@@ -339,8 +339,8 @@ def test_original_lifted_on_two_ranks() -> None:
         {"embeddings": embeddings, "labels": labels, "indices": indices},
     )
     results = run_ranks(2, on_rank)
-    assert [each for each, _ in results] == pytest.approx([float(value)] * 2)
-    np.testing.assert_allclose(sum(each for _, each in results), gradient.numpy(), rtol=0, atol=1e-9)
+    assert [part for part, _ in results] == pytest.approx([float(value)] * 2)
+    np.testing.assert_allclose(sum(part for _, part in results), gradient.numpy(), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

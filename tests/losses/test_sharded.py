@@ -41,33 +41,33 @@ BY_SHARES, BY_ROWS = "contrastive", "multi-similarity"  # one of each path
 def both(
     loss: PairWeightingLoss, rank: int, ranks: int, references: int = REFERENCES, calls: int = 1
 ) -> list[ValueAndGradients]:
-    """With all references on every rank, and with shares."""
+    """Results with all references on every rank, and with shares."""
     anchors, whole = anchors_and_references(ranks, rank, references)
-    return [value_and_gradients(loss, anchors, each, calls) for each in (whole, own_share(whole))]
+    return [value_and_gradients(loss, anchors, rows, calls) for rows in (whole, own_share(whole))]
 
 
 def every_loss(rank: int, ranks: int) -> dict[str, list[ValueAndGradients]]:
     """Named losses in every reduction, and miners."""
-    found = {}
+    results = {}
     for name, loss in (LOSSES | MINED).items():
         for reduction in get_args(losses.base.Reduction):
             loss.reduction = reduction
-            found[f"{name}, {reduction}"] = both(loss, rank, ranks, calls=2 if name in MINED else 1)
+            results[f"{name}, {reduction}"] = both(loss, rank, ranks, calls=2 if name in MINED else 1)
         loss.reduction = "anchors"
-    return found
+    return results
 
 
 def blocks(rank: int, ranks: int) -> dict[str, list[ValueAndGradients]]:
     """The whole set on every rank, and shares in blocks of one anchor, of two or three, and of all."""
     anchors, whole = anchors_and_references(ranks, rank)
-    found = {}
+    results = {}
     for name in (BY_SHARES, BY_ROWS, "semi-hard", "margin, learned"):
         loss = copy.deepcopy((LOSSES | MINED)[name])
-        found[name] = [value_and_gradients(loss, anchors, whole)]
+        results[name] = [value_and_gradients(loss, anchors, whole)]
         for block_bytes in (1, 600, 2**24):
             loss.block_bytes = block_bytes
-            found[name].append(value_and_gradients(loss, anchors, own_share(whole)))
-    return found
+            results[name].append(value_and_gradients(loss, anchors, own_share(whole)))
+    return results
 
 
 def few_references(rank: int, ranks: int) -> dict[str, list[ValueAndGradients]]:
@@ -83,15 +83,15 @@ def in_float32(rank: int, ranks: int) -> dict[str, list[ValueAndGradients]]:
     """Float32 as it is trained in, under autocast, and with a bank of bfloat16."""
     anchors, whole = anchors_and_references(ranks, rank)
     anchors["embeddings"], whole["ref_emb"] = anchors["embeddings"].float(), whole["ref_emb"].float()
-    found = {}
+    results = {}
     for name in (BY_SHARES, BY_ROWS, "nt-xent"):
         loss = LOSSES[name]
-        found[name] = [value_and_gradients(loss, anchors, each) for each in (whole, own_share(whole))]
+        results[name] = [value_and_gradients(loss, anchors, rows) for rows in (whole, own_share(whole))]
         with torch.autocast("cpu", torch.bfloat16):
-            found[name].append(value_and_gradients(loss, anchors, own_share(whole)))
+            results[name].append(value_and_gradients(loss, anchors, own_share(whole)))
         half = {**whole, "ref_emb": whole["ref_emb"].bfloat16()}
-        found[f"{name}, half a bank"] = [value_and_gradients(loss, anchors, each) for each in (half, own_share(half))]
-    return found
+        results[f"{name}, half a bank"] = [value_and_gradients(loss, anchors, rows) for rows in (half, own_share(half))]
+    return results
 
 
 def unwanted(rank: int, ranks: int) -> dict[str, list[ValueAndGradients]]:
@@ -100,7 +100,7 @@ def unwanted(rank: int, ranks: int) -> dict[str, list[ValueAndGradients]]:
     bare = {name: rows for name, rows in whole.items() if name != "ref_indices"}
     return {
         f"{name}, {case}": [
-            value_and_gradients(LOSSES[name], anchors, each, wants=wants) for each in (refs, own_share(refs))
+            value_and_gradients(LOSSES[name], anchors, rows, wants=wants) for rows in (refs, own_share(refs))
         ]
         for name in (BY_SHARES, BY_ROWS)
         for case, refs, wants in (("others", whole, rank > 0), ("nobody", whole, False), ("bare", bare, True))
@@ -112,16 +112,16 @@ def through_ddp(rank: int, ranks: int) -> dict[str, list[ValueAndGradients]]:
     anchors, whole = anchors_and_references(ranks, rank)
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     start = sum(SIZES[ranks][:rank])
-    found: dict[str, list[ValueAndGradients]] = {}
+    results: dict[str, list[ValueAndGradients]] = {}
     for name in (BY_SHARES, BY_ROWS):
         for references in (whole, own_share(whole)):
             model = DistributedDataParallel(net())
             embeddings = F.normalize(model(x[start : start + SIZES[ranks][rank]]), dim=1)
             value = LOSSES[name](**{**anchors, "embeddings": embeddings}, **references)
             value.backward()
-            gradients = [grad_of(each).numpy() for each in model.parameters()]
-            found.setdefault(name, []).append((float(value.detach()), gradients))
-    return found
+            gradients = [grad_of(parameter).numpy() for parameter in model.parameters()]
+            results.setdefault(name, []).append((float(value.detach()), gradients))
+    return results
 
 
 @contextmanager
@@ -144,9 +144,9 @@ def sending() -> Iterator[list[int]]:
 
 
 def traffic(rank: int, ranks: int) -> dict[str, tuple[int, int, int]]:
-    """Of each case: what was sent, what the formula says, and the most in one go."""
+    """Traffic of each case: what was sent, what the formula says, and the most in one go."""
     anchors, whole = anchors_and_references(ranks, rank)
-    found = {}
+    results = {}
     for name in (BY_SHARES, BY_ROWS):
         for counting, wants, indexed in ((False, True, True), (True, True, False), (False, False, True)):
             loss = copy.deepcopy(LOSSES[name])
@@ -166,12 +166,12 @@ def traffic(rank: int, ranks: int) -> dict[str, tuple[int, int, int]]:
                 gradient=wants,
                 itemsize=8,
             )
-            found[f"{name}, counting {counting}, gradient {wants}"] = sum(sent), expected, max(sent)
-    return found
+            results[f"{name}, counting {counting}, gradient {wants}"] = sum(sent), expected, max(sent)
+    return results
 
 
 def refused(rank: int, ranks: int) -> dict[str, str]:
-    """What the ranks are told about calls that cannot be."""
+    """Errors that the ranks get for calls that cannot be."""
     anchors, whole = anchors_and_references(ranks, rank)
     own, loss = own_share(whole), ContrastiveLoss(0.2)
     backwards = {name: rows[ranks - 1 - rank :: ranks] for name, rows in whole.items()}
@@ -184,14 +184,14 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
         "missing": lambda: loss(**anchors, ref_sharded=True),
         "coupled": lambda: losses.LiftedStructureLoss(variant="original", measure="distance")(**anchors, **own),
     }
-    said = {}
+    errors = {}
     for name, call in calls.items():
         try:
             call()
-            said[name] = "accepted"
+            errors[name] = "accepted"
         except InputError as error:
-            said[name] = str(error)
-    return said
+            errors[name] = str(error)
+    return errors
 
 
 PARTS = (every_loss, blocks, few_references, in_float32, unwanted, through_ddp, traffic, refused)
@@ -204,7 +204,7 @@ def on_rank(rank: int, ranks: int) -> dict[str, Any]:
 
 @functools.cache
 def outcomes(ranks: int) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """Results of each rank, of all cases."""
     return run_ranks(ranks, on_rank)
 
 
@@ -213,8 +213,8 @@ def same(ranks: int, part: Callable[..., Any], tolerance: float, may_vanish: boo
     cases = [outcome[part.__name__] for outcome in outcomes(ranks)]
     for case in cases[0]:
         moved = 0.0
-        for rank, found in enumerate(cases):
-            (value, gradients), *others = found[case]
+        for rank, results in enumerate(cases):
+            (value, gradients), *others = results[case]
             moved += sum(abs(gradient).sum() for gradient in gradients)
             for other, other_gradients in others:
                 assert other == pytest.approx(value, rel=0, abs=tolerance), (case, rank)
@@ -233,7 +233,7 @@ def test_spread_references_train_as_whole_ones_do(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_blocks_make_no_difference(ranks: int) -> None:
-    """How many anchors are worked on at a time is a matter of memory, and ranks with few must join in every block."""
+    """The anchors at a time are a matter of memory alone, and ranks with few must join in every block."""
     same(ranks, blocks, 1e-9)
 
 
@@ -268,7 +268,7 @@ def test_the_average_of_ddp_is_the_gradient(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_as_much_is_sent_as_the_formula_says(ranks: int) -> None:
-    """Whether a memory is worth spreading is a matter of traffic, and a block must bound what is held for it."""
+    """Traffic decides whether a memory is worth spreading, and a block must bound what is held for it."""
     for outcome in outcomes(ranks):
         for case, (sent, expected, most) in outcome["traffic"].items():
             assert sent == expected, case
@@ -300,7 +300,7 @@ def test_one_process_holds_the_only_share() -> None:
     anchors, whole = anchors_and_references(2, 1)
     for name in (BY_SHARES, BY_ROWS):
         (value, (gradient,)), (other, (other_gradient,)) = (
-            value_and_gradients(LOSSES[name], anchors, each) for each in (whole, {**whole, "ref_sharded": True})
+            value_and_gradients(LOSSES[name], anchors, rows) for rows in (whole, {**whole, "ref_sharded": True})
         )
         assert other == value
         assert (other_gradient == gradient).all()

@@ -31,7 +31,7 @@ from tests.losses.oracle import RowLoss, batches, gradients, nothing
 
 
 def n_pair(scale: float, mean: bool = True, margin: float = 0.0) -> RowLoss:
-    """Each positive against the negatives, with a margin on its angle in radians."""
+    """The loss of each positive against the negatives, with a margin on its angle in radians."""
 
     def row(sp: Tensor, sn: Tensor) -> Tensor:
         total = nothing(sp, sn)
@@ -150,7 +150,7 @@ def test_tuplet_margin_has_the_slope_of_its_value_at_the_ends(edge: float) -> No
     row = torch.tensor([[edge, 0.7]], dtype=torch.float64)
     step = torch.tensor([[1e-8, 0.0]], dtype=torch.float64)
     _, weights = weighting(row.clone(), positive, ~positive)
-    above, below = (weighting(each, positive, ~positive)[0] for each in (row + step, row - step))
+    above, below = (weighting(moved, positive, ~positive)[0] for moved in (row + step, row - step))
     torch.testing.assert_close(weights[0, 0], ((above - below) / 2e-8)[0], rtol=1e-6, atol=0)
     assert -2 <= float(weights[0, 0]) < 0
 

@@ -83,7 +83,7 @@ class MeasuredWeights(RowWeights):
         self.loss = loss
 
     def columns(self, references: int) -> tuple[int, int]:
-        """As many numbers for each anchor as there are references: a weight for each pair."""
+        """A weight for each pair: as many numbers for each anchor as there are references."""
         return references, 0
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor, own: Tensor, everyone: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def data() -> dict[str, Any]:
 
 
 def gradient(loss: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Of the anchors, by autograd."""
+    """Gradient of the anchors, by autograd."""
     leaf: Tensor = batch["embeddings"].clone().requires_grad_()
     value: Tensor = loss(**{**batch, "embeddings": leaf})
     return torch.autograd.grad(value, leaf)[0]
@@ -55,7 +55,7 @@ def gradient(loss: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_weights_make_the_gradient(name: str) -> None:
-    """What is inspected must be what trains, the reduction included."""
+    """The weights that are looked at must be those that train, the reduction included."""
     in_batch = {key: value for key, value in data().items() if not key.startswith("ref_")}
     weights = pair_weights(OURS[name], **in_batch)
     expected = gradient(OURS[name], in_batch)
