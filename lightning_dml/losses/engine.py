@@ -207,8 +207,8 @@ class _PairSums(torch.autograd.Function):
 def _in_mathematics_dtype(anchors: Tensor, references: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor]:
     """Anchors and references in the dtype of the mathematics, which is float32 at least.
 
-    In half precision exponentials of 50 S overflow.
-    With `narrow`, references in half precision stay so: a large bank is converted a part at a time, not copied whole.
+    In half precision exponentials of 50 S overflow. With `narrow`, references in half precision stay so: a large bank
+    is converted a part at a time, not copied whole.
     """
     dtype = torch.promote_types(torch.promote_types(anchors.dtype, references.dtype), torch.float32)
     narrow = narrow and references.dtype in (torch.float16, torch.bfloat16)

@@ -109,14 +109,14 @@ def test_the_ranked_list_has_one_order() -> None:
     assert RankedListLoss(0.3, 1.1).weighting.extra_repr().startswith("margin=0.3, alpha=1.1")
     assert RankedListMiner(margin=0.3, alpha=1.1).extra_repr() == "margin=0.3, alpha=1.1"
     with pytest.raises(TypeError, match="positional"):
-        RankedListMiner(0.3, 1.1)  # type: ignore[misc]
+        RankedListMiner(0.3, 1.1)  # type: ignore[call-arg]
 
 
 def test_the_options_of_the_base_are_taken_by_name() -> None:
     """A loss made of its parts takes weighting and miner, and nothing else, by place."""
     assert PairWeightingLoss(ContrastiveWeighting(), losses.TopKMiner()).reduction == "anchors"
     with pytest.raises(TypeError, match="positional"):
-        PairWeightingLoss(ContrastiveWeighting(), None, "pairs")  # type: ignore[misc]
+        PairWeightingLoss(ContrastiveWeighting(), None, "pairs")  # type: ignore[call-arg]
 
 
 def test_every_measure_defaults_to_similarity() -> None:
