@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ObservedWeights
-from lightning_dml.losses.inspection.observed import Rows, thinned
+from lightning_dml.losses.calling import Rows
+from lightning_dml.losses.inspection.observed import thinned
 from lightning_dml.memory import MemoryBank
 from lightning_dml.modules.training_batches import batch_of, warn_of_missed_steps
 from lightning_dml.report import curve_figure, save_curves, save_training, training_figure

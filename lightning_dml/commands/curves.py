@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Subset
 from lightning_dml.commands.training_set import TrainingSet, columns_of
 from lightning_dml.errors import InputError, input_error_in
 from lightning_dml.losses import Context, ObservedWeights, PairWeightingLoss, context_free, weight_curve
+from lightning_dml.losses.calling import Rows
 from lightning_dml.losses.inspection.measured import MEASURED_REFERENCES
-from lightning_dml.losses.inspection.observed import Rows, thinned
+from lightning_dml.losses.inspection.observed import thinned
 from lightning_dml.memory import MemoryBank
 from lightning_dml.parsing import instantiated
 from lightning_dml.report import DrawnCurve, curve_figure, save_curves

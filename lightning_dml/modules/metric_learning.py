@@ -12,11 +12,9 @@ from pytorch_lightning.core.mixins import hparams_mixin
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_dml import distributed
 from lightning_dml.errors import InputError
-from lightning_dml.labels import UNLABELLED
 from lightning_dml.lightning_repairs import evaluate_on_every_rank
-from lightning_dml.losses import PairWeightingLoss
+from lightning_dml.losses.calling import Rows, call_loss
 from lightning_dml.memory import MemoryBank
 from lightning_dml.modules.evaluation import SetMetrics, named_loaders
 from lightning_dml.retrieval import RetrievalMetrics
@@ -138,16 +136,17 @@ class MetricLearningModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of a batch; also returns what `MemoryBankCallback` reads, detached."""
-        embeddings, labels, indices = self(batch["image"]), batch["label"], batch["index"]
+        rows = embeddings, labels, indices = Rows(self(batch["image"]), batch["label"], batch["index"])
         total = embeddings.new_zeros(())
         if self.batch_weight:
-            in_batch = _call_loss(self.loss, embeddings, labels, indices, None)
+            in_batch = call_loss(self.loss, rows)
             self._log_train("train/batch_loss", in_batch, len(labels))
             total = total + self.batch_weight * in_batch
         bank = self.memory_bank
         if bank is not None and bank.store.count and self.memory_weight * bank.weight:
             loss = self.loss if self.memory_loss is None else self.memory_loss
-            against_bank = _call_loss(loss, embeddings, labels, indices, bank)
+            contents = Rows(bank.embeddings, bank.labels, bank.indices)
+            against_bank = call_loss(loss, rows, contents, sharded=bank.share[1] > 1)
             self._log_train("train/memory_loss", against_bank, len(labels))
             total = total + self.memory_weight * bank.weight * against_bank
         if not total.requires_grad:  # batch_weight 0 while the bank is still empty
@@ -232,42 +231,3 @@ class MetricLearningModule(LightningModule):
         for name, value in values.items():
             # The ranks agree already; the maximum of equal values is that value, which a mean of three need not be.
             self.log(name, value, prog_bar=name in in_bar, sync_dist=True, reduce_fx="max")
-
-
-def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Tensor, bank: MemoryBank | None) -> Tensor:
-    references: dict[str, Tensor] = {}
-    if bank is not None:
-        references = {"ref_emb": bank.embeddings, "ref_labels": bank.labels}
-    if isinstance(loss, PairWeightingLoss):
-        if bank is not None:
-            references["ref_indices"] = bank.indices
-        value: Tensor = loss(
-            embeddings, labels, indices=indices, ref_sharded=bank is not None and bank.share[1] > 1, **references
-        )
-        return value
-    if bank is not None and bank.share[1] > 1:
-        raise InputError(
-            f"{type(loss).__name__} knows nothing of ranks and cannot work against a sharded memory bank: set "
-            "MemoryBankCallback(sharded=False), or take a loss of lightning_dml"
-        )
-    if bank is not None:  # our losses compute in a fitting precision, others in that of what they are given
-        references["ref_emb"] = bank.embeddings.to(embeddings.dtype)
-    if distributed.is_distributed() and any(isinstance(m, PairWeightingLoss) and m.gather for m in loss.modules()):
-        raise InputError(
-            f"{type(loss).__name__} contains a loss of lightning_dml, which gathers the batches itself, inside one "
-            "that is given the gathered batch: make the inner loss with gather=False"
-        )
-    # A loss that knows nothing of ranks: every rank computes it on the whole batch. The backward pass of the gather
-    # sums the ranks' equal gradients and DDP takes the mean, which leaves the gradient of one process.
-    counts = distributed.row_counts(len(embeddings), embeddings.device)
-    if bank is not None:
-        # Our losses know empty slots, and by its index a sample's own copies; to others they would be pairs.
-        own = distributed.gather_rows(indices, counts)
-        kept = (bank.labels != UNLABELLED) & ~((bank.indices >= 0) & torch.isin(bank.indices, own))
-        references = {name: rows[kept] for name, rows in references.items()}
-        if not len(references["ref_labels"]):  # on every rank; not all of these losses can do without rows
-            return 0 * embeddings.sum()
-    value = loss(
-        distributed.gather_rows_with_grad(embeddings, counts), distributed.gather_rows(labels, counts), **references
-    )
-    return value

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.losses.inspection.observed import Rows
+from lightning_dml.losses.calling import Rows
 
 BATCH = {"image", "label", "index"}
 

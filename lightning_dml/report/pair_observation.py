@@ -15,7 +15,8 @@ from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
 from lightning_dml.losses import ObservedWeights, PairWeightingLoss, observed_weights
-from lightning_dml.losses.inspection.observed import ObservedSide, Rows
+from lightning_dml.losses.calling import Rows, references_for
+from lightning_dml.losses.inspection.observed import ObservedSide
 from lightning_dml.memory import MemoryBank
 from lightning_dml.memory.contents import BankContents
 from lightning_dml.report import DrawnCurve
@@ -67,9 +68,8 @@ def observe(loss: nn.Module, batch: Rows, references: Rows | None, counts: Seque
     Raises:
         InputError: for a loss without weights of pairs.
     """
-    ours = isinstance(loss, PairWeightingLoss)
-    if not ours and references is not None:
-        references = _as_others_get_them(batch, references)
+    if references is not None:
+        references = references_for(loss, references, batch.indices)
     if not len(batch.labels) or (references is not None and not len(references.labels)):
         return None
     loss = copy.deepcopy(loss)
@@ -132,12 +132,6 @@ def factor_of(pl_module: nn.Module, attribute: str) -> float:
     """A factor that the module gives a loss, 1 where it has no such number."""
     value = getattr(pl_module, attribute, 1.0)
     return float(value) if isinstance(value, int | float) else 1.0
-
-
-def _as_others_get_them(batch: Rows, references: Rows) -> Rows:
-    """Without the samples of the batch, which a loss that knows no indices would take for positives."""
-    own = (references.indices >= 0) & torch.isin(references.indices, batch.indices)
-    return Rows(*(column[~own] for column in references))
 
 
 def _observed(loss: nn.Module, batch: Rows, references: Rows | None) -> ObservedWeights:

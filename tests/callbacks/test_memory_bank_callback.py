@@ -154,8 +154,7 @@ def test_nan_keys_before_the_loss_are_refused_and_reported(momentum: float | Non
             broken[0] = torch.nan
             return keys if torch.is_grad_enabled() and momentum is not None else keys + broken
 
-    loss = ContrastiveLoss(0.3)
-    loss.validate = False
+    loss = ContrastiveLoss(0.3, validate=False)
     module = MetricLearningModule(Breaking(), loss, batch_weight=0.0, memory_weight=1e-9)
     trainer = Trainer(
         max_epochs=1,

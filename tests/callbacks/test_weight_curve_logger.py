@@ -38,7 +38,8 @@ from lightning_dml.losses import (
     TripletLoss,
     pair_weights,
 )
-from lightning_dml.losses.inspection.observed import ObservedSide, Rows, thinned
+from lightning_dml.losses.calling import Rows
+from lightning_dml.losses.inspection.observed import ObservedSide, thinned
 from lightning_dml.losses.mining import SemiHardMiner, TopKMiner
 from lightning_dml.report.pair_observation import drawn_from, exact_curve, figures_of, observe
 from tests.helpers import run_ranks
@@ -234,7 +235,7 @@ def test_the_training_is_the_same_with_and_without_it(kind: str, tmp_path: Path)
     ends = []
     for watched in (False, True):
         torch.manual_seed(3), np.random.seed(3), random.seed(3)
-        loss = Drawing() if kind == "drawing" else TripletLoss(miner=SemiHardMiner())
+        loss = Drawing() if kind == "drawing" else TripletLoss(miner=SemiHardMiner(measure="distance"))
         module, logger = tiny_module(loss=loss), WeightCurveLogger(2, figure_every_n_steps=6, figures=kind == "drawing")
         settings = {**QUIET, "default_root_dir": tmp_path}
         memory = MemoryBankCallback(size=20, momentum=None)

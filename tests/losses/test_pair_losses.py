@@ -195,7 +195,7 @@ def test_no_block_outlives_its_rows() -> None:
             lambda: ContrastiveLoss()(
                 torch.zeros(3, 2), torch.zeros(3).long(), torch.zeros(3, 4), torch.zeros(3).long()
             ),
-            "ref_emb has 4 columns",
+            r"ref_emb must have shape \(N, 2\), got \(3, 4\)",
         ),
     ],
 )
