@@ -41,7 +41,7 @@ from torchvision.datasets.folder import default_loader
 
 from lightning_dml.datamodules import PKBatchSampler, ResumableLoader
 from lightning_dml.datamodules.images.cache import ImageCache
-from lightning_dml.datamodules.images.datasets import ImageFileDataset
+from lightning_dml.datamodules.images.file_dataset import ImageFileDataset
 from lightning_dml.datamodules.images.transforms import image_settings, train_transform
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 
@@ -163,7 +163,13 @@ def make_images(folder: Path, count: int) -> ImageTable:
 def build_cache(table: ImageTable, folder: Path, encoding: Literal["raw", "jpeg"]) -> ImageCache:
     """A cache of the pictures as the recipe's first step makes them."""
     return ImageCache.build(
-        table, folder, SETTINGS.resize, SETTINGS.interpolation, encoding, stem=encoding, progress=False
+        table,
+        folder,
+        resize=SETTINGS.resize,
+        interpolation=SETTINGS.interpolation,
+        encoding=encoding,
+        stem=encoding,
+        progress=False,
     )
 
 

@@ -12,12 +12,15 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_count
 from lightning_dml.cores import cores
 from lightning_dml.datamodules.images.datasets import LabelledImages
 from lightning_dml.datamodules.loading import ResumableLoader
-from lightning_dml.datamodules.samplers.evaluation import UnpaddedDistributedSampler
-from lightning_dml.datamodules.samplers.hierarchical import HierarchicalPKBatchSampler
-from lightning_dml.datamodules.samplers.pk import PKBatchSampler
+from lightning_dml.datamodules.samplers import (
+    HierarchicalPKBatchSampler,
+    PKBatchSampler,
+    UnpaddedDistributedSampler,
+)
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
 from lightning_dml.lightning_repairs import CountResumedEpoch
@@ -37,8 +40,8 @@ class RetrievalDataModule(LightningDataModule):
         classes_per_batch: P, classes in a training batch on each rank.
         samples_per_class: K, images of each of them; at least 2.
         eval_batch_size: images in an evaluation batch on each rank.
-        num_workers: processes that load images; 0 loads in the main process, None means one for each core that a rank
-            has, at most 8.
+        num_workers: processes that load images; 0 loads in the main process. None means one for each core that a rank
+            has, at most 8, where images are files, and 0 where they are in memory already.
         seed: of the batches and of their augmentation.
         drop_small_classes: leave out training classes with one image instead of raising.
         batches_per_epoch: length of an epoch; None means about one pass over the training set.
@@ -61,10 +64,11 @@ class RetrievalDataModule(LightningDataModule):
 
     def __init__(
         self,
+        *,
         classes_per_batch: int = 16,
         samples_per_class: int = 4,
         eval_batch_size: int = 256,
-        num_workers: int | None = 0,
+        num_workers: int | None = None,
         seed: int = 0,
         drop_small_classes: bool = False,
         batches_per_epoch: int | None = None,
@@ -73,10 +77,9 @@ class RetrievalDataModule(LightningDataModule):
     ) -> None:
         """Checks the options; see the class."""
         super().__init__()
-        if eval_batch_size < 1:
-            raise InputError(f"eval_batch_size must be at least 1, got {eval_batch_size}")
-        if num_workers is not None and num_workers < 0:
-            raise InputError(f"num_workers must not be negative, got {num_workers}")
+        check_count("eval_batch_size", eval_batch_size)
+        if num_workers is not None:
+            check_count("num_workers", num_workers, 0, hint="None chooses by the images and the cores")
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
         self.eval_batch_size = eval_batch_size
@@ -107,7 +110,7 @@ class RetrievalDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Batches of P classes x K images; its place in the epoch goes into checkpoints."""
         train_set = self._training()
-        return ResumableLoader(train_set, self._train_sampler(train_set), **self._options())
+        return ResumableLoader(train_set, self._train_sampler(train_set), **self._options(train_set))
 
     def val_dataloader(self) -> Any:
         """Every validation image over all ranks: a DataLoader, or a dict of them where `val_set` is a dict.
@@ -139,8 +142,7 @@ class RetrievalDataModule(LightningDataModule):
         images = next(iter(_by_name(self.val_set).values()), None)
         if images is None:
             raise InputError("no validation images to show: call setup('validate') first")
-        if not 0 <= position < len(images):
-            raise InputError(f"position must be at least 0 and less than {len(images)}, got {position}")
+        check_count("position", position, 0, len(images) - 1, hint="it counts the images of the first validation set")
         return images.picture(position)
 
     def _check_trainer(self) -> None:
@@ -255,12 +257,12 @@ class RetrievalDataModule(LightningDataModule):
 
     def _eval_loader(self, images: LabelledImages, at_least_one: bool, persistent: bool) -> DataLoader[Any]:
         sampler = UnpaddedDistributedSampler(len(images), at_least_one=at_least_one)
-        options = self._options()
+        options = self._options(images)
         options["persistent_workers"] &= persistent
         return DataLoader(images, batch_size=self.eval_batch_size, sampler=sampler, **options)
 
-    def _options(self) -> dict[str, Any]:
-        workers = self._workers() if self.num_workers is None else self.num_workers
+    def _options(self, images: LabelledImages) -> dict[str, Any]:
+        workers = self._workers(images) if self.num_workers is None else self.num_workers
         return {
             "num_workers": workers,
             "persistent_workers": workers > 0,
@@ -270,8 +272,10 @@ class RetrievalDataModule(LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
-    def _workers(self) -> int:
-        """One for each core that this rank has: the ranks of a machine share its cores."""
+    def _workers(self, images: LabelledImages) -> int:
+        """One for each core that this rank has, as the ranks of a machine share its cores; none where all is loaded."""
+        if images.in_memory:
+            return 0
         ranks = self.trainer.num_devices if self.trainer else 1
         return min(8, max(1, cores() // ranks))
 

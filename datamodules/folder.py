@@ -48,6 +48,7 @@ class FolderDataModule(ImagesDataModule):
     def __init__(
         self,
         root: str | Path,
+        *,
         val_fraction: float = 0.5,
         allow_shared_classes: bool = False,
         val_roots: Mapping[str, str] | None = None,

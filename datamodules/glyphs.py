@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
-import uuid
 import warnings
 import zipfile
 import zlib
@@ -21,11 +19,13 @@ from PIL import ImageFont, features
 from PIL import __version__ as pillow_version
 from torchvision.transforms import v2
 
+from lightning_dml.checks import check_count
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.base import RetrievalDataModule
 from lightning_dml.datamodules.images.datasets import ArrayDataset, LabelledImages
 from lightning_dml.datamodules.user_cache import user_cache
 from lightning_dml.errors import InputError
+from lightning_dml.files import delete_parts, locked, write_whole
 
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -66,12 +66,11 @@ class GlyphsDataModule(RetrievalDataModule):
     val_set: LabelledImages | None = None
 
     def __init__(
-        self, root: str | Path | None = None, image_size: int = SIDE, augment: bool = True, **options: Any
+        self, root: str | Path | None = None, *, image_size: int = SIDE, augment: bool = True, **options: Any
     ) -> None:
         """Builds the transforms; see the class for the options."""
         super().__init__(**options)
-        if image_size < 1:
-            raise InputError(f"image_size must be at least 1, got {image_size}")
+        check_count("image_size", image_size)
         self.root = Path(root) if root is not None else user_cache()
         scale = [] if image_size == SIDE else [v2.Resize(image_size)]
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
@@ -81,14 +80,18 @@ class GlyphsDataModule(RetrievalDataModule):
         self.eval_transform = v2.Compose([*scale, *to_float])
 
     def prepare_data(self) -> None:
-        """Draws the cache file where there is none that can be read."""
+        """Draws the cache file where there is none that can be read; of several processes, one draws."""
         path = self.root / _cache_name()
-        if _read(path) is None:
-            try:
-                _write(path, *draw_glyphs())
-            except OSError as error:
-                # Not worth stopping for: every process then draws for itself.
-                warnings.warn(f"cannot keep the drawings in root {self.root}: {error}", stacklevel=2)
+        if _read(path) is not None:
+            return
+        try:
+            with locked(path.with_name(f".{path.stem}.lock")):
+                delete_parts(path)
+                if _read(path) is None:
+                    _write(path, *draw_glyphs())
+        except OSError as error:
+            # Not worth stopping for: every process then draws for itself.
+            warnings.warn(f"cannot keep the drawings in root {self.root}: {error}", stacklevel=2)
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the drawings and splits the characters, always in the same way."""
@@ -226,11 +229,5 @@ def _read(path: Path) -> tuple[NDArray[np.uint8], IntArray, list[str]] | None:
 
 
 def _write(path: Path, images: NDArray[np.uint8], labels: IntArray, characters: list[str]) -> None:
-    """Writes aside and renames, so that another process never reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{uuid.uuid4().hex}.npz")
-    try:
-        np.savez(aside, images=images, labels=labels, points=np.array([ord(each) for each in characters]))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    points = np.array([ord(character) for character in characters])
+    write_whole(path, lambda aside: np.savez(aside, images=images, labels=labels, points=points))

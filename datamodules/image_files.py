@@ -13,10 +13,11 @@ import numpy as np
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_choice
 from lightning_dml.datamodules.base import RetrievalDataModule
 from lightning_dml.datamodules.images.cache import ImageCache
 from lightning_dml.datamodules.images.check import check_images, raise_unreadable
-from lightning_dml.datamodules.images.datasets import ImageFileDataset
+from lightning_dml.datamodules.images.file_dataset import ImageFileDataset
 from lightning_dml.datamodules.images.timm_config import module_config
 from lightning_dml.datamodules.images.transforms import (
     ImageSettings,
@@ -71,7 +72,6 @@ class ImagesDataModule(RetrievalDataModule):
             in its place later is not looked at again.
         unreadable: `raise`, or `skip` to leave out images that cannot be read, with a warning that counts them; it
             reads them all, as `decode` does.
-        num_workers: processes that load images; None means one for each core that a rank has, at most 8.
         options: of `RetrievalDataModule`.
 
     Raises:
@@ -82,6 +82,7 @@ class ImagesDataModule(RetrievalDataModule):
     def __init__(
         self,
         root: str | Path,
+        *,
         recipe: str = "standard",
         model_name: str | None = None,
         image_size: int | None = None,
@@ -100,22 +101,18 @@ class ImagesDataModule(RetrievalDataModule):
         cache_encoding: Literal["raw", "jpeg"] = "raw",
         check_images: Literal["none", "headers", "decode"] = "headers",
         unreadable: Literal["raise", "skip"] = "raise",
-        num_workers: int | None = None,
         **options: Any,
     ) -> None:
         """Checks the options; see the class."""
-        super().__init__(num_workers=num_workers, **options)
-        if check_images not in ("none", "headers", "decode"):
-            raise InputError(f"check_images must be 'none', 'headers' or 'decode', got {check_images!r}")
-        if unreadable not in ("raise", "skip"):
-            raise InputError(f"unreadable must be 'raise' or 'skip', got {unreadable!r}")
+        super().__init__(**options)
+        check_choice("check_images", check_images, ("none", "headers", "decode"))
+        check_choice("unreadable", unreadable, ("raise", "skip"))
         if unreadable == "skip" and check_images == "none":
             raise InputError(
                 "unreadable='skip' needs to know which images cannot be read, and check_images is 'none': set it to "
                 "'decode'"
             )
-        if cache_encoding not in ("raw", "jpeg"):
-            raise InputError(f"cache_encoding must be 'raw' or 'jpeg', got {cache_encoding!r}")
+        check_choice("cache_encoding", cache_encoding, ("raw", "jpeg"))
         if cache is not None and resize is None and (train_transform is not None or eval_transform is not None):
             raise InputError(
                 "cache scales the images before a transform of your own sees them: set resize to the shorter side, in "
@@ -229,7 +226,12 @@ class ImagesDataModule(RetrievalDataModule):
             return table, None
         settings = self.image_settings()
         made = ImageCache.build(
-            table, self.cache, settings.resize, settings.interpolation, self.cache_encoding, stem=name
+            table,
+            self.cache,
+            resize=settings.resize,
+            interpolation=settings.interpolation,
+            encoding=self.cache_encoding,
+            stem=name,
         )
         return replace(table, rows=np.arange(len(table))), made
 

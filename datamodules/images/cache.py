@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import urllib.parse
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -24,11 +23,11 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_dml.checks import check_choice, check_count
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.images.cache_file import (
     FORMAT,
     delete_unused,
-    locked,
     map_cache,
     read_about,
     write_cache,
@@ -37,6 +36,7 @@ from lightning_dml.datamodules.images.opening import decode, explaining, in_orde
 from lightning_dml.datamodules.images.transforms import resize_image
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
+from lightning_dml.files import UnwritableFile, delete_parts, locked, replacing
 
 Encoding = Literal["raw", "jpeg"]
 
@@ -64,6 +64,7 @@ class ImageCache(Sequence[Image.Image]):
         cls,
         table: ImageTable,
         folder: Path,
+        *,
         resize: int,
         interpolation: str,
         encoding: Encoding = "raw",
@@ -93,12 +94,10 @@ class ImageCache(Sequence[Image.Image]):
             InputError: for an option out of range, an image that cannot be read (with its row), or a folder that
                 cannot be written to or has too little space. Nothing but an empty lock file is then left behind.
         """
-        if resize < 1:
-            raise InputError(f"resize must be at least 1, got {resize}")
-        if encoding not in get_args(Encoding):
-            raise InputError(f"encoding must be 'raw' or 'jpeg', got {encoding!r}")
-        if workers is not None and workers < 1:
-            raise InputError(f"workers must be at least 1, or None for one for each core, got {workers}")
+        check_count("resize", resize)
+        check_choice("encoding", encoding, get_args(Encoding))
+        if workers is not None:
+            check_count("workers", workers, hint="None takes one for each core")
         settings = {"resize": resize, "interpolation": str(interpolation), "encoding": encoding}
         key = _key(table, settings, workers)
         whose = {"root": str(table.root.absolute()), "paths": table.paths.digest()}
@@ -109,9 +108,8 @@ class ImageCache(Sequence[Image.Image]):
             return cls._fitting(path, key)
         pictures = in_order(partial(_picture, table, resize, interpolation, encoding), range(len(table)), workers)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f".{name}.lock")):
-                _delete_parts(path.parent, name)
+                _delete_parts(path, name)
                 if path.exists():
                     try:
                         return cls._fitting(path, key)
@@ -124,10 +122,11 @@ class ImageCache(Sequence[Image.Image]):
                 _delete_older(path, name, whose)
                 return made
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = error.__cause__ if isinstance(error, UnwritableFile) else error
+            if getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise _no_room(path.parent, len(table)) from error
             raise InputError(
-                f"cannot write an image cache to {path.parent}: {error}; give the cache another folder"
+                f"cannot write an image cache to {path.parent}: {reason}; give the cache another folder"
             ) from error
 
     @classmethod
@@ -227,29 +226,24 @@ def _no_room(folder: Path, rows: int, size: int | None = None) -> InputError:
 
 
 def _write(path: Path, about: dict[str, Any], pictures: Iterator[tuple[bytes, tuple[int, int]]]) -> None:
-    """Writes the file aside, and puts it in its place when it is complete and on the disk."""
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(aside, "xb") as file:
-            write_cache(file, about, pictures)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside, open(aside, "xb") as file:
+        write_cache(file, about, pictures)
 
 
-def _delete_parts(folder: Path, name: str) -> None:
-    """Deletes what a process that was killed has left; called under the lock, so that nobody is writing."""
-    for each in list(folder.iterdir()):
-        if re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{32}}\.images\.[0-9a-f]{{32}}\.part", each.name):
-            each.unlink(missing_ok=True)
+def _delete_parts(path: Path, name: str) -> None:
+    """Deletes what killed processes left of any cache of this stem; called under the lock, so nobody is writing."""
+    keyed = rf"{re.escape(name)}-[0-9a-f]{{32}}"
+    delete_parts(path, keyed)
+    for entry in list(path.parent.iterdir()):
+        # Earlier versions called their parts so, and one may be as large as a data set.
+        if re.fullmatch(rf"{keyed}\.images\.[0-9a-f]{{32}}\.part", entry.name):
+            entry.unlink(missing_ok=True)
 
 
 def _delete_older(path: Path, name: str, whose: dict[str, str]) -> None:
     """Deletes the other caches of the same stem and files, and damaged ones of that stem, where nobody uses them."""
-    for each in list(path.parent.iterdir()):
-        if each != path and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{32}}\.images", each.name):
-            about = read_about(each)
+    for entry in list(path.parent.iterdir()):
+        if entry != path and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{32}}\.images", entry.name):
+            about = read_about(entry)
             if about is None or {**about, **whose} == about:
-                delete_unused(each)
+                delete_unused(entry)

@@ -7,7 +7,7 @@ import json
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,6 +76,7 @@ def map_cache(path: Path) -> CacheFile:
     """
     try:
         with open(path, "rb") as file:
+            # Not filelock's: this lock is shared, many processes map one cache, and it must end with the mapping.
             if sys.platform != "win32":
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -108,16 +109,6 @@ def delete_unused(path: Path) -> None:
             if sys.platform != "win32":
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Waits until no other process on this machine is in here with the same lock file; it stays behind, empty."""
-    with open(path, "ab") as file:
-        if sys.platform != "win32":
-            with suppress(OSError):  # a file system without locks: two may then build, and the later one's file stays
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _mapped(data: NDArray[np.uint8]) -> CacheFile:

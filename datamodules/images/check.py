@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Literal, get_args
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_dml.checks import check_choice
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.images.opening import UnreadableImage, cut_box, image_size, in_order, open_image, row_box
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
+from lightning_dml.files import UnwritableFile, write_whole
 
 How = Literal["headers", "decode"]
 
@@ -39,7 +40,7 @@ class Unreadable:
         return len(self.rows)
 
 
-def check_images(table: ImageTable, how: How, folder: Path, progress: bool = True) -> Unreadable:
+def check_images(table: ImageTable, how: How, folder: Path, *, progress: bool = True) -> Unreadable:
     """Opens every image of a table, each file once, and lists those that cannot be read.
 
     The result is kept in `folder`, and the next call with the same paths and boxes opens only the files that were
@@ -58,8 +59,7 @@ def check_images(table: ImageTable, how: How, folder: Path, progress: bool = Tru
     Raises:
         InputError: if `how` is neither of the two.
     """
-    if how not in get_args(How):
-        raise InputError(f"how must be 'headers' or 'decode', got {how!r}")
+    check_choice("how", how, get_args(How))
     # Before the files are looked at, so that a change in the meantime shows at the next call.
     stamp = _stamp(table)
     at_least: tuple[How, ...] = ("decode",) if how == "decode" else ("decode", "headers")
@@ -175,17 +175,10 @@ def _read(path: Path, stamp: str, count: int) -> Unreadable | None:
     return Unreadable(rows, reasons) if whole else None
 
 
-def _write(path: Path, stamp: str, found: Unreadable) -> None:
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+def _write(path: Path, stamp: str, unreadable: Unreadable) -> None:
+    result = {"stamp": stamp, "rows": unreadable.rows.tolist(), "reasons": unreadable.reasons}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(
-                json.dumps({"stamp": stamp, "rows": found.rows.tolist(), "reasons": found.reasons}), "utf-8"
-            )
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
+        write_whole(path, json.dumps(result))
+    except UnwritableFile as error:
         # Not worth stopping for: the next start looks at the files once more.
         warnings.warn(f"cannot keep the result of the image check in {path.parent}: {error}", stacklevel=3)

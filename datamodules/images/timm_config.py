@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import timm
 from timm.data import config as timm_config
 from torch import nn
 
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, near_names, one_line
 
 
 def data_config(name: str) -> dict[str, Any]:
@@ -68,12 +66,6 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     return {**resolve(pretrained_cfg=config), "fixed_input_size": bool(config.get("fixed_input_size"))}
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
-    """The end of a message that asks for the nearest of the known names, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
 def _registered(name: str) -> dict[str, Any]:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -97,7 +89,7 @@ def _elsewhere(source: str, where: str) -> dict[str, Any]:
     # The hub's client has a family of errors of its own, which are OSErrors or ValueErrors.
     except (OSError, ValueError, AssertionError) as error:
         raise InputError(
-            f"the data config of model_name '{source}:{where}' cannot be read: {' '.join(str(error).split())[:200]}; "
+            f"the data config of model_name '{source}:{where}' cannot be read: {one_line(error)}; "
             "give mean, std, interpolation and image_size, and no model_name"
         ) from error
     raise InputError(f"model_name '{source}:{where}' must begin with local-dir: or hf-hub:, or be a name in timm")

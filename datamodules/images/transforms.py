@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lightning_dml.datamodules.images.timm_config import data_config, near_names
+from lightning_dml.checks import check_choice, check_count
+from lightning_dml.datamodules.images.timm_config import data_config
 from lightning_dml.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -84,6 +85,7 @@ class ImageSettings:
 def image_settings(
     recipe: str = "standard",
     model_name: str | None = None,
+    *,
     image_size: int | None = None,
     resize: int | None = None,
     mean: Sequence[float] | None = None,
@@ -120,26 +122,18 @@ def image_settings(
         >>> image_settings("multi_similarity", "resnet50.a1_in1k").interpolation
         'bicubic'
     """
-    if recipe not in RECIPES:
-        raise InputError(f"recipe {recipe!r} is unknown{near_names(recipe, RECIPES)}; there are {', '.join(RECIPES)}")
+    check_choice("recipe", recipe, RECIPES)
     chosen = RECIPES[recipe]
     config = data_config(model_name) if model_name is not None else config or {}
     if image_size is None:
         image_size = _fixed_size(config, model_name) or chosen.image_size
+    check_count("image_size", image_size)
     if resize is None:
         resize = round(chosen.resize * image_size / chosen.image_size)
-    if image_size < 1 or resize < image_size:
-        raise InputError(
-            f"image_size must be at least 1 and resize at least image_size, got image_size={image_size} and "
-            f"resize={resize}"
-        )
+    check_count("resize", resize, image_size, hint=f"the crop of image_size={image_size} must fit in")
     scale = chosen.crop_scale if crop_scale is None else _crop_scale(crop_scale)
     interpolation = interpolation or config.get("interpolation", "bilinear")
-    if interpolation not in INTERPOLATIONS:
-        raise InputError(
-            f"interpolation {interpolation!r} is unknown{near_names(str(interpolation), INTERPOLATIONS)}; there are "
-            f"{', '.join(INTERPOLATIONS)}"
-        )
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     deviation = _colour("std", config.get("std", IMAGENET_STD) if std is None else std)
     if min(deviation) <= 0:
         raise InputError(f"std must be positive, got {deviation}")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Official, check_rows, number_classes
 from lightning_dml.datamodules.tables.checks import Source
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
@@ -34,7 +34,7 @@ _META_FILE = ("devkit/cars_meta.mat", "cars_meta.mat")
 _BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 
 
-class Cars196DataModule(ImagesDataModule):
+class Cars196DataModule(OfficialDataModule):
     """Cars-196 (Krause et al., 2013): classes 1 to 98 train, 99 to 196 evaluate, each image against all others.
 
     Recall at 1, 2, 4 and 8 is what papers report. Both layouts in which the set was published are read, whichever is
@@ -43,26 +43,24 @@ class Cars196DataModule(ImagesDataModule):
 
     Args:
         root: the folder of the set, or the one that holds it as `cars196` or `stanford_cars`.
-        check_counts: whether there must be as many images and classes as the set has; False for a part of your own.
         crop_boxes: cut every image to the box of its car.
-        options: of `ImagesDataModule`.
+        options: of `OfficialDataModule`.
 
     Raises:
         InputError: from `setup`, for what `read_cars` finds wrong.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True, crop_boxes: bool = False, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, crop_boxes: bool = False, **options: Any) -> None:
         """Keeps the options; see the class."""
         super().__init__(root, **options)
-        self.check_counts = check_counts
         self.crop_boxes = crop_boxes
 
     def read(self) -> Splits:
         """The tables of the official files."""
-        return read_cars(self.root, self.check_counts, self.crop_boxes)
+        return read_cars(self.root, check_counts=self.check_counts, crop_boxes=self.crop_boxes)
 
 
-def read_cars(root: Path, check_counts: bool = True, crop_boxes: bool = False) -> Splits:
+def read_cars(root: Path, *, check_counts: bool = True, crop_boxes: bool = False) -> Splits:
     """Reads `cars_annos.mat`, or else the annotations of both parts of the later layout.
 
     Args:

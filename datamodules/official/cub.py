@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.download import CUB_200_2011, obtain
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
@@ -29,7 +29,7 @@ CUB = Official(
 _IMAGES = "images.txt"
 
 
-class CUB200DataModule(ImagesDataModule):
+class CUB200DataModule(OfficialDataModule):
     """CUB-200-2011 (Wah et al., 2011): classes 1 to 100 train, 101 to 200 evaluate, each image against all others.
 
     Recall at 1, 2, 4 and 8 is what papers report. The official files are read as they are; `train_test_split.txt`,
@@ -37,10 +37,9 @@ class CUB200DataModule(ImagesDataModule):
 
     Args:
         root: the folder `CUB_200_2011`, or the one that holds it.
-        check_counts: whether there must be as many images and classes as the set has; False for a part of your own.
         download: fetch the set into `root` where it is not there yet, 1.2 GB.
         crop_boxes: cut every image to the box of its bird, which needs `bounding_boxes.txt`.
-        options: of `ImagesDataModule`.
+        options: of `OfficialDataModule`.
 
     Raises:
         InputError: from `setup`, for what `read_cub` finds wrong.
@@ -49,20 +48,19 @@ class CUB200DataModule(ImagesDataModule):
     def __init__(
         self,
         root: str | Path,
-        check_counts: bool = True,
+        *,
         download: bool = False,
         crop_boxes: bool = False,
         **options: Any,
     ) -> None:
         """Keeps the options; see the class."""
         super().__init__(root, **options)
-        self.check_counts = check_counts
         self.download = download
         self.crop_boxes = crop_boxes
 
     def read(self) -> Splits:
         """The tables of the official files."""
-        return read_cub(self.root, self.check_counts, self.crop_boxes)
+        return read_cub(self.root, check_counts=self.check_counts, crop_boxes=self.crop_boxes)
 
     def fetch(self) -> None:
         """Downloads the set, where that is wanted and it is not there."""
@@ -70,7 +68,7 @@ class CUB200DataModule(ImagesDataModule):
             obtain(CUB_200_2011, self.root, CUB.folders[0])
 
 
-def read_cub(root: Path, check_counts: bool = True, crop_boxes: bool = False) -> Splits:
+def read_cub(root: Path, *, check_counts: bool = True, crop_boxes: bool = False) -> Splits:
     """Reads `images.txt`, `image_class_labels.txt` and, where they are there, the names in `classes.txt`.
 
     Args:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import (
     Columns,
     Official,
@@ -33,7 +32,7 @@ _PARTITION = tuple(f"{folder}list_eval_partition.txt" for folder in ("", "Eval/"
 _STATUSES = ("train", "query", "gallery")
 
 
-class InShopDataModule(ImagesDataModule):
+class InShopDataModule(OfficialDataModule):
     """In-Shop Clothes Retrieval (Liu et al., CVPR 2016): 3,997 items train, 3,985 others evaluate.
 
     Each query image is searched in the gallery, which holds other images of the same items; recall at 1, 10, 20 and
@@ -49,17 +48,12 @@ class InShopDataModule(ImagesDataModule):
         InputError: from `setup`, for what `read_in_shop` finds wrong.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True, **options: Any) -> None:
-        """Keeps the options; see the class."""
-        super().__init__(root, **options)
-        self.check_counts = check_counts
-
     def read(self) -> Splits:
         """The tables of the official file."""
-        return read_in_shop(self.root, self.check_counts)
+        return read_in_shop(self.root, check_counts=self.check_counts)
 
 
-def read_in_shop(root: Path, check_counts: bool = True) -> Splits:
+def read_in_shop(root: Path, *, check_counts: bool = True) -> Splits:
     """Reads `list_eval_partition.txt`.
 
     Args:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Official, check_rows, number_classes, read_lines
 from lightning_dml.datamodules.tables.checks import Source
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
@@ -32,7 +31,7 @@ _TRAIN_FILE, _TEST_FILE = (
 )
 
 
-class INaturalistDataModule(ImagesDataModule):
+class INaturalistDataModule(OfficialDataModule):
     """iNaturalist 2018 as Smooth-AP splits it (Brown et al., arXiv 2007.12163): 5,690 species train, 2,452 evaluate.
 
     Each image is searched among all others of the test set; recall at 1, 4, 16 and 32 is what papers report. The
@@ -47,17 +46,12 @@ class INaturalistDataModule(ImagesDataModule):
         InputError: from `setup`, for what `read_inaturalist` finds wrong.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True, **options: Any) -> None:
-        """Keeps the options; see the class."""
-        super().__init__(root, **options)
-        self.check_counts = check_counts
-
     def read(self) -> Splits:
         """The tables of the authors' lists."""
-        return read_inaturalist(self.root, self.check_counts)
+        return read_inaturalist(self.root, check_counts=self.check_counts)
 
 
-def read_inaturalist(root: Path, check_counts: bool = True) -> Splits:
+def read_inaturalist(root: Path, *, check_counts: bool = True) -> Splits:
     """Reads `Inaturalist_train_set1.txt` and `Inaturalist_test_set1.txt`.
 
     A line is the path of an image, `train_val2018/<group>/<class number>/<image>`.

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.download import STANFORD_ONLINE_PRODUCTS, obtain
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
@@ -26,7 +26,7 @@ SOP = Official(
 _TRAIN_FILE, _TEST_FILE = "Ebay_train.txt", "Ebay_test.txt"
 
 
-class SOPDataModule(ImagesDataModule):
+class SOPDataModule(OfficialDataModule):
     """Stanford Online Products (Oh Song et al., arXiv 1511.06452): 11,318 products train, 11,316 others evaluate.
 
     Each image is searched among all others of the test set; recall at 1, 10, 100 and 1,000 is what papers report. The
@@ -34,23 +34,21 @@ class SOPDataModule(ImagesDataModule):
 
     Args:
         root: the folder `Stanford_Online_Products`, or the one that holds it.
-        check_counts: whether there must be as many images and classes as the set has; False for a part of your own.
         download: fetch the set into `root` where it is not there yet, 3.1 GB.
-        options: of `ImagesDataModule`.
+        options: of `OfficialDataModule`.
 
     Raises:
         InputError: from `setup`, for what `read_sop` finds wrong.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True, download: bool = False, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, download: bool = False, **options: Any) -> None:
         """Keeps the options; see the class."""
         super().__init__(root, **options)
-        self.check_counts = check_counts
         self.download = download
 
     def read(self) -> Splits:
         """The tables of the official files."""
-        return read_sop(self.root, self.check_counts)
+        return read_sop(self.root, check_counts=self.check_counts)
 
     def fetch(self) -> None:
         """Downloads the set, where that is wanted and it is not there."""
@@ -58,7 +56,7 @@ class SOPDataModule(ImagesDataModule):
             obtain(STANFORD_ONLINE_PRODUCTS, self.root, SOP.folders[0])
 
 
-def read_sop(root: Path, check_counts: bool = True) -> Splits:
+def read_sop(root: Path, *, check_counts: bool = True) -> Splits:
     """Reads `Ebay_train.txt` and `Ebay_test.txt`.
 
     Args:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dml.checks import check_choice
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.errors import InputError
 
@@ -63,14 +64,8 @@ def class_rates(class_weights: ClassWeights, names: IntArray, counts: IntArray) 
 
 
 def _by_rule(rule: str, counts: IntArray) -> NDArray[np.float64]:
-    if rule == "uniform":
-        return np.ones(len(counts))
-    if rule == "sqrt":
-        return np.sqrt(counts.astype(np.float64))
-    raise InputError(
-        f"class_weights must be 'uniform', 'sqrt', a weight for each label, or None for in proportion to the images, "
-        f"got {rule!r}"
-    )
+    check_choice("class_weights", rule, ("uniform", "sqrt"), hint="or give a weight for each label; None counts images")
+    return np.ones(len(counts)) if rule == "uniform" else np.sqrt(counts.astype(np.float64))
 
 
 def _by_label(given: Mapping[int, float], names: IntArray) -> NDArray[np.float64]:

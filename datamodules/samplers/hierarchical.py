@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.samplers.class_batches import ClassBatchSampler, Labels, integers
+from lightning_dml.checks import check_count
+from lightning_dml.datamodules.arrays import IntArray, integer_vector
+from lightning_dml.datamodules.samplers.class_batches import ClassBatchSampler, Labels
 from lightning_dml.datamodules.samplers.class_draws import ShuffledClasses, first_to_ring
-from lightning_dml.datamodules.samplers.class_weights import ClassWeights
 from lightning_dml.errors import InputError
 
 
@@ -71,30 +72,13 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
         labels: Labels,
         super_labels: Labels,
         super_classes_per_batch: int = 2,
-        classes_per_batch: int = 16,
-        samples_per_class: int = 4,
-        seed: int = 0,
-        num_batches: int | None = None,
-        drop_small_classes: bool = False,
-        num_replicas: int | None = None,
-        rank: int | None = None,
-        class_weights: ClassWeights | None = None,
+        **options: Any,
     ) -> None:
         """Sorts the samples by class and the classes by super-class; see the class for the options."""
-        super().__init__(
-            labels,
-            classes_per_batch,
-            samples_per_class,
-            seed,
-            num_batches,
-            drop_small_classes,
-            num_replicas,
-            rank,
-            class_weights,
-        )
-        _check_share(super_classes_per_batch, classes_per_batch)
+        super().__init__(labels, **options)
+        _check_share(super_classes_per_batch, self.classes_per_batch)
         self.super_classes_per_batch = super_classes_per_batch
-        supers = self._super_of_class(integers("labels", labels), integers("super_labels", super_labels))
+        supers = self._super_of_class(integer_vector("labels", labels), integer_vector("super_labels", super_labels))
         names, self._super = np.unique(supers, return_inverse=True)
         if super_classes_per_batch > len(names):
             raise InputError(
@@ -183,8 +167,7 @@ def _some(
 
 
 def _check_share(super_classes_per_batch: int, classes_per_batch: int) -> None:
-    if super_classes_per_batch < 1:
-        raise InputError(f"super_classes_per_batch must be at least 1, got {super_classes_per_batch}")
+    check_count("super_classes_per_batch", super_classes_per_batch)
     if classes_per_batch % super_classes_per_batch:
         less = classes_per_batch // super_classes_per_batch * super_classes_per_batch
         way_out = f"{less} or {less + super_classes_per_batch}" if less else f"{super_classes_per_batch}"

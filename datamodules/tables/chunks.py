@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, one_line
 
 ROWS = 65_536  # in a chunk
 
@@ -137,7 +137,7 @@ def _open_parquet(path: Path) -> TableFile:
     try:
         file = parquet.ParquetFile(path)
     except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"table {path} is no Parquet file that can be read: {_line(error)}") from error
+        raise InputError(f"table {path} is no Parquet file that can be read: {one_line(error)}") from error
     names = list(file.schema_arrow.names)
     # pandas keeps its index in such a column.
     header = ["" if re.fullmatch(r"__index_level_\d+__", name) else name for name in names]
@@ -151,7 +151,7 @@ def _parquet_chunks(path: Path, file: Any, arrow: Any) -> Iterator[Chunk]:
         try:
             batch = next(batches, None)
         except (arrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}, after row {first - 1}: {_line(error)}; write the file anew") from error
+            raise InputError(f"{path}, after row {first - 1}: {one_line(error)}; write the file anew") from error
         if batch is None:
             return
         columns = [_parquet_column(path, name, batch.column(n), arrow) for n, name in enumerate(batch.schema.names)]
@@ -168,7 +168,3 @@ def _parquet_column(path: Path, name: str, column: Any, arrow: Any) -> Column:
         return ["" if each is None else each for each in column.cast(arrow.string()).to_pylist()]
     except arrow.ArrowException as error:
         raise InputError(f"table {path}: column {name!r} of {column.type} cannot be made text: remove it") from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

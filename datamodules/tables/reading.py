@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_dml.checks import check_choice
 from lightning_dml.datamodules.arrays import BoolArray, IntArray
-from lightning_dml.datamodules.images.timm_config import near_names
 from lightning_dml.datamodules.tables.checks import (
     NO_BOX,
     Source,
@@ -24,7 +24,7 @@ from lightning_dml.datamodules.tables.checks import (
 from lightning_dml.datamodules.tables.chunks import TableFile, open_table
 from lightning_dml.datamodules.tables.columns import CodedColumn, Codes, ExtraColumn, TextColumn
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, near_names
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("path", "label", "split")
@@ -67,8 +67,7 @@ class Table:
         Args:
             name: one of `SPLITS`.
         """
-        if name not in SPLITS:
-            raise InputError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
+        check_choice("split", name, SPLITS)
         rows = self.table.take(self.splits == SPLITS.index(name))
         return replace(rows, is_query=None, is_gallery=None) if name == "train" else rows
 
@@ -80,6 +79,7 @@ class Table:
 def read_table(
     path: str | Path,
     root: str | Path | None = None,
+    *,
     columns: Mapping[str, str] | None = None,
     allow_shared_classes: bool = False,
 ) -> Table:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from lightning_dml.datamodules.arrays import BoolArray, IntArray
+from lightning_dml.datamodules.arrays import BoolArray, IntArray, share_arrays, unshare_arrays
 from lightning_dml.errors import InputError
 
 
@@ -134,11 +132,11 @@ class Texts:
 
     def __getstate__(self) -> dict[str, Any]:
         """The arrays as tensors, which worker processes share instead of copying."""
-        return shared(self.__dict__)
+        return share_arrays(self.__dict__)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Takes the arrays back."""
-        self.__dict__.update(unshared(state))
+        self.__dict__.update(unshare_arrays(state))
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,51 +222,14 @@ class ImageTable:
 
     def __getstate__(self) -> dict[str, Any]:
         """The columns as tensors, which worker processes share instead of copying."""
-        return {**shared(self.__dict__), "extra": shared(self.extra)}
+        return {**share_arrays(self.__dict__), "extra": share_arrays(self.extra)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Takes the columns back."""
-        self.__dict__.update({**unshared(state), "extra": unshared(state["extra"])})
-
-
-def shared(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state whose numeric arrays are tensors: torch pickles those to its workers in shared memory."""
-    return {name: _as_tensor(value) for name, value in state.items()}
-
-
-def unshared(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `shared`."""
-    return {name: value.array if isinstance(value, _Shared) else value for name, value in state.items()}
+        self.__dict__.update({**unshare_arrays(state), "extra": unshare_arrays(state["extra"])})
 
 
 _BLOCK = 65_536
-
-
-class _Shared:
-    """An array on its way to another process."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self.tensor = torch.from_numpy(array.copy())  # of its own, or the array would live as long as this does
-
-    @property
-    def array(self) -> NDArray[Any]:
-        """The array, on the memory of the tensor."""
-        return self.tensor.numpy()
-
-
-# The tensor of an array lives as long as the array: all workers then share one, and its memory is not gone before one
-# of them that was just spawned has taken hold of it. An array that went to workers once must not be written to.
-_KEPT: dict[int, _Shared] = {}
-
-
-def _as_tensor(value: Any) -> Any:
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or not value.dtype.isnative:
-        return value
-    key = id(value)
-    if key not in _KEPT:
-        _KEPT[key] = _Shared(value)
-        weakref.finalize(value, _KEPT.pop, key)
-    return _KEPT[key]
 
 
 def _positions(rows: Iterable[int] | NDArray[Any], count: int) -> IntArray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lightning_dml.checks import check_count, check_number
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
@@ -63,20 +64,16 @@ class HoldOut:
 
     def __post_init__(self) -> None:
         """Checks the options."""
-        if not 0 <= self.fraction < 1:
-            raise InputError(f"val_fraction must be in [0, 1), got {self.fraction}")
-        if self.seed < 0:
-            raise InputError(f"split_seed must not be negative, got {self.seed}")
-        if self.folds is not None and self.folds < 2:
-            raise InputError(f"folds must be at least 2, or None for no folds, got {self.folds}")
+        check_number("val_fraction", self.fraction, "a share of the training classes, such as 0.1", least=0, below=1)
+        check_count("split_seed", self.seed, 0)
+        if self.folds is not None:
+            check_count("folds", self.folds, 2, hint="None cuts no folds")
         if self.folds is not None and self.fraction:
             raise InputError(f"val_fraction={self.fraction} and folds={self.folds} are two splits: set one of them")
-        if not 0 <= self.fold < (self.folds or 1):
-            raise InputError(
-                f"fold must be at least 0 and less than folds={self.folds}, got {self.fold}"
-                if self.folds
-                else f"fold={self.fold} needs folds, the number of parts: set it too"
-            )
+        if self.folds is None and self.fold:
+            raise InputError(f"fold={self.fold} needs folds, the number of parts: set it too")
+        if self.folds is not None:
+            check_count("fold", self.fold, 0, self.folds - 1, hint="it counts from 0 and is less than folds")
 
     @property
     def any(self) -> bool:

@@ -166,7 +166,7 @@ def test_several_sets_have_a_loader_each() -> None:
     assert sizes == {"day": 5, "night": 4} and list(sizes) == ["day", "night"]
     assert list(data.test_dataloader()) == list(data.predict_dataloader()) == ["dusk"]
     assert data.eval_image(4).tolist() == [[16, 17], [18, 19]]  # of the first set, which the report shows
-    with pytest.raises(InputError, match="less than 5, got 5"):
+    with pytest.raises(InputError, match="position must be an integer from 0 to 4, got 5"):
         data.eval_image(5)
 
 
@@ -226,7 +226,7 @@ def test_eval_image_is_the_undecorated_picture() -> None:
     picture = data.eval_image(3)
     assert picture.dtype == np.uint8 and picture.tolist() == [[12, 13], [14, 15]]
     for position in (-1, 12):
-        with pytest.raises(InputError, match=f"position must be at least 0 and less than 12, got {position}"):
+        with pytest.raises(InputError, match=f"position must be an integer from 0 to 11, got {position}"):
             data.eval_image(position)
     with pytest.raises(InputError, match=r"call setup\('validate'\)"):
         Module(GOOD).eval_image(0)
@@ -235,10 +235,10 @@ def test_eval_image_is_the_undecorated_picture() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_batch_size": 0}, "eval_batch_size must be at least 1, got 0"),
-        ({"num_workers": -1}, "num_workers must not be negative, got -1"),
-        ({"samples_per_class": 1}, "samples_per_class must be at least 2"),
-        ({"batches_per_epoch": 0}, "num_batches must be at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size must be an integer of at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
+        ({"samples_per_class": 1}, "samples_per_class must be an integer of at least 2, got 1"),
+        ({"batches_per_epoch": 0}, "num_batches must be an integer of at least 1, got 0"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str) -> None:

@@ -257,10 +257,13 @@ def test_a_missing_root(stage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
-        ({"split_seed": -1}, "split_seed must not be negative, got -1"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"image_size": 32, "resize": 20}, "image_size=32 and resize=20"),
+        ({"val_fraction": 1.0}, r"val_fraction must be a share of .*, at least 0 and less than 1, got 1.0"),
+        ({"split_seed": -1}, "split_seed must be an integer of at least 0, got -1"),
+        ({"image_size": 0}, "image_size must be an integer of at least 1, got 0"),
+        (
+            {"image_size": 32, "resize": 20},
+            "resize must be an integer of at least 32, got 20; the crop of image_size=32",
+        ),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale must be .* got \(0.0, 1.0\)"),
         ({"crop_scale": (0.8, 0.4)}, "crop_scale must be two ascending"),
         ({"val_roots": {"val": "x"}}, "val_roots must not have a set called 'val'"),

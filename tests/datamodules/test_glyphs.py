@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_dml.datamodules import GlyphsDataModule, glyphs
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
+from lightning_dml.datamodules.seeded_index import SeededIndex
 from lightning_dml.errors import InputError
 
 Drawn = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]
@@ -128,7 +128,7 @@ def test_image_size(root: Path) -> None:
     data.setup("fit")
     assert data.train_set is not None and data.val_set is not None
     assert data.train_set[0]["image"].shape == data.val_set[0]["image"].shape == (1, 32, 32)
-    with pytest.raises(InputError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(InputError, match="image_size must be an integer of at least 1, got 0"):
         GlyphsDataModule(image_size=0)
 
 
@@ -143,7 +143,8 @@ def test_the_cache_is_read_and_leaves_nothing_else(root: Path, monkeypatch: pyte
     data = GlyphsDataModule(root)
     data.prepare_data()
     data.setup("fit")
-    assert [path.name for path in root.iterdir()] == [glyphs._cache_name()]
+    left = [path.name for path in root.iterdir() if not path.name.endswith(".lock")]  # some releases keep the lock
+    assert left == [glyphs._cache_name()]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "other"])

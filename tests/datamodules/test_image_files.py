@@ -18,7 +18,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from lightning_dml import Embedder, MetricLearningModule
 from lightning_dml.datamodules import FolderDataModule, ImagesDataModule
-from lightning_dml.datamodules.images.datasets import ImageFileDataset
+from lightning_dml.datamodules.images.file_dataset import ImageFileDataset
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
@@ -345,12 +345,12 @@ def test_ranks_must_see_the_same_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"check_images": "all"}, "check_images must be 'none', 'headers' or 'decode', got 'all'"),
-        ({"unreadable": "ignore"}, "unreadable must be 'raise' or 'skip', got 'ignore'"),
+        ({"check_images": "all"}, "check_images must be one of none, headers, decode, got 'all'"),
+        ({"unreadable": "ignore"}, "unreadable must be one of raise, skip, got 'ignore'"),
         ({"unreadable": "skip", "check_images": "none"}, "set it to 'decode'"),
-        ({"cache_encoding": "png"}, "cache_encoding must be 'raw' or 'jpeg', got 'png'"),
+        ({"cache_encoding": "png"}, "cache_encoding must be one of raw, jpeg, got 'png'"),
         ({"recipe": "standrad"}, "standard"),
-        ({"num_workers": -1}, "num_workers must not be negative, got -1"),
+        ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
         ({"fold": 2}, "fold=2 needs folds"),
         ({"folds": 3, "val_fraction": 0.5}, "two splits: set one of them"),
         ({"cache": "cache", "resize": None, "train_transform": len}, "set resize to the shorter side"),

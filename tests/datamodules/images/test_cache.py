@@ -272,9 +272,14 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     (left,) = files(folder)
-    assert left.endswith(".part")
-    cache = build(table, folder)
-    assert files(folder) == [cache.path.name] and sum(opened.values()) == 6
+    assert ".part" in left
+    # An earlier version called its parts so, and the next build asks for other settings than the one that was killed.
+    name = left.strip(".").split(".")[0]
+    (folder / f"{name}.images.{'0' * 32}.part").touch()
+    other = folder / f"other-{name.split('-')[1]}.images.{'0' * 32}.part"
+    other.touch()
+    cache = build(table, folder, resize=RESIZE + 1)
+    assert files(folder) == sorted([cache.path.name, other.name]) and sum(opened.values()) == 6
 
 
 @pytest.mark.parametrize("damage", ["empty", "head", "tables", "cut", "longer", "magic", "text", "other", "misnamed"])
@@ -469,9 +474,9 @@ def test_an_empty_table_has_an_empty_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resize": 0}, "resize must be at least 1, got 0"),
-        ({"encoding": "png"}, "encoding must be 'raw' or 'jpeg', got 'png'"),
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"resize": 0}, "resize must be an integer of at least 1, got 0"),
+        ({"encoding": "png"}, "encoding must be one of raw, jpeg, got 'png'"),
+        ({"workers": 0}, "workers must be an integer of at least 1, got 0; None takes one for each core"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str, table: ImageTable, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_the_error_names_the_first_file_its_row_and_the_way_out(tmp_path: Path) 
 
 def test_how_must_be_known(tmp_path: Path) -> None:
     """A misspelt word must not mean the quicker check."""
-    with pytest.raises(InputError, match="how must be 'headers' or 'decode', got 'full'"):
+    with pytest.raises(InputError, match="how must be one of headers, decode, got 'full'"):
         check_images(make(tmp_path, ["a.png"]), "full", tmp_path)  # type: ignore[arg-type]
 
 

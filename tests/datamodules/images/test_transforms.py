@@ -34,7 +34,7 @@ from lightning_dml.datamodules.images.transforms import (
     resize_image,
     train_transform,
 )
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
+from lightning_dml.datamodules.seeded_index import SeededIndex
 from lightning_dml.errors import InputError
 
 
@@ -138,16 +138,22 @@ def test_numbers_that_are_given_win() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "standrad"}, r"recipe 'standrad' is unknown; did you mean standard\?; there are standard, multi"),
+        (
+            {"recipe": "standrad"},
+            r"recipe must be one of standard, multi_similarity, plain, got 'standrad'; did you mean standard\?",
+        ),
         ({"model_name": "resnet5"}, r"model_name 'resnet5' is not a timm model; did you mean .*resnet5.*list_models"),
         ({"model_name": "resnet50.nope"}, r"'resnet50.nope' has a tag that timm does not know; .*resnet50.a1_in1k"),
         ({"model_name": "ftp:x"}, "'ftp:x' must begin with local-dir: or hf-hub:"),
-        ({"interpolation": "bicubical"}, r"interpolation 'bicubical' is unknown; did you mean bicubic\?; there are"),
+        (
+            {"interpolation": "bicubical"},
+            r"interpolation must be one of nearest, .*, got 'bicubical'; did you mean bicubic\?",
+        ),
         (
             {"image_size": 0},
-            "image_size must be at least 1 and resize at least image_size, got image_size=0 and resize=0",
+            "image_size must be an integer of at least 1, got 0",
         ),
-        ({"resize": 100}, "got image_size=224 and resize=100"),
+        ({"resize": 100}, "resize must be an integer of at least 224, got 100; the crop of image_size=224"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale must be two ascending numbers in \(0, 1\], got \(0.0, 1.0\)"),
         ({"crop_scale": [0.8, 0.4]}, r"got \(0.8, 0.4\)"),
         ({"crop_scale": (0.5,)}, r"crop_scale must be two .* got \(0.5,\)"),

@@ -72,7 +72,9 @@ def test_boxes(make: Callable[..., Path], tmp_path: Path) -> None:
         assert table.boxes is not None and table.boxes.dtype == np.int32
         assert table.boxes.tolist() == [[2, 1, 8, 8]] * len(table)
     small: dict[str, Any] = {"image_size": 16, "resize": 16, "classes_per_batch": 2, "samples_per_class": 2}
-    module = Cars196DataModule(tmp_path, False, crop_boxes=True, num_workers=0, check_images="none", **small)
+    module = Cars196DataModule(
+        tmp_path, check_counts=False, crop_boxes=True, num_workers=0, check_images="none", **small
+    )
     module.setup("fit")
     assert isinstance(module.train_set, LabelledImages) and module.train_set.picture(0).shape == (7, 6, 3)
 

@@ -50,7 +50,9 @@ def test_boxes(tmp_path: Path) -> None:
     boxes = splits.train.boxes
     assert boxes is not None and boxes.dtype == np.int32
     assert boxes[:3].tolist() == [[1, 1, 7, 8], [0, 2, 5, 6], [1, 2, 5, 7]]
-    module = CUB200DataModule(tmp_path, False, crop_boxes=True, num_workers=0, check_images="none", **_BATCH)
+    module = CUB200DataModule(
+        tmp_path, check_counts=False, crop_boxes=True, num_workers=0, check_images="none", **_BATCH
+    )
     module.setup("fit")
     assert isinstance(module.train_set, LabelledImages)
     assert module.train_set.picture(1).shape == (4, 5, 3)

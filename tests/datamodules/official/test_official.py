@@ -81,7 +81,7 @@ def test_the_root_may_be_the_folder_or_hold_it(name: str, tmp_path: Path) -> Non
     """People keep one folder for all sets or name the set's own; guessing wrong would look like a missing set."""
     each = SETS[name]
     folder = each.make(tmp_path)
-    above, itself = each.read(tmp_path, False), each.read(folder, False)
+    above, itself = each.read(tmp_path, check_counts=False), each.read(folder, check_counts=False)
     assert above.class_names == itself.class_names
     for one, other in zip(_tables(above), _tables(itself), strict=True):
         assert one.digest() == other.digest() and len(one) and one.root == other.root
@@ -93,7 +93,7 @@ def test_labels(name: str, tmp_path: Path) -> None:
     """Losses with proxies need training labels from 0 without gaps; names and evaluation labels must not overlap."""
     each = SETS[name]
     each.make(tmp_path)
-    splits = each.read(tmp_path, False)
+    splits = each.read(tmp_path, check_counts=False)
     trained = np.unique(splits.train.labels)
     evaluated = np.unique(np.concatenate([table.labels for table in replicas.named(splits.test).values()]))
     assert trained.tolist() == list(range(len(trained)))
@@ -109,7 +109,10 @@ def test_no_image_is_opened(name: str, tmp_path: Path) -> None:
     each = SETS[name]
     each.make(tmp_path / "with")
     each.make(tmp_path / "without", pictures=False)
-    with_images, without = each.read(tmp_path / "with", False), each.read(tmp_path / "without", False)
+    with_images, without = (
+        each.read(tmp_path / "with", check_counts=False),
+        each.read(tmp_path / "without", check_counts=False),
+    )
     for one, other in zip(_tables(with_images), _tables(without), strict=True):
         assert one.digest() == other.digest()
 
@@ -121,7 +124,7 @@ def test_the_module_trains_and_evaluates(name: str, tmp_path: Path) -> None:
     each.make(tmp_path)
     module = _module(each, tmp_path)
     module.setup("fit")
-    splits = each.read(tmp_path, False)
+    splits = each.read(tmp_path, check_counts=False)
     batch = next(iter(module.train_dataloader()))
     assert batch["image"].shape == (4, 3, 16, 16)
     assert len(np.unique(batch["label"])) == 2 and set(batch["label"].tolist()) <= set(splits.train.labels.tolist())
@@ -171,7 +174,7 @@ def test_a_missing_file(name: str, file: str, tmp_path: Path) -> None:
     folder = each.make(tmp_path)
     (folder / file).unlink()
     with pytest.raises(InputError, match=rf"there is no .*{file}.* in .*{folder.name}: .* with .*; .*{each.origin}"):
-        each.read(tmp_path, False)
+        each.read(tmp_path, check_counts=False)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,7 @@ def test_paths_must_stay_in_the_folder(name: str, file: str, old: str, new: str,
     line = _line_of(folder / file, old)
     replicas.edit(folder / file, old, new)
     with pytest.raises(InputError, match=rf"{file}, line {line}: the .*path .* root "):
-        each.read(tmp_path, False)
+        each.read(tmp_path, check_counts=False)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_an_image_must_not_be_listed_twice(name: str, file: str, place: int, tmp
     lines = (folder / file).read_text().splitlines()
     (folder / file).write_text("\n".join([*lines, lines[place]]) + "\n")
     with pytest.raises(InputError, match=rf"{file}, line {len(lines) + 1}: .* line {place + 1} already"):
-        each.read(tmp_path, False)
+        each.read(tmp_path, check_counts=False)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +243,7 @@ def test_a_class_in_both_splits(name: str, file: str, old: str, new: str, wrong:
     folder = each.make(tmp_path)
     replicas.edit(folder / file, old, new)
     with pytest.raises(InputError, match=rf"class {wrong} \(1 such class\(es\)\) is in training and in evaluation"):
-        each.read(tmp_path, False)
+        each.read(tmp_path, check_counts=False)
 
 
 @pytest.mark.parametrize("name", ["cub", "sop"])

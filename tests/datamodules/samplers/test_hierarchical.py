@@ -267,16 +267,19 @@ GOOD: dict[str, Any] = {
         ({"super_labels": np.zeros(12)}, "super_labels must be a vector of integers.*float64"),
         ({"super_labels": np.zeros(5, int)}, "super_labels must have one entry for each of the 12 labels, got 5"),
         ({"super_labels": [7] * 5 + [8] * 7}, "class 2 lies in super-classes 7 and 8, and a class must lie in one"),
-        ({"super_classes_per_batch": 0}, "super_classes_per_batch must be at least 1, got 0"),
+        ({"super_classes_per_batch": 0}, "super_classes_per_batch must be an integer of at least 1, got 0"),
         ({"super_classes_per_batch": 3}, "=3 must divide classes_per_batch=4, .* set classes_per_batch to 3 or 6"),
         ({"super_classes_per_batch": 5}, "must divide classes_per_batch=4, .* set classes_per_batch to 5"),
         ({"super_classes_per_batch": 4}, "super_classes_per_batch=4, but there are 2 super-classes: set it to 2"),
         ({"classes_per_batch": 8}, "there are 6: set classes_per_batch to 6 or less"),
         ({"num_replicas": 2}, "on 2 rank.* set classes_per_batch to 3 or less"),
-        ({"samples_per_class": 1}, "samples_per_class must be at least 2.*got 1"),
-        ({"num_batches": 0}, "num_batches must be at least 1"),
-        ({"seed": -1}, "seed must not be negative"),
-        ({"rank": -1}, "rank must be at least 0.*got -1"),
+        (
+            {"samples_per_class": 1},
+            "samples_per_class must be an integer of at least 2, got 1; a positive pair takes two",
+        ),
+        ({"num_batches": 0}, "num_batches must be an integer of at least 1, got 0; None is one pass"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"rank": -1}, "rank must be an integer of at least 0, got -1"),
         ({"labels": [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5]}, "class 0 has one image"),
         ({"class_weights": {9: 1.0}}, "class_weights names class 9"),
     ],
@@ -290,7 +293,8 @@ def test_errors_name_argument_value_and_way_out(options: dict[str, Any], message
 def test_a_dropped_class_counts_for_no_super_class() -> None:
     """A super-class that has nothing to draw from must not be promised."""
     labels, supers = [0, 0, 1, 1, 2], [5, 5, 5, 5, 6]
-    sampler = HierarchicalPKBatchSampler(labels, supers, 1, 2, 2, drop_small_classes=True)
+    options: dict[str, Any] = {"classes_per_batch": 2, "samples_per_class": 2, "drop_small_classes": True}
+    sampler = HierarchicalPKBatchSampler(labels, supers, 1, **options)
     assert sampler.num_super_classes == 1 and sampler.num_classes == 2
     with pytest.raises(InputError, match="there are 1 super-classes"):
-        HierarchicalPKBatchSampler(labels, supers, 2, 2, 2, drop_small_classes=True)
+        HierarchicalPKBatchSampler(labels, supers, 2, **options)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lightning_dml import distributed
 from lightning_dml.datamodules import PKBatchSampler, UnpaddedDistributedSampler
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
+from lightning_dml.datamodules.seeded_index import SeededIndex
 from lightning_dml.errors import InputError
 
 
@@ -280,13 +280,16 @@ GOOD: dict[str, Any] = {"labels": PAIRS, "classes_per_batch": 2, "samples_per_cl
         ({"labels": np.zeros((2, 2), int)}, r"labels must be a vector of integers, got shape \(2, 2\)"),
         ({"labels": np.zeros(4)}, "labels must be a vector of integers.*float64"),
         ({"labels": np.zeros(4, bool)}, "labels must be a vector of integers.*bool"),
-        ({"classes_per_batch": 0}, "classes_per_batch must be at least 1, got 0"),
-        ({"samples_per_class": 1}, "samples_per_class must be at least 2.*got 1"),
-        ({"num_batches": 0}, "num_batches must be at least 1.*got 0"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"num_replicas": 0}, "num_replicas must be at least 1.*got 0"),
-        ({"num_replicas": 2, "rank": 2}, "rank must be .* less than num_replicas=2, got 2"),
-        ({"rank": -1}, "rank must be at least 0.*got -1"),
+        ({"classes_per_batch": 0}, "classes_per_batch must be an integer of at least 1, got 0"),
+        (
+            {"samples_per_class": 1},
+            "samples_per_class must be an integer of at least 2, got 1; a positive pair takes two",
+        ),
+        ({"num_batches": 0}, "num_batches must be an integer of at least 1, got 0; None is one pass"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"num_replicas": 0}, "num_replicas must be an integer of at least 1, got 0; None takes the process group's"),
+        ({"num_replicas": 2, "rank": 2}, "rank must be an integer from 0 to 1, got 2; .* less than num_replicas"),
+        ({"rank": -1}, "rank must be an integer of at least 0, got -1"),
         ({"classes_per_batch": 7}, "classes_per_batch=7 on 1 rank.* there are 6: set classes_per_batch to 6 or less"),
         ({"classes_per_batch": 4, "num_replicas": 2}, "draws 8 different classes .* set classes_per_batch to 3 or"),
         ({"classes_per_batch": 1, "num_replicas": 7}, "use fewer ranks"),

@@ -86,13 +86,13 @@ def test_distractors_stay_distractors() -> None:
 @pytest.mark.parametrize(
     ("hold_out", "message"),
     [
-        ({"fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
+        ({"fraction": 1.0}, r"val_fraction must be a share of .*, at least 0 and less than 1, got 1.0"),
         ({"fraction": -0.1}, "got -0.1"),
         ({"fraction": 0.5, "folds": 2}, "two splits: set one of them"),
-        ({"folds": 1}, "folds must be at least 2, or None for no folds, got 1"),
-        ({"folds": 3, "fold": 3}, "less than folds=3, got 3"),
+        ({"folds": 1}, "folds must be an integer of at least 2, got 1; None cuts no folds"),
+        ({"folds": 3, "fold": 3}, "fold must be an integer from 0 to 2, got 3; .* less than folds"),
         ({"fold": 1}, "fold=1 needs folds"),
-        ({"seed": -1}, "split_seed must not be negative, got -1"),
+        ({"seed": -1}, "split_seed must be an integer of at least 0, got -1"),
     ],
 )
 def test_wrong_options(hold_out: dict[str, float], message: str) -> None:
