@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
 
 from lightning_dml.datamodules.images import check as image_check
 from lightning_dml.datamodules.images.check import How, Unreadable, check_images, raise_unreadable
@@ -36,20 +36,6 @@ def make(folder: Path, names: list[str], boxes: Any = None) -> ImageTable:
             path.unlink()
     columns = None if boxes is None else np.array(boxes, np.int32)
     return ImageTable(folder, Texts(names), np.arange(len(names)), columns)
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts how often each file is opened, by name."""
-    counts: Counter[str] = Counter()
-    real = Image.open
-
-    def counting(path: Any, *args: Any) -> ImageFile.ImageFile:
-        counts[Path(path).name] += 1
-        return real(path, *args)
-
-    monkeypatch.setattr(Image, "open", counting)
-    return counts
 
 
 NAMES = ["a/1.jpg", "a/2cut.jpg", "b/3text.png", "b/4gone.png", "c/5.png", "a/1.jpg"]

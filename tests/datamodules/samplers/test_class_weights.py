@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_dml.datamodules.samplers.pk import PKBatchSampler
 from lightning_dml.errors import InputError
-from tests.datamodules.samplers.test_pk import epoch, problems, seeds
+from tests.datamodules.samplers.cases import assert_follows, epoch, problems, seeds
 
 
 @st.composite
@@ -30,16 +30,6 @@ def weighted(draw: st.DrawFn) -> dict[str, Any]:
 def drawn_classes(labels: np.ndarray[Any, Any], batches: list[list[int]], samples: int) -> list[list[int]]:
     """The class of every group of every batch."""
     return [labels[batch[::samples]].tolist() for batch in batches]
-
-
-def assert_follows(observed: Counter[Any], expected: dict[Any, float]) -> None:
-    """Chi-square test, six standard deviations wide; shares of `expected` sum to one."""
-    assert sum(expected.values()) == pytest.approx(1)
-    assert set(observed) <= set(expected)
-    total = sum(observed.values())
-    excess = sum((observed[each] - total * share) ** 2 / (total * share) for each, share in expected.items())
-    free = len(expected) - 1
-    assert excess < free + 6 * (2 * free) ** 0.5
 
 
 @pytest.mark.parametrize(

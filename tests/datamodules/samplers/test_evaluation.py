@@ -48,5 +48,5 @@ def test_unpadded_sampler_refuses_a_negative_length() -> None:
 
 def test_unpadded_sampler_refuses_a_rank_out_of_range() -> None:
     """Rank 2 of 2 would evaluate what rank 0 does, shifted, in silence."""
-    with pytest.raises(InputError, match="rank must be an integer from 0 to 1, got 2; .* less than num_replicas"):
+    with pytest.raises(InputError, match=r"rank must be an integer from 0 to 1, got 2; .* less than num_replicas"):
         UnpaddedDistributedSampler(5, num_replicas=2, rank=2)

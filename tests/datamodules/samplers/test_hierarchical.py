@@ -17,8 +17,7 @@ from lightning_dml.datamodules.loading import ResumableLoader
 from lightning_dml.datamodules.samplers.hierarchical import HierarchicalPKBatchSampler
 from lightning_dml.datamodules.samplers.pk import PKBatchSampler
 from lightning_dml.errors import InputError
-from tests.datamodules.samplers.test_class_weights import assert_follows
-from tests.datamodules.samplers.test_pk import seeds
+from tests.datamodules.samplers.cases import assert_follows, seeds
 
 
 @st.composite
