@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 
+from lightning_dml import datamodules
 from lightning_dml.datamodules import (
     Cars196DataModule,
     CUB200DataModule,
@@ -24,8 +27,10 @@ from lightning_dml.datamodules import (
     TableDataModule,
     VehicleIDDataModule,
 )
+from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.datamodules.images.transforms import ImageSettings
 from lightning_dml.datamodules.tables.splits import HoldOut
+from lightning_dml.parsing import instantiated
 
 BASE = {
     "classes_per_batch": 3,
@@ -101,7 +106,7 @@ def test_every_option_reaches_the_module(cls: type[RetrievalDataModule], options
     config = made.parse_object(
         {"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": {**options, **BASE}}}
     )
-    data = made.instantiate_classes(config).data
+    data = instantiated(made, config).data
     assert type(data) is cls
     kept = vars(data)
     for name, value in {**options, **BASE}.items():
@@ -119,20 +124,54 @@ def test_every_option_reaches_the_module(cls: type[RetrievalDataModule], options
         assert data.test_sizes == (800,)
 
 
-def test_yaml_refuses_what_is_no_option() -> None:
+every_module = pytest.mark.parametrize("cls", [cls for cls, _ in CONFIGS], ids=lambda cls: cls.__name__)
+
+
+def test_every_public_module_is_configured_here() -> None:
+    """A new data module belongs into these tests."""
+    public = {getattr(datamodules, name) for name in datamodules.__all__ if name.endswith("DataModule")}
+    assert public == {cls for cls, _ in CONFIGS} | {RetrievalDataModule}
+
+
+@every_module
+def test_yaml_refuses_what_is_no_option(cls: type[RetrievalDataModule]) -> None:
     """A misspelt option that is ignored would train something else than was asked for."""
+    required = {"root": "images", "table": "table.csv"} if cls is TableDataModule else {"root": "images"}
     with pytest.raises(ArgumentError, match="batch_sise"):
         parser().parse_object(
-            {"data": {"class_path": "lightning_dml.datamodules.GlyphsDataModule", "init_args": {"batch_sise": 3}}},
+            {"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": {**required, "batch_sise": 3}}},
         )
 
 
-def test_help_explains_the_options() -> None:
-    """`--help` reads the docstrings; broken markup there would leave users without any explanation."""
+@every_module
+def test_help_explains_every_option(cls: type[RetrievalDataModule]) -> None:
+    """`--help` reads the docstrings of a class and its bases; a gap there would leave users without an explanation."""
     made = ArgumentParser()
-    made.add_class_arguments(FolderDataModule, "data")
+    made.add_class_arguments(cls, "data")
     text = " ".join(made.format_help().split())
-    assert "share of the training classes that validates" in text and "classes in a training batch on each rank" in text
+    assert "classes in a training batch on each rank" in text
+    if issubclass(cls, ImagesDataModule):
+        assert "share of the training classes that validates" in text
+    for name in parameters(cls):
+        assert re.search(rf"--data\.{name} [^()]*? (?!\()\w", text), name
+
+
+@every_module
+def test_every_module_has_one_default_of_workers(cls: type[RetrievalDataModule]) -> None:
+    """Who moves from one data set to another must not find the loading slower for a reason that nobody told."""
+    made = ArgumentParser()
+    made.add_class_arguments(cls, "data")
+    assert made.get_defaults().data.num_workers is None
+
+
+def test_images_in_memory_take_no_workers_by_default() -> None:
+    """Processes that hand over what the trainer's process has already would only cost time."""
+    images = ArrayDataset(np.zeros((4, 2, 2), np.uint8), [0, 0, 1, 1], lambda image: image / 255)
+    data = RetrievalDataModule(classes_per_batch=2, samples_per_class=2)
+    data.train_set = data.val_set = images
+    assert data.train_dataloader().num_workers == 0 and data.val_dataloader().num_workers == 0
+    data.num_workers = 1
+    assert data.train_dataloader().num_workers == 1 and data.val_dataloader().num_workers == 1
 
 
 def test_transforms_from_yaml_are_used() -> None:
@@ -142,5 +181,5 @@ def test_transforms_from_yaml_are_used() -> None:
     config = made.parse_object(
         {"data": {"class_path": "lightning_dml.datamodules.FolderDataModule", "init_args": options}}
     )
-    transformed = made.instantiate_classes(config).data._own_eval(Image.new("RGB", (3, 2)))
+    transformed = instantiated(made, config).data._own_eval(Image.new("RGB", (3, 2)))
     assert transformed.shape == (3, 2, 3) and transformed.dtype == torch.uint8

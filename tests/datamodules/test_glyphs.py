@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,21 @@ def test_a_damaged_cache_is_drawn_again(
     monkeypatch.setattr(glyphs, "draw_glyphs", forbidden)
     data.setup("fit")
     assert data.train_set is not None and len(data.train_set) == 4800
+
+
+def test_of_several_processes_one_draws(tmp_path: Path, drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jobs of a study start together; each would draw for seconds what the first has drawn."""
+    calls = []
+
+    def draw() -> Drawn:
+        calls.append(1)
+        time.sleep(0.3)  # long enough for the other to come by
+        return drawn
+
+    monkeypatch.setattr(glyphs, "draw_glyphs", draw)
+    with ThreadPoolExecutor(2) as pool:  # threads, whose locks exclude each other as those of processes do
+        list(pool.map(lambda _: GlyphsDataModule(tmp_path).prepare_data(), range(2)))
+    assert calls == [1]
 
 
 def test_the_cache_name_follows_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
