@@ -81,9 +81,9 @@ def print_rates(folder: Path, args: argparse.Namespace) -> None:
 
     caches, built = {}, {}
     for encoding in ("raw", "jpeg"):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         caches[encoding] = build_cache(table, folder / "caches", encoding)
-        built[encoding] = time.perf_counter() - begun
+        built[encoding] = time.perf_counter() - start
     pictures = ImageFolder(folder / "images", transform)
     loaders: dict[str, Iterable[Any]] = {
         "ImageFolder, shuffled": DataLoader(pictures, batch, shuffle=True, drop_last=True, **options),
@@ -99,13 +99,13 @@ def print_rates(folder: Path, args: argparse.Namespace) -> None:
     bare = statistics.median(rates["ImageFolder, shuffled"])
     print("| loader | images/s | of ImageFolder's | slowest - fastest round | built in, s | on disk, MiB |")
     print("|---|---|---|---|---|---|")
-    for name, taken in rates.items():
-        rate = statistics.median(taken)
+    for name, rounds in rates.items():
+        rate = statistics.median(rounds)
         cells = ["", f"{size / MIB:.0f}"]
         for encoding, cache in caches.items():
             if encoding in name:
                 cells = [f"{built[encoding]:.1f}", f"{cache.nbytes / MIB:.0f}"]
-        spread = f"{min(taken):.0f} - {max(taken):.0f}"
+        spread = f"{min(rounds):.0f} - {max(rounds):.0f}"
         print(f"| {name} | {rate:.0f} | {rate / bare:.2f} | {spread} | {' | '.join(cells)} |")
     print(flush=True)
 
@@ -122,11 +122,11 @@ def print_memory(folder: Path, args: argparse.Namespace) -> None:
             task = partial(worker_memory, folder, kind, start, args.rows, max(1, args.workers), args.every)
             # A process of its own: what another data set has left on the heap would count for this one.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                found = pool.submit(task).result()
-            base = found.private if kind == "none" else base
-            more = "" if kind == "none" else f"{(found.private - base) / MIB:.0f}"
+                memory = pool.submit(task).result()
+            base = memory.private if kind == "none" else base
+            more = "" if kind == "none" else f"{(memory.private - base) / MIB:.0f}"
             name = {"none": f"{FILES} rows", "list": "list of tuples, as ImageFolder", "table": "ours"}[kind]
-            cells = [f"{found.private / MIB:.0f}", more, f"{found.share / MIB:.0f}", f"{found.start:.1f}"]
+            cells = [f"{memory.private / MIB:.0f}", more, f"{memory.share / MIB:.0f}", f"{memory.start:.1f}"]
             print(f"| {start} | {name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -259,15 +259,15 @@ def worker_memory(folder: Path, kind: str, start: str, rows: int, workers: int, 
         persistent_workers=True,  # they live until they were looked at
         collate_fn=sum,
     )
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     iterator: Any = iter(loader)
     next(iterator)
-    first = time.perf_counter() - begun
+    first = time.perf_counter() - begin
     for _ in iterator:
         pass
-    found = [_rollup(process.pid) for process in iterator._workers]
-    private = statistics.mean(each["Private_Clean"] + each["Private_Dirty"] for each in found)
-    return Memory(private, statistics.mean(each["Pss"] for each in found), first)
+    sums = [_rollup(process.pid) for process in iterator._workers]
+    private = statistics.mean(worker["Private_Clean"] + worker["Private_Dirty"] for worker in sums)
+    return Memory(private, statistics.mean(worker["Pss"] for worker in sums), first)
 
 
 def _rollup(process: int) -> dict[str, int]:

@@ -95,7 +95,7 @@ class RetrievalDataModule(LightningDataModule):
         self._check_trainer()
         if stage in (None, "fit"):
             self._train_sampler(self._training())
-            if self.trainer and not any(isinstance(each, CountResumedEpoch) for each in self.trainer.callbacks):  # type: ignore[attr-defined]
+            if self.trainer and not any(isinstance(callback, CountResumedEpoch) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
                 self.trainer.callbacks.append(CountResumedEpoch())  # type: ignore[attr-defined]
             # A fit may do without validation, if it says so.
             if self.trainer is None or self.trainer.limit_val_batches != 0:
@@ -175,18 +175,18 @@ class RetrievalDataModule(LightningDataModule):
         named = _by_name(images)
         if images is None or not named:
             raise self._without_images(role)
-        for name, each in named.items():
+        for name, one_set in named.items():
             which = f" {name!r}" if isinstance(images, Mapping) else ""
-            if not len(each):
+            if not len(one_set):
                 raise self._without_images(role + which)
-            labelled = each.labels[each.labels != UNLABELLED]  # others are distractors, which match nothing
+            labelled = one_set.labels[one_set.labels != UNLABELLED]  # others are distractors, which match nothing
             if np.unique(labelled, return_counts=True)[1].max(initial=0) < 2:
                 raise InputError(
                     f"no class of the {role} set{which} has two images, so no query has a match to find: add images, "
                     "or split by class"
                 )
             for column in ("is_query", "is_gallery"):
-                roles = getattr(getattr(each, "table", None), column, None)
+                roles = getattr(getattr(one_set, "table", None), column, None)
                 if roles is not None and not roles.any():
                     raise InputError(
                         f"{column} is false for every image of the {role} set{which}: there is nothing to evaluate"
@@ -201,10 +201,10 @@ class RetrievalDataModule(LightningDataModule):
 
     def _prediction(self) -> EvaluationSets:
         images = self._evaluation(self.test_set, "test")
-        for each in _by_name(images).values():
-            if len(each) < distributed.world_size():
+        for one_set in _by_name(images).values():
+            if len(one_set) < distributed.world_size():
                 raise InputError(
-                    f"the test set has {len(each)} image(s) for {distributed.world_size()} ranks, and predict takes "
+                    f"the test set has {len(one_set)} image(s) for {distributed.world_size()} ranks, and predict takes "
                     "each image once: use fewer ranks"
                 )
         return images
@@ -239,20 +239,22 @@ class RetrievalDataModule(LightningDataModule):
         if not isinstance(self.class_weights, Mapping):
             return self.class_weights
         labels = {name: label for label, name in enumerate(self.class_names or ())}
-        found = {}
+        weights = {}
         for name, weight in self.class_weights.items():
             label = labels.get(str(name)) if self.class_names is not None else _whole_number(name)
             if label not in trained:
                 raise InputError(
                     f"class_weights names {name!r}, which is no training class: check the name, or take it out"
                 )
-            found[label] = weight
-        return found
+            weights[label] = weight
+        return weights
 
     def _eval_loaders(self, images: EvaluationSets, at_least_one: bool = True) -> Any:
         if isinstance(images, Mapping):
             # The workers of many sets would stand idle beside those of the training.
-            return {name: self._eval_loader(each, at_least_one, len(images) == 1) for name, each in images.items()}
+            return {
+                name: self._eval_loader(one_set, at_least_one, len(images) == 1) for name, one_set in images.items()
+            }
         return self._eval_loader(images, at_least_one, True)
 
     def _eval_loader(self, images: LabelledImages, at_least_one: bool, persistent: bool) -> DataLoader[Any]:

@@ -67,8 +67,8 @@ class FolderDataModule(ImagesDataModule):
         if not self.root.is_dir():
             raise InputError(f"root {self.root} is not a folder: give the folder that holds the class folders")
         # A folder of images may be a class that is called train, so a split is known by the folders in it.
-        given = any(_folders(self.root / split) for split in ("train", "val"))
-        splits = self._splits() if given else {"train": _scan(self.root)}
+        in_splits = any(_folders(self.root / split) for split in ("train", "val"))
+        splits = self._splits() if in_splits else {"train": _scan(self.root)}
         if not any(splits.values()):
             raise InputError(
                 f"root {self.root} has no class folders with images: expected root/<class>/*.jpg or "
@@ -79,18 +79,18 @@ class FolderDataModule(ImagesDataModule):
         rest = sorted({name for classes in (*splits.values(), *others.values()) for name in classes} - set(first))
         label = {name: number for number, name in enumerate(first + rest)}
         tables = {
-            split: _table(self.root / split if given else self.root, classes, label)
+            split: _table(self.root / split if in_splits else self.root, classes, label)
             for split, classes in splits.items()
         }
-        made = Splits(
+        result = Splits(
             train=tables["train"],
             test=tables.get("test"),
             class_names=first + rest,
             val=tables.get("val"),
             further={name: _table(self.val_roots[name], classes, label) for name, classes in others.items()},
         )
-        self._check_others(made, others)
-        return made
+        self._check_others(result, others)
+        return result
 
     def _splits(self) -> dict[str, Classes]:
         """Split -> class -> files; `val` and `test` only where there are any."""
@@ -114,8 +114,8 @@ class FolderDataModule(ImagesDataModule):
 
     def _check_others(self, splits: Splits, others: Mapping[str, Classes]) -> None:
         """Classes that are held out of training may be in `val_roots` as well."""
-        left = self.hold_out(splits)
-        training = {left.class_names[label] for label in np.unique(left.train.labels)}
+        remaining = self.hold_out(splits)
+        training = {remaining.class_names[label] for label in np.unique(remaining.train.labels)}
         for name, classes in others.items():
             self._check_unseen(training, classes, self.val_roots[name])
 
@@ -157,14 +157,16 @@ def _table(folder: Path, classes: Classes, label: Mapping[str, int]) -> ImageTab
 
 def _scan(folder: Path) -> Classes:
     """Class -> its images in sorted order."""
-    found: Classes = {}
+    classes: Classes = {}
     for name in _folders(folder):
-        found[name] = [each for each in _visible(folder / name) if os.path.splitext(each)[1].lower() in IMAGE_SUFFIXES]
-        if not found[name]:
+        classes[name] = [
+            file for file in _visible(folder / name) if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        ]
+        if not classes[name]:
             raise InputError(
                 f"class folder {folder / name} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}): remove it"
             )
-    return found
+    return classes
 
 
 def _folders(folder: Path) -> list[str]:

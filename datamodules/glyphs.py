@@ -101,10 +101,10 @@ class GlyphsDataModule(RetrievalDataModule):
         order = np.concatenate([np.sort(order[:half]), np.sort(order[half:])])
         images = images.reshape(CHARACTERS, DRAWINGS, SIDE, SIDE)[order].reshape(-1, SIDE, SIDE)
         labels = np.repeat(np.arange(CHARACTERS), DRAWINGS)
-        seen = half * DRAWINGS
+        boundary = half * DRAWINGS
         self.class_names = [characters[place] for place in order]
-        self.train_set = ArrayDataset(images[:seen], labels[:seen], self.train_transform)
-        self.val_set = ArrayDataset(images[seen:], labels[seen:], self.eval_transform)
+        self.train_set = ArrayDataset(images[:boundary], labels[:boundary], self.train_transform)
+        self.val_set = ArrayDataset(images[boundary:], labels[boundary:], self.eval_transform)
         self.test_set = self.val_set
         super().setup(stage)
 
@@ -123,9 +123,9 @@ def draw_glyphs() -> tuple[NDArray[np.uint8], IntArray, list[str]]:
     Raises:
         InputError: if fewer than 1,200 characters qualify.
     """
-    points, drawings, drawn = _draw_all()
-    unlike = ~_look_alikes(drawings, drawn)
-    chosen, spread = _farthest(drawings, drawn)
+    points, drawings, has_drawing = _draw_all()
+    unlike = ~_look_alikes(drawings, has_drawing)
+    faces, spread = _farthest(drawings, has_drawing)
     good = np.flatnonzero(unlike & (spread > _DIFFERENT))
     if len(good) < CHARACTERS:
         raise InputError(
@@ -133,7 +133,7 @@ def draw_glyphs() -> tuple[NDArray[np.uint8], IntArray, list[str]]:
             f"{DRAWINGS} different drawings, and the glyph data set takes {CHARACTERS}: reinstall matplotlib"
         )
     good = np.sort(good[np.argsort(-spread[good], kind="stable")[:CHARACTERS]])
-    images = drawings[good[:, None], chosen[good]].reshape(-1, SIDE, SIDE)
+    images = drawings[good[:, None], faces[good]].reshape(-1, SIDE, SIDE)
     labels = np.repeat(np.arange(CHARACTERS), DRAWINGS)
     return images, labels, [chr(points[place]) for place in good]
 
@@ -162,16 +162,16 @@ def _draw_all() -> tuple[list[int], NDArray[np.uint8], NDArray[np.bool_]]:
                 left, top = (SIDE - width) // 2, (SIDE - height) // 2
                 ink = np.frombuffer(bytes(mask), np.uint8).reshape(height, width)
                 drawings[row, column, top : top + height, left : left + width] = ink
-    drawn: NDArray[np.bool_] = drawings.max(axis=(2, 3)) > 0
-    return points, drawings, drawn
+    has_drawing: NDArray[np.bool_] = drawings.max(axis=(2, 3)) > 0
+    return points, drawings, has_drawing
 
 
-def _look_alikes(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _look_alikes(drawings: NDArray[np.uint8], has_drawing: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(n,) whether a character that is kept and comes earlier has the same shape in a reference face."""
     alike = np.zeros(len(drawings), bool)
     for face in _REFERENCE_FACES:
         column = FACES.index(face)
-        rows = np.flatnonzero(drawn[:, column])
+        rows = np.flatnonzero(has_drawing[:, column])
         # float64 holds these sums of products exactly, so the outcome is the same whatever the BLAS.
         pixels = drawings[rows, column].reshape(len(rows), -1).astype(np.float64)
         dots = pixels @ pixels.T
@@ -184,25 +184,25 @@ def _look_alikes(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> NDArr
     return alike
 
 
-def _farthest(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> tuple[IntArray, NDArray[np.float64]]:
+def _farthest(drawings: NDArray[np.uint8], has_drawing: NDArray[np.bool_]) -> tuple[IntArray, NDArray[np.float64]]:
     """For each character the faces of its 8 drawings, (n, 8), each the farthest from those before.
 
     And the squared distance of the last one from the others, (n,); -1 where there are not 8.
     """
-    chosen = np.zeros((len(drawings), DRAWINGS), np.int64)
+    faces = np.zeros((len(drawings), DRAWINGS), np.int64)
     spread = np.empty(len(drawings))
     for row in range(len(drawings)):
         pixels = drawings[row].reshape(len(FACES), -1).astype(np.float64)
         dots = pixels @ pixels.T
         norms = np.diag(dots)
-        distances = np.where(drawn[row], norms[:, None] + norms - 2 * dots, -1.0)
-        chosen[row, 0] = drawn[row].argmax()
-        nearest = distances[chosen[row, 0]].copy()
+        distances = np.where(has_drawing[row], norms[:, None] + norms - 2 * dots, -1.0)
+        faces[row, 0] = has_drawing[row].argmax()
+        nearest = distances[faces[row, 0]].copy()
         for turn in range(1, DRAWINGS):
-            chosen[row, turn] = nearest.argmax()
+            faces[row, turn] = nearest.argmax()
             spread[row] = nearest.max()
-            nearest = np.minimum(nearest, distances[chosen[row, turn]])
-    return chosen, spread
+            nearest = np.minimum(nearest, distances[faces[row, turn]])
+    return faces, spread
 
 
 def _font_folder() -> Path:

@@ -162,19 +162,19 @@ class ImagesDataModule(RetrievalDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Makes the data sets of every split, and checks them."""
-        splits, made, caches = distributed.together(partial(self._tables, stage))
-        self._check_ranks(made)
+        splits, final, caches = distributed.together(partial(self._tables, stage))
+        self._check_ranks(final)
         settings = self.image_settings()
         train = self._own_train or train_transform(settings)
         evaluate = self._own_eval or eval_transform(settings)
-        held_out = splits.val is None and made.val is not None
-        self.class_names = made.class_names
-        self.train_set = ImageFileDataset(made.train, train, caches.get("train"))
-        tests = _data_sets(made.test, evaluate, caches, "test")
-        vals = _data_sets(made.val, evaluate, {"val": caches.get("train")} if held_out else caches, "val")
-        if vals is None and not made.further:
+        held_out = splits.val is None and final.val is not None
+        self.class_names = final.class_names
+        self.train_set = ImageFileDataset(final.train, train, caches.get("train"))
+        tests = _data_sets(final.test, evaluate, caches, "test")
+        vals = _data_sets(final.val, evaluate, {"val": caches.get("train")} if held_out else caches, "val")
+        if vals is None and not final.further:
             vals = tests
-        others = _data_sets(made.further, evaluate, caches, "further")
+        others = _data_sets(final.further, evaluate, caches, "further")
         if isinstance(others, dict) and others:
             own = vals if isinstance(vals, Mapping) else {OWN: vals} if vals is not None and len(vals) else {}
             vals = {**own, **others}
@@ -225,7 +225,7 @@ class ImagesDataModule(RetrievalDataModule):
         if self.cache is None or not len(table):
             return table, None
         settings = self.image_settings()
-        made = ImageCache.build(
+        cache = ImageCache.build(
             table,
             self.cache,
             resize=settings.resize,
@@ -233,7 +233,7 @@ class ImagesDataModule(RetrievalDataModule):
             encoding=self.cache_encoding,
             stem=name,
         )
-        return replace(table, rows=np.arange(len(table))), made
+        return replace(table, rows=np.arange(len(table))), cache
 
     def _stage(self) -> str | None:
         """What the trainer is about to do with this data."""
@@ -249,8 +249,8 @@ class ImagesDataModule(RetrievalDataModule):
             return
         digest = hashlib.blake2b(digest_size=7)  # fits an int64
         for role, tables in vars(splits).items():
-            for name, each in by_name(None if role == "class_names" else tables, role).items():
-                digest.update(f"{name} {each.digest()}".encode())
+            for name, table in by_name(None if role == "class_names" else tables, role).items():
+                digest.update(f"{name} {table.digest()}".encode())
         by_rank = distributed.gather_numbers([int(digest.hexdigest(), 16)], distributed.collective_device())
         for rank, theirs in enumerate(by_rank):
             if theirs != by_rank[0]:
@@ -263,17 +263,17 @@ class ImagesDataModule(RetrievalDataModule):
 def _replaced(splits: Splits, tables: Mapping[str, ImageTable]) -> Splits:
     """The splits with some tables exchanged, by name."""
 
-    def exchanged(each: Tables | None, role: str) -> Tables | None:
-        if isinstance(each, Mapping):
-            return {name: tables.get(f"{role}/{name}", one) for name, one in each.items()}
-        return None if each is None else tables.get(role, each)
+    def exchanged(role_tables: Tables | None, role: str) -> Tables | None:
+        if isinstance(role_tables, Mapping):
+            return {name: tables.get(f"{role}/{name}", table) for name, table in role_tables.items()}
+        return None if role_tables is None else tables.get(role, role_tables)
 
     return replace(
         splits,
         train=tables.get("train", splits.train),
         test=exchanged(splits.test, "test"),
         val=exchanged(splits.val, "val"),
-        further={name: tables.get(f"further/{name}", each) for name, each in splits.further.items()},
+        further={name: tables.get(f"further/{name}", table) for name, table in splits.further.items()},
     )
 
 
@@ -281,5 +281,7 @@ def _data_sets(
     tables: Tables | None, transform: Callable[[Any], Any], caches: Mapping[str, Any], role: str
 ) -> ImageFileDataset | dict[str, ImageFileDataset] | None:
     if isinstance(tables, Mapping):
-        return {name: ImageFileDataset(each, transform, caches.get(f"{role}/{name}")) for name, each in tables.items()}
+        return {
+            name: ImageFileDataset(table, transform, caches.get(f"{role}/{name}")) for name, table in tables.items()
+        }
     return None if tables is None else ImageFileDataset(tables, transform, caches.get(role))

@@ -75,10 +75,10 @@ class ResumableLoader(DataLoader[Any]):
         state = self._resumable.state_dict()
         epoch, batch = state["epoch"], state["batch"]
         self._position = epoch, batch
-        for each in super().__iter__():
+        for samples in super().__iter__():
             batch += 1
             self._position = epoch, batch
-            yield each
+            yield samples
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and how many of its batches were handed out."""

@@ -118,9 +118,9 @@ class ImageCache(Sequence[Image.Image]):
                 bar = tqdm(total=len(table), desc=f"caching {stem} images", disable=not progress, delay=1, leave=False)
                 with bar, closing(pictures):
                     _write(path, about, _watched(pictures, path.parent, len(table), bar.update))
-                made = cls(path)
+                cache = cls(path)
                 _delete_older(path, name, whose)
-                return made
+                return cache
         except OSError as error:
             reason = error.__cause__ if isinstance(error, UnwritableFile) else error
             if getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -131,10 +131,10 @@ class ImageCache(Sequence[Image.Image]):
 
     @classmethod
     def _fitting(cls, path: Path, key: str) -> ImageCache:
-        made = cls(path)
-        if made._file.about.get("key") != key:
+        cache = cls(path)
+        if cache._file.about.get("key") != key:
             raise InputError(f"image cache {path} is not what its name says")
-        return made
+        return cache
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -169,26 +169,26 @@ _CHECKED = 256  # pictures between two looks at the free space
 
 def _key(table: ImageTable, settings: dict[str, Any], workers: int | None) -> str:
     # Another Pillow may decode or scale with other rounding.
-    made = hashlib.blake2b(json.dumps([FORMAT, pillow_version, settings]).encode(), digest_size=16)
-    made.update(table.paths.digest().encode())
+    digest = hashlib.blake2b(json.dumps([FORMAT, pillow_version, settings]).encode(), digest_size=16)
+    digest.update(table.paths.digest().encode())
     if table.boxes is not None:
-        made.update(np.ascontiguousarray(table.boxes, "<i4").data)
+        digest.update(np.ascontiguousarray(table.boxes, "<i4").data)
     chunks = (range(first, min(first + _CHUNK, len(table))) for first in range(0, len(table), _CHUNK))
     for states in in_order(partial(_states, table), chunks, workers):
-        made.update(states.data)
-    return made.hexdigest()
+        digest.update(states.data)
+    return digest.hexdigest()
 
 
 def _states(table: ImageTable, rows: range) -> IntArray:
     """Size in bytes and time of change in nanoseconds of the files of some rows, (M, 2)."""
     root = os.fspath(table.root)
-    found = np.empty((len(rows), 2), "<i8")
+    states = np.empty((len(rows), 2), "<i8")
     for place, row in enumerate(rows):
         path = os.path.join(root, table.paths[row])
         with explaining(path, row):
             state = os.stat(path)
-        found[place] = state.st_size, state.st_mtime_ns
-    return found
+        states[place] = state.st_size, state.st_mtime_ns
+    return states
 
 
 def _picture(
@@ -206,14 +206,14 @@ def _watched(
     pictures: Iterator[tuple[bytes, tuple[int, int]]], folder: Path, rows: int, report: Callable[[], object]
 ) -> Iterator[tuple[bytes, tuple[int, int]]]:
     """The same pictures, for as long as the rest of them seems to find room in the folder."""
-    written = 0
-    for done, picture in enumerate(pictures, start=1):
+    bytes_so_far = 0
+    for count, picture in enumerate(pictures, start=1):
         yield picture
         report()
-        written += len(picture[0])
+        bytes_so_far += len(picture[0])
         # A tenth less than the estimate, so that a guess does not stop what would have fitted.
-        if done % _CHECKED == 0 and 0.9 * written * (rows / done - 1) > shutil.disk_usage(folder).free:
-            raise _no_room(folder, rows, written * rows // done)
+        if count % _CHECKED == 0 and 0.9 * bytes_so_far * (rows / count - 1) > shutil.disk_usage(folder).free:
+            raise _no_room(folder, rows, bytes_so_far * rows // count)
 
 
 def _no_room(folder: Path, rows: int, size: int | None = None) -> InputError:

@@ -112,8 +112,8 @@ def delete_unused(path: Path) -> None:
 
 
 def _mapped(data: NDArray[np.uint8]) -> CacheFile:
-    magic, made, length, expected = _HEAD.unpack(data[: _HEAD.size].tobytes())
-    if magic != _MAGIC or made != FORMAT:
+    magic, version, length, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())
+    if magic != _MAGIC or version != FORMAT:
         raise ValueError(f"it is not an image cache of format {FORMAT}")
     text = data[_HEAD.size : _HEAD.size + length].tobytes()
     about = json.loads(text)
@@ -122,7 +122,7 @@ def _mapped(data: NDArray[np.uint8]) -> CacheFile:
     if rows < 0 or end > len(data):
         raise ValueError("it is cut off")
     offsets, sizes = data[start:middle].view("<i8"), data[middle:end].view("<i4").reshape(rows, 2)
-    if _hash(text, offsets, sizes) != expected:
+    if _hash(text, offsets, sizes) != digest:
         raise ValueError("its tables do not match their hash")
     if offsets[-1] != len(data):
         raise ValueError(f"it has {len(data)} bytes instead of {offsets[-1]}")
@@ -135,7 +135,7 @@ def _after_text(length: int) -> int:
 
 
 def _hash(text: bytes, offsets: NDArray[Any], sizes: NDArray[Any]) -> bytes:
-    made = hashlib.blake2b(text, digest_size=16)
-    made.update(np.ascontiguousarray(offsets).data)
-    made.update(np.ascontiguousarray(sizes).data)
-    return made.digest()
+    digest = hashlib.blake2b(text, digest_size=16)
+    digest.update(np.ascontiguousarray(offsets).data)
+    digest.update(np.ascontiguousarray(sizes).data)
+    return digest.digest()

@@ -49,7 +49,7 @@ def module_config(module: nn.Module) -> dict[str, Any] | None:
     """
     first = getattr(module, "embedder", None)
     places = [first, module] if isinstance(first, nn.Module) else [module]
-    models = (each for place in places for each in place.modules() if getattr(each, "pretrained_cfg", None))
+    models = (part for place in places for part in place.modules() if getattr(part, "pretrained_cfg", None))
     model: Any = next(models, None)
     if model is None:
         return None
@@ -72,11 +72,11 @@ def _registered(name: str) -> dict[str, Any]:
         near = near_names(architecture, timm.list_models())
         raise InputError(f"model_name {name!r} is not a timm model{near}; timm.list_models() lists them all")
     try:
-        found: Any = timm.get_pretrained_cfg(name)
+        config: Any = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tagged = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
         raise InputError(f"model_name {name!r} has a tag that timm does not know; it knows {tagged}") from error
-    return {} if found is None else dict(found.to_dict())
+    return {} if config is None else dict(config.to_dict())
 
 
 def _elsewhere(source: str, where: str) -> dict[str, Any]:

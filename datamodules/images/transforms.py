@@ -123,15 +123,15 @@ def image_settings(
         'bicubic'
     """
     check_choice("recipe", recipe, RECIPES)
-    chosen = RECIPES[recipe]
+    numbers = RECIPES[recipe]
     config = data_config(model_name) if model_name is not None else config or {}
     if image_size is None:
-        image_size = _fixed_size(config, model_name) or chosen.image_size
+        image_size = _fixed_size(config, model_name) or numbers.image_size
     check_count("image_size", image_size)
     if resize is None:
-        resize = round(chosen.resize * image_size / chosen.image_size)
+        resize = round(numbers.resize * image_size / numbers.image_size)
     check_count("resize", resize, image_size, hint=f"the crop of image_size={image_size} must fit in")
-    scale = chosen.crop_scale if crop_scale is None else _crop_scale(crop_scale)
+    scale = numbers.crop_scale if crop_scale is None else _crop_scale(crop_scale)
     interpolation = interpolation or config.get("interpolation", "bilinear")
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     deviation = _colour("std", config.get("std", IMAGENET_STD) if std is None else std)
@@ -144,7 +144,7 @@ def image_settings(
         std=deviation,
         interpolation=interpolation,
         crop_scale=scale,
-        flip=chosen.flip,
+        flip=numbers.flip,
     )
 
 
@@ -211,13 +211,13 @@ class _Checked:
         self.pipeline = pipeline
 
     def __call__(self, image: Image.Image) -> Tensor:
-        made = self.pipeline(image)
-        if not isinstance(made, Tensor):
+        outcome = self.pipeline(image)
+        if not isinstance(outcome, Tensor):
             raise InputError(
-                f"the transform {self.pipeline!r} must return a tensor (C, H, W), got {type(made).__name__}: end it "
+                f"the transform {self.pipeline!r} must return a tensor (C, H, W), got {type(outcome).__name__}: end it "
                 "with v2.PILToTensor() and v2.ToDtype(torch.float32, scale=True), or what does the same"
             )
-        return made
+        return outcome
 
     def __repr__(self) -> str:
         return repr(self.pipeline)
@@ -236,28 +236,30 @@ class _Albumentations:
             # Not set_random_seed: in a worker, newer releases add torch's seed to it.
             if hasattr(self.pipeline, "set_random_state"):
                 self.pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-            made = self.pipeline(image=np.array(image))["image"]
-        if isinstance(made, np.ndarray):
-            made = torch.from_numpy(np.ascontiguousarray(made if made.ndim == 2 else made.transpose(2, 0, 1)))
-            made = made[None] if made.ndim == 2 else made
-        if not isinstance(made, Tensor):
-            return made
-        return made.float() / 255 if made.dtype == torch.uint8 else made.float()
+            outcome = self.pipeline(image=np.array(image))["image"]
+        if isinstance(outcome, np.ndarray):
+            outcome = torch.from_numpy(
+                np.ascontiguousarray(outcome if outcome.ndim == 2 else outcome.transpose(2, 0, 1))
+            )
+            outcome = outcome[None] if outcome.ndim == 2 else outcome
+        if not isinstance(outcome, Tensor):
+            return outcome
+        return outcome.float() / 255 if outcome.dtype == torch.uint8 else outcome.float()
 
     def __repr__(self) -> str:
         return repr(self.pipeline)
 
 
 def _is_albumentations(pipeline: Any) -> bool:
-    return any(each.__module__.split(".")[0] == "albumentations" for each in type(pipeline).__mro__)
+    return any(base.__module__.split(".")[0] == "albumentations" for base in type(pipeline).__mro__)
 
 
 def _forget_seeds(pipeline: Any) -> None:
     """Newer releases go back to a seed of the pipeline's own in each worker."""
     if getattr(pipeline, "seed", None) is not None and hasattr(pipeline, "set_random_seed"):
         pipeline.set_random_seed(None)
-    for each in getattr(pipeline, "transforms", ()):
-        _forget_seeds(each)
+    for inner in getattr(pipeline, "transforms", ()):
+        _forget_seeds(inner)
 
 
 @contextlib.contextmanager
@@ -301,5 +303,5 @@ def _crop_scale(value: Sequence[float]) -> tuple[float, float]:
 def _colour(name: str, value: Sequence[float]) -> Colour:
     if len(value) not in (1, 3):
         raise InputError(f"{name} must be 3 numbers, one for each channel, or 1 for all of them, got {tuple(value)}")
-    red, green, blue = (float(each) for each in (value if len(value) == 3 else (value[0],) * 3))
+    red, green, blue = (float(part) for part in (value if len(value) == 3 else (value[0],) * 3))
     return red, green, blue

@@ -76,13 +76,15 @@ def read_cars(root: Path, *, check_counts: bool = True, crop_boxes: bool = False
             is listed twice, a path that leaves the folder, or other counts.
     """
     folder = CARS.folder(Path(root), _WHOLE, *_TRAIN_FILE)
-    found = _whole(folder) if _is_whole(folder) else _parts(folder)
-    trains = found.classes <= TRAINED
-    numbers, (train, test) = number_classes(found.classes[trains], found.classes[~trains])
-    labels = np.empty(len(found.paths), np.int64)
+    annotations = _whole(folder) if _is_whole(folder) else _parts(folder)
+    trains = annotations.classes <= TRAINED
+    numbers, (train, test) = number_classes(annotations.classes[trains], annotations.classes[~trains])
+    labels = np.empty(len(annotations.paths), np.int64)
     labels[trains], labels[~trains] = train, test
-    table = ImageTable(folder, Texts(found.paths), labels, _boxes(found) if crop_boxes else None)
-    names = [found.names[number - 1] if number <= len(found.names) else f"class {number}" for number in numbers]
+    table = ImageTable(folder, Texts(annotations.paths), labels, _boxes(annotations) if crop_boxes else None)
+    names = [
+        annotations.names[number - 1] if number <= len(annotations.names) else f"class {number}" for number in numbers
+    ]
     train_table, test_table = table.take(trains), table.take(~trains)
     if check_counts:
         CARS.check_counts("training set", train_table, *TRAIN)
@@ -142,7 +144,7 @@ def _columns(
             "missing: get the file anew (for the later layout's test images, the one that ends in _withlabels)"
         )
     try:
-        classes, *corners = (np.array([int(each) for each in rows[name]], np.int64) for name in fields[1:])
+        classes, *corners = (np.array([int(value) for value in rows[name]], np.int64) for name in fields[1:])
     except (TypeError, ValueError) as error:
         raise InputError(f"{file} must have one number in each class and box: {error}; get the file anew") from error
     if len(wrong := np.flatnonzero(classes < 1)):
@@ -154,16 +156,16 @@ def _columns(
     return paths, classes, np.stack(corners, axis=1)
 
 
-def _boxes(found: _Annotations) -> NDArray[np.int32]:
+def _boxes(annotations: _Annotations) -> NDArray[np.int32]:
     """The boxes with pixels counted from 0 and the far corner past the edge, (N, 4)."""
-    boxes = found.corners.copy()
+    boxes = annotations.corners.copy()
     boxes[:, :2] = np.maximum(boxes[:, :2] - 1, 0)
     wrong = np.flatnonzero((boxes[:, 2:] <= boxes[:, :2]).any(axis=1))
     if len(wrong):
         row = int(wrong[0])
         raise InputError(
-            f"{found.source}: the box of {found.paths[row]} must have an area, got the corners "
-            f"{found.corners[row].tolist()}: get the file anew, or set crop_boxes=false"
+            f"{annotations.source}: the box of {annotations.paths[row]} must have an area, got the corners "
+            f"{annotations.corners[row].tolist()}: get the file anew, or set crop_boxes=false"
         )
     return boxes.astype(np.int32)
 

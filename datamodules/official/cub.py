@@ -127,15 +127,15 @@ def _places(images: Columns, rows: Columns) -> IntArray:
     for row, number in enumerate(rows.numbers(0).tolist()):
         if place.setdefault(number, row) != row:
             raise rows.malformed(row, "with an image_id that no line above has")
-    wanted = images.numbers(0)
-    seen: set[int] = set()
-    for row, number in enumerate(wanted.tolist()):
-        if number in seen:
+    image_ids = images.numbers(0)
+    earlier: set[int] = set()
+    for row, number in enumerate(image_ids.tolist()):
+        if number in earlier:
             raise images.malformed(row, "with an image_id that no line above has")
         if number not in place:
             raise InputError(
                 f"{CUB.name}: image_id {number} of {images.file} has no line in {rows.file}: get both files anew, or "
                 f"take the line out of {images.file.name}"
             )
-        seen.add(number)
-    return np.array([place[number] for number in wanted.tolist()], np.int64)
+        earlier.add(number)
+    return np.array([place[number] for number in image_ids.tolist()], np.int64)

@@ -73,9 +73,9 @@ def read_in_shop(root: Path, *, check_counts: bool = True) -> Splits:
     _check_first_line(file, columns, check_counts)
     images = folder / "Img" if (folder / "Img/img").is_dir() and not (folder / "img").is_dir() else folder
     statuses = columns.texts[2]
-    if (wrong := next((row for row, each in enumerate(statuses) if each not in _STATUSES), None)) is not None:
+    if (wrong := next((row for row, word in enumerate(statuses) if word not in _STATUSES), None)) is not None:
         raise columns.malformed(wrong, f"with a status out of {', '.join(_STATUSES)}")
-    status = np.array([_STATUSES.index(each) for each in statuses], np.int64)
+    status = np.array([_STATUSES.index(word) for word in statuses], np.int64)
     items, item_names = Texts(columns.texts[1]).codes()
     trains = status == 0
     order, (train_labels, test_labels) = number_classes(items[trains], items[~trains])

@@ -72,24 +72,24 @@ def read_inaturalist(root: Path, *, check_counts: bool = True) -> Splits:
     files = [INATURALIST.file(folder, *names) for names in (_TRAIN_FILE, _TEST_FILE)]
     lines = [[line.strip() for line in read_lines(file)] for file in files]
     species: dict[tuple[int, str], int] = {}
-    codes = [_codes(each, file, species) for each, file in zip(lines, files, strict=True)]
+    codes = [_codes(part, file, species) for part, file in zip(lines, files, strict=True)]
     # In the order of the official numbers, which the codes, given as they come, do not have.
     rank = np.empty(len(species), np.int64)
     ordered = sorted(species)
-    rank[[species[each] for each in ordered]] = np.arange(len(species))
-    numbers, labels = number_classes(*(rank[each] for each in codes))
+    rank[[species[name] for name in ordered]] = np.arange(len(species))
+    numbers, labels = number_classes(*(rank[part] for part in codes))
     classes = [ordered[number] for number in numbers]
     groups = sorted({group for _, group in classes})
     group_of = np.array([groups.index(group) for _, group in classes], np.int64)
     tables = [
         ImageTable(
             folder,
-            Texts(each),
+            Texts(part),
             label,
             super_labels=group_of[label],
             extra={"category": Texts(groups).take(group_of[label])},
         )
-        for each, label in zip(lines, labels, strict=True)
+        for part, label in zip(lines, labels, strict=True)
     ]
     for file, table in zip(files, tables, strict=True):
         check_rows(table, Source(str(file), unit="line"))

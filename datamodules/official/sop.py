@@ -73,15 +73,15 @@ def read_sop(root: Path, *, check_counts: bool = True) -> Splits:
     folder = SOP.folder(Path(root), _TRAIN_FILE, _TEST_FILE)
     files = [SOP.file(folder, name) for name in (_TRAIN_FILE, _TEST_FILE)]
     columns = [read_columns(file, "image_id class_id super_class_id path", header=True) for file in files]
-    numbers, labels = number_classes(*(each.numbers(1) for each in columns))
-    kinds = [each.numbers(2) for each in columns]
+    numbers, labels = number_classes(*(part.numbers(1) for part in columns))
+    kinds = [part.numbers(2) for part in columns]
     kind_numbers = np.unique(np.concatenate(kinds))
     tables = [
-        _table(folder, each, label, np.searchsorted(kind_numbers, kind).astype(np.int64))
-        for each, label, kind in zip(columns, labels, kinds, strict=True)
+        _table(folder, part, label, np.searchsorted(kind_numbers, kind).astype(np.int64))
+        for part, label, kind in zip(columns, labels, kinds, strict=True)
     ]
-    for each, table in zip(columns, tables, strict=True):
-        check_rows(table, each.source)
+    for part, table in zip(columns, tables, strict=True):
+        check_rows(table, part.source)
     train, test = tables
     names = [str(number) for number in numbers]
     SOP.check_unseen(train, test, names, f"{files[0]} and {files[1]}")

@@ -94,11 +94,11 @@ def read_vehicle_id(root: Path, *, check_counts: bool = True, test_sizes: Sequen
     sizes = [size for size in test_sizes if size not in missing]
     files = [folder / _TRAIN_FILE, *(folder / tests[size] for size in sizes)]
     columns = [read_columns(file, "image vehicle") for file in files]
-    numbers, labels = number_classes(*(each.numbers(1) for each in columns))
-    tables = [_table(folder / "image", each, label) for each, label in zip(columns, labels, strict=True)]
+    numbers, labels = number_classes(*(part.numbers(1) for part in columns))
+    tables = [_table(folder / "image", part, label) for part, label in zip(columns, labels, strict=True)]
     names = [str(number) for number in numbers]
-    for each, table in zip(columns, tables, strict=True):
-        check_rows(table, each.source)
+    for part, table in zip(columns, tables, strict=True):
+        check_rows(table, part.source)
     for file, table in zip(files[1:], tables[1:], strict=True):
         VEHICLE_ID.check_unseen(tables[0], table, names, f"{files[0]} and {file}")
     named = {SET_NAMES.get(size, str(size)): table for size, table in zip(sizes, tables[1:], strict=True)}

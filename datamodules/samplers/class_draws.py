@@ -38,10 +38,10 @@ class ShuffledClasses:
 
     def take(self, drawn: IntArray) -> IntArray:
         """The next group of each of the distinct classes `drawn` (M,), one after the other, (M x K,)."""
-        for each in drawn[self._taken[drawn] == self._groups[drawn]]:
-            first = self._offsets[each]
-            self._rng.shuffle(self._images[first : first + self._counts[each]])
-            self._taken[each] = 0
+        for place in drawn[self._taken[drawn] == self._groups[drawn]]:
+            first = self._offsets[place]
+            self._rng.shuffle(self._images[first : first + self._counts[place]])
+            self._taken[place] = 0
         turns = (self._taken[drawn, None] * len(self._within) + self._within) % self._counts[drawn, None]
         self._taken[drawn] += 1
         group: IntArray = self._images[self._offsets[drawn, None] + turns].ravel()
@@ -82,11 +82,11 @@ class Race:
 
     def first(self, count: int) -> list[int]:
         """The next `count` to ring, in order, or all where fewer are set; they are set no longer."""
-        chosen: list[int] = []
-        while self._clocks and len(chosen) < count:
-            self._now, each = heapq.heappop(self._clocks)
-            chosen.append(each)
-        return chosen
+        places: list[int] = []
+        while self._clocks and len(places) < count:
+            self._now, place = heapq.heappop(self._clocks)
+            places.append(place)
+        return places
 
     def join(self, drawn: IntArray, rates: NDArray[Any]) -> None:
         """Sets clocks of the positive `rates` (M,) for `drawn` (M,), which have none."""

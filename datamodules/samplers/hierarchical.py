@@ -101,17 +101,17 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
             raise InputError(
                 f"super_labels must have one entry for each of the {len(labels)} labels, got {len(super_labels)}"
             )
-        given = super_labels[self._members]
+        supers = super_labels[self._members]
         firsts = np.cumsum(self._counts) - self._counts
-        of_class: NDArray[np.integer] = given[firsts]
-        other = given != np.repeat(of_class, self._counts)
+        of_class: NDArray[np.integer] = supers[firsts]
+        other = supers != np.repeat(of_class, self._counts)
         if other.any():
             place = int(np.flatnonzero(other)[0])
             label = labels[self._members[place]]
             first = super_labels[labels == label][0]
             raise InputError(
-                f"class {label} lies in super-classes {first} and {given[place]}, and a class must lie in one: correct "
-                "super_labels, or give each pair of class and super-class its own label"
+                f"class {label} lies in super-classes {first} and {supers[place]}, and a class must lie in one: "
+                "correct super_labels, or give each pair of class and super-class its own label"
             )
         return of_class
 
@@ -132,8 +132,8 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
         free = np.ones(self.num_classes, bool)
         parts: list[IntArray] = []
         total = 0
-        for each in itertools.cycle(self._order(rng, left, classes).tolist()):
-            own = self._by_super[self._ends[each - 1] if each else 0 : self._ends[each]]
+        for super_class in itertools.cycle(self._order(rng, left, classes).tolist()):
+            own = self._by_super[self._ends[super_class - 1] if super_class else 0 : self._ends[super_class]]
             own = own[free[own]]
             part = _some(rng, own, left[own], self._groups[own], min(need, len(own)))
             free[part] = False

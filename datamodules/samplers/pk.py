@@ -71,11 +71,11 @@ class PKBatchSampler(ClassBatchSampler):
             if race.over:  # a pass over the data begins
                 left = self._groups.copy()
                 race.start(left)
-            chosen = race.first(classes)
-            ready = len(chosen)
+            classes_drawn = race.first(classes)
+            ready = len(classes_drawn)
             if ready < classes:
-                chosen += first_to_ring(rng, self._groups, classes - ready, out=chosen).tolist()
-            drawn = np.array(chosen)
+                classes_drawn += first_to_ring(rng, self._groups, classes - ready, out=classes_drawn).tolist()
+            drawn = np.array(classes_drawn)
             yield images.take(drawn)
             left[drawn[:ready]] -= 1
             again = drawn[left[drawn] > 0]

@@ -92,10 +92,10 @@ def check_no_duplicates(table: ImageTable, source: Source | str) -> None:
     _, first, counts = np.unique(keys, return_index=True, return_counts=True)
     if len(first) == len(keys):
         return
-    seen: dict[tuple[str, bytes], int] = {}
+    rows_by_key: dict[tuple[str, bytes], int] = {}
     for row in np.flatnonzero(np.isin(keys, keys[first[counts > 1]])).tolist():
         box = b"" if table.boxes is None else table.boxes[row].tobytes()
-        earlier = seen.setdefault((_key(table.paths[row], plain), box), row)
+        earlier = rows_by_key.setdefault((_key(table.paths[row], plain), box), row)
         if earlier != row:
             what = "path and box" if table.boxes is not None and table.boxes[row].any() else "path"
             raise InputError(
@@ -148,19 +148,19 @@ def check_boxes(boxes: NDArray[np.float64], source: Source) -> None:
     """
     missing = np.isnan(boxes)
     box = np.where(missing, 0, boxes)
-    given = ~missing.all(1)
+    boxed = ~missing.all(1)
     for wrong, why in (
-        (given & missing.any(1), "is given in part; give all four numbers, or none for the whole image"),
+        (boxed & missing.any(1), "is given in part; give all four numbers, or none for the whole image"),
         ((box % 1 != 0).any(1) | (box > np.iinfo(np.int32).max).any(1), "is not in whole pixels; round it"),
         ((box < 0).any(1), "is negative; the upper left corner of an image is 0, 0"),
         (
-            given & ((box[:, 2] <= box[:, 0]) | (box[:, 3] <= box[:, 1])),
+            boxed & ((box[:, 2] <= box[:, 0]) | (box[:, 3] <= box[:, 1])),
             "has no inside; x_1 must be less than x_2 and y_1 less than y_2",
         ),
     ):
         if wrong.any():
             row = int(wrong.argmax())
-            shown = ", ".join("" if np.isnan(each) else f"{each:g}" for each in boxes[row])
+            shown = ", ".join("" if np.isnan(number) else f"{number:g}" for number in boxes[row])
             raise InputError(f"{source.at(row)}: the box x_1, y_1, x_2, y_2 = {shown} {why}")
 
 

@@ -108,7 +108,7 @@ def _without_nul(file: TextIO) -> Iterator[str]:
 def _text_chunks(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) -> Iterator[Chunk]:
     numbers: list[int] = []
     # One flat list: the garbage collector goes through a list of as many lists again and again.
-    kept: list[str] = []
+    fields: list[str] = []
     for number, row in rows:
         if len(row) != width:
             raise InputError(
@@ -116,13 +116,13 @@ def _text_chunks(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) 
                 "round a field with a separator in it, or complete the row"
             )
         numbers.append(number)
-        kept.extend(row)
+        fields.extend(row)
         if len(numbers) == ROWS:
-            yield Chunk(np.array(numbers, np.int64), [kept[place::width] for place in range(width)])
+            yield Chunk(np.array(numbers, np.int64), [fields[place::width] for place in range(width)])
             numbers.clear()
-            kept.clear()
-    if kept:
-        yield Chunk(np.array(numbers, np.int64), [kept[place::width] for place in range(width)])
+            fields.clear()
+    if fields:
+        yield Chunk(np.array(numbers, np.int64), [fields[place::width] for place in range(width)])
 
 
 def _open_parquet(path: Path) -> TableFile:
@@ -165,6 +165,6 @@ def _parquet_column(path: Path, name: str, column: Any, arrow: Any) -> Column:
         values: NDArray[Any] = column.to_numpy(zero_copy_only=False)  # integers with gaps become floats with NaN
         return values
     try:
-        return ["" if each is None else each for each in column.cast(arrow.string()).to_pylist()]
+        return ["" if value is None else value for value in column.cast(arrow.string()).to_pylist()]
     except arrow.ArrowException as error:
         raise InputError(f"table {path}: column {name!r} of {column.type} cannot be made text: remove it") from error

@@ -37,7 +37,7 @@ DISTRACTOR = "-1"  # the label of an image that matches nothing
 
 _SPLIT_WORDS = {"train": 0, "validation": 1, "val": 1, "test": 2}
 _BOOLS = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0, "": -1}
-_TAKEN = frozenset(each.name for each in fields(ImageTable))
+_TABLE_FIELDS = frozenset(field.name for field in fields(ImageTable))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,18 +107,18 @@ def read_table(
     path = Path(path)
     file = open_table(path)
     places = _find_columns(path, file.header, columns or {})
-    made, extra, source = _collect(path, file, places)
-    splits = _splits(made["split"], source)
-    labels, label_names = _labels(made["label"], splits, source)
-    super_labels, super_label_names = _groups(made.get("category"))
-    groups, group_names = _groups(made.get("sequence"))
-    is_query, is_gallery = (_role(name, made.get(name), splits, source) for name in ROLES)
+    known, extra, source = _collect(path, file, places)
+    splits = _splits(known["split"], source)
+    labels, label_names = _labels(known["label"], splits, source)
+    super_labels, super_label_names = _groups(known.get("category"))
+    groups, group_names = _groups(known.get("sequence"))
+    is_query, is_gallery = (_role(name, known.get(name), splits, source) for name in ROLES)
     _check_roles(is_query, is_gallery, splits, source)
     table = ImageTable(
         root=path.parent if root is None else Path(root),
-        paths=made["path"],
+        paths=known["path"],
         labels=labels,
-        boxes=_boxes(made, source),
+        boxes=_boxes(known, source),
         is_query=is_query,
         is_gallery=is_gallery,
         groups=groups,
@@ -144,34 +144,34 @@ def _find_columns(path: Path, header: Sequence[str], columns: Mapping[str, str])
     named = [name for name in header if name]
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise InputError(f"table {path} has {named.count(twice[0])} columns called {twice[0]!r}: remove or rename one")
-    found = {}
+    places = {}
     for ours in COLUMNS:
         theirs = columns.get(ours, ours)
         if theirs in named:
-            found[ours] = header.index(theirs)
+            places[ours] = header.index(theirs)
         elif ours in REQUIRED or ours in columns:
             raise InputError(
                 f"table {path} has no column {theirs!r}{near_names(theirs, named)}; its columns are "
                 f"{', '.join(map(repr, named))}: add it, or name one of them with columns={{{ours!r}: ...}}"
             )
-    given = [name for name in BOX if name in found]
-    if given and len(given) < len(BOX):
-        missing = next(name for name in BOX if name not in found)
-        raise InputError(f"table {path} has the columns {', '.join(given)} of a box, but not {missing}: add it")
-    used = set(found.values())
+    corners = [name for name in BOX if name in places]
+    if corners and len(corners) < len(BOX):
+        missing = next(name for name in BOX if name not in places)
+        raise InputError(f"table {path} has the columns {', '.join(corners)} of a box, but not {missing}: add it")
+    places_used = set(places.values())
     for place, name in enumerate(header):
-        if name and place not in used:
-            if name in _TAKEN or name in COLUMNS:
+        if name and place not in places_used:
+            if name in _TABLE_FIELDS or name in COLUMNS:
                 raise InputError(f"table {path} has a column {name!r}, a name that is taken: rename it or remove it")
-            found[name] = place
-    return found
+            places[name] = place
+    return places
 
 
 def _collect(
     path: Path, file: TableFile, places: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, Texts | NDArray[Any]], Source]:
     """The columns that are understood, the others, and the numbers of the rows."""
-    kept = {name: ExtraColumn(file.typed) for name in places if name not in COLUMNS}
+    others = {name: ExtraColumn(file.typed) for name in places if name not in COLUMNS}
     known: dict[str, TextColumn | CodedColumn] = {
         name: TextColumn() if name == "path" else CodedColumn() for name in places if name in COLUMNS
     }
@@ -179,12 +179,12 @@ def _collect(
     for chunk in file.chunks:
         numbers.append(chunk.numbers)
         for name, place in places.items():
-            (known.get(name) or kept[name]).add(chunk.columns[place])
+            (known.get(name) or others[name]).add(chunk.columns[place])
     if not numbers:
         raise InputError(f"table {path} has no rows: write one for each image")
-    made = {name: maker.finish() for name, maker in known.items()}
-    extra = {name: maker.finish() for name, maker in kept.items()}
-    return made, extra, Source(str(path), np.concatenate(numbers), file.unit)
+    finished = {name: maker.finish() for name, maker in known.items()}
+    extra = {name: maker.finish() for name, maker in others.items()}
+    return finished, extra, Source(str(path), np.concatenate(numbers), file.unit)
 
 
 def _splits(column: Codes, source: Source) -> NDArray[np.int8]:
@@ -207,10 +207,10 @@ def _labels(column: Codes, splits: NDArray[np.int8], source: Source) -> tuple[In
         raise InputError(
             f"{source.at(row)}: the label -1 is for images that match nothing, which cannot train; name the class"
         )
-    trained = np.zeros(len(column.values), np.bool_)
-    trained[column.rows[splits == 0]] = True
+    trains = np.zeros(len(column.values), np.bool_)
+    trains[column.rows[splits == 0]] = True
     places = [place for place in _sorted_places(column.values) if column.values[place] != DISTRACTOR]
-    order = [place for place in places if trained[place]] + [place for place in places if not trained[place]]
+    order = [place for place in places if trains[place]] + [place for place in places if not trains[place]]
     return _relabelled(column, order)
 
 
@@ -246,8 +246,8 @@ def _role(name: str, column: Codes | None, splits: NDArray[np.int8], source: Sou
             f"{source.at(int(empty.argmax()))}: {name} is empty in a row of evaluation; write true or false, or remove "
             "the column, and every such row is one"
         )
-    made: BoolArray = (roles > 0) & (splits > 0)
-    return made
+    role: BoolArray = (roles > 0) & (splits > 0)
+    return role
 
 
 def _check_roles(
@@ -263,12 +263,12 @@ def _check_roles(
         )
 
 
-def _boxes(made: Mapping[str, Any], source: Source) -> NDArray[np.int32] | None:
-    if BOX[0] not in made:
+def _boxes(known: Mapping[str, Any], source: Source) -> NDArray[np.int32] | None:
+    if BOX[0] not in known:
         return None
     columns = []
     for name in BOX:
-        column: Codes = made[name]
+        column: Codes = known[name]
         row = column.first(lambda value: _pixels(value) is None)
         if row is not None:
             value = column.values[column.rows[row]]

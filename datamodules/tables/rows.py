@@ -51,12 +51,12 @@ class Texts:
     def concatenate(cls, columns: Iterable[Texts]) -> Texts:
         """One column after the other."""
         columns = list(columns)
-        made = cls()
+        whole = cls()
         if columns:
-            made._bytes = np.concatenate([each._bytes for each in columns])
-            lengths = np.concatenate([np.diff(each._offsets) for each in columns])
-            made._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return made
+            whole._bytes = np.concatenate([column._bytes for column in columns])
+            lengths = np.concatenate([np.diff(column._offsets) for column in columns])
+            whole._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return whole
 
     def __len__(self) -> int:
         """How many texts there are."""
@@ -102,19 +102,19 @@ class Texts:
         Args:
             rows: (M,) integers, or a (N,) mask of bools.
         """
-        chosen = _positions(rows, len(self))
-        starts, lengths = self._offsets[chosen], np.diff(self._offsets)[chosen]
-        made = Texts()
-        made._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        places = _positions(rows, len(self))
+        starts, lengths = self._offsets[places], np.diff(self._offsets)[places]
+        texts = Texts()
+        texts._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         # A block at a time, because there is a number of eight bytes for each byte that is taken.
         blocks = [np.zeros(0, np.uint8)]
-        for first in range(0, len(chosen), _BLOCK):
+        for first in range(0, len(places), _BLOCK):
             block = slice(first, first + _BLOCK)
             within = np.arange(lengths[block].sum())
             before = np.cumsum(lengths[block]) - lengths[block]
             blocks.append(self._bytes[np.repeat(starts[block] - before, lengths[block]) + within])
-        made._bytes = np.concatenate(blocks)
-        return made
+        texts._bytes = np.concatenate(blocks)
+        return texts
 
     def codes(self) -> tuple[IntArray, list[str]]:
         """Each row's place among the sorted distinct texts, (N,), and those texts."""
@@ -177,13 +177,13 @@ class ImageTable:
 
     def __post_init__(self) -> None:
         """Checks the names and the lengths."""
-        if taken := sorted({each.name for each in fields(self)} & set(self.extra)):
-            raise InputError(f"extra must not have a column {taken[0]!r}, which the table has itself: rename it")
+        if names := sorted({own.name for own in fields(self)} & set(self.extra)):
+            raise InputError(f"extra must not have a column {names[0]!r}, which the table has itself: rename it")
         for name, column in self._columns().items():
-            wanted = (len(self), 4) if name == "boxes" else (len(self),)
+            expected = (len(self), 4) if name == "boxes" else (len(self),)
             shape = (len(column),) if isinstance(column, Texts) else column.shape
-            if shape != wanted:
-                raise InputError(f"{name} must have the shape {wanted}, a row for each path, got {shape}")
+            if shape != expected:
+                raise InputError(f"{name} must have the shape {expected}, a row for each path, got {shape}")
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -195,9 +195,9 @@ class ImageTable:
 
     def take(self, rows: Iterable[int] | NDArray[Any]) -> ImageTable:
         """Some rows, in the order of `rows`: (M,) integers or a (N,) mask of bools."""
-        chosen = _positions(rows, len(self))
+        places = _positions(rows, len(self))
         columns = {
-            name: column.take(chosen) if isinstance(column, Texts) else column[chosen]
+            name: column.take(places) if isinstance(column, Texts) else column[places]
             for name, column in self._columns().items()
         }
         extra = {name: columns.pop(name) for name in self.extra}
@@ -209,15 +209,19 @@ class ImageTable:
 
     def digest(self) -> str:
         """A hash of the paths, labels, boxes and roles, but not of the root: the same on every machine."""
-        made = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
         for name, column in sorted(self._columns().items()):
             if name != "rows":
                 content = column.digest().encode() if isinstance(column, Texts) else column.tobytes()
-                made.update(name.encode() + content)
-        return made.hexdigest()
+                digest.update(name.encode() + content)
+        return digest.hexdigest()
 
     def _columns(self) -> dict[str, Any]:
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "extra")}
+        own = {
+            own_field.name: getattr(self, own_field.name)
+            for own_field in fields(self)
+            if own_field.name not in ("root", "extra")
+        }
         return {**{name: column for name, column in own.items() if column is not None}, **self.extra}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,13 +237,13 @@ _BLOCK = 65_536
 
 
 def _positions(rows: Iterable[int] | NDArray[Any], count: int) -> IntArray:
-    chosen = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows))
-    if chosen.dtype == np.bool_:
-        if chosen.shape != (count,):
-            raise InputError(f"rows must be integers or a mask of {count} bools, got a mask of {chosen.shape}")
-        return np.flatnonzero(chosen)
-    if len(chosen) == 0:
+    places = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows))
+    if places.dtype == np.bool_:
+        if places.shape != (count,):
+            raise InputError(f"rows must be integers or a mask of {count} bools, got a mask of {places.shape}")
+        return np.flatnonzero(places)
+    if len(places) == 0:
         return np.zeros(0, np.int64)
-    if chosen.min() < -count or chosen.max() >= count:
-        raise InputError(f"rows must be less than {count}, got {chosen.max()}")
-    return chosen.astype(np.int64) % count
+    if places.min() < -count or places.max() >= count:
+        raise InputError(f"rows must be less than {count}, got {places.max()}")
+    return places.astype(np.int64) % count

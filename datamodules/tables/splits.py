@@ -114,10 +114,10 @@ class HoldOut:
                     "validate on: leave folds out, or give the data set without them"
                 )
             return splits
-        chosen = self._chosen(classes)
-        held = np.isin(splits.train.labels, chosen)
-        kept = replace(splits, train=splits.train.take(~held), val=splits.train.take(held))
-        return _relabelled(kept, np.setdiff1d(classes, chosen))
+        classes_out = self._chosen(classes)
+        validates = np.isin(splits.train.labels, classes_out)
+        apart = replace(splits, train=splits.train.take(~validates), val=splits.train.take(validates))
+        return _relabelled(apart, np.setdiff1d(classes, classes_out))
 
     def _chosen(self, classes: IntArray) -> IntArray:
         order = classes[np.random.default_rng(self.seed).permutation(len(classes))]
@@ -150,18 +150,18 @@ def _relabelled(splits: Splits, trained: IntArray) -> Splits:
     label[order] = np.arange(count)
     label[-1] = -1  # distractors stay what they are
 
-    def table(each: ImageTable) -> ImageTable:
-        return each.with_labels(label[each.labels])
+    def table(one: ImageTable) -> ImageTable:
+        return one.with_labels(label[one.labels])
 
-    def tables(each: Tables | None) -> Tables | None:
-        if isinstance(each, Mapping):
-            return {name: table(one) for name, one in each.items()}
-        return None if each is None else table(each)
+    def tables(several: Tables | None) -> Tables | None:
+        if isinstance(several, Mapping):
+            return {name: table(item) for name, item in several.items()}
+        return None if several is None else table(several)
 
     return Splits(
         train=table(splits.train),
         test=tables(splits.test),
         class_names=[splits.class_names[old] for old in order],
         val=tables(splits.val),
-        further={name: table(each) for name, each in splits.further.items()},
+        further={name: table(one) for name, one in splits.further.items()},
     )
