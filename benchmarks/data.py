@@ -1,4 +1,4 @@
-"""Loading images: how many per second, and what a worker holds in memory, against torchvision's ImageFolder.
+"""Images loaded per second and memory of the workers, against torchvision's ImageFolder.
 
     python benchmarks/data.py                                     # some five minutes on two cores
     python benchmarks/data.py --images 6000 --workers 4 --rounds 5
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def print_rates(folder: Path, args: argparse.Namespace) -> None:
-    """Images per second of each loader."""
+    """Prints the images per second of each loader."""
     table = make_images(folder / "images", args.images)
     size = sum(table.path(row).stat().st_size for row in range(len(table)))
     print(f"{len(table):,} JPEGs of 600 x 450, {size / len(table) / 1024:.0f} KiB each; batches of {args.classes} x")
@@ -111,7 +111,7 @@ def print_rates(folder: Path, args: argparse.Namespace) -> None:
 
 
 def print_memory(folder: Path, args: argparse.Namespace) -> None:
-    """Memory of each worker, by the way it is started and what its data set keeps."""
+    """Prints the memory of a worker, by the way it is started and by the data set."""
     make_images(folder, FILES)
     print(f"{args.rows:,} rows, {args.workers} workers, MiB of each worker\n")
     print("| started by | data set | private | more than without rows | share (PSS) | start, s |")
@@ -161,7 +161,7 @@ def make_images(folder: Path, count: int) -> ImageTable:
 
 
 def build_cache(table: ImageTable, folder: Path, encoding: Literal["raw", "jpeg"]) -> ImageCache:
-    """A cache of the pictures as the recipe's first step makes them."""
+    """Builds a cache of the pictures as the recipe's first step makes them."""
     return ImageCache.build(
         table,
         folder,
@@ -174,7 +174,7 @@ def build_cache(table: ImageTable, folder: Path, encoding: Literal["raw", "jpeg"
 
 
 def images_per_second(loader: Iterable[Any], batch: int, skip: int) -> float:
-    """Of an epoch, after the first `skip` batches, which the workers prepare while nobody waits."""
+    """Rate over an epoch, after the first `skip` batches, which the workers prepare while nobody waits."""
     batches = iter(loader)
     for _ in range(skip + 1):
         next(batches)
@@ -187,15 +187,15 @@ def images_per_second(loader: Iterable[Any], batch: int, skip: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a worker, in bytes (means over the workers), and the seconds until the first batch."""
+    """Memory of a worker in bytes (means over the workers), and the seconds until the first batch."""
 
     private: float
     share: float
     start: float
 
 
-class Listed(Dataset[tuple[Any, int]]):
-    """What ImageFolder keeps, a list of (path, label), without the walk over as many files."""
+class ListOfTuples(Dataset[tuple[Any, int]]):
+    """A list of (path, label) as ImageFolder keeps it, without the walk over as many files."""
 
     def __init__(self, samples: list[tuple[str, int]], transform: Callable[[Any], Any]) -> None:
         self.samples = samples
@@ -207,12 +207,12 @@ class Listed(Dataset[tuple[Any, int]]):
         return self.transform(default_loader(path)), label
 
     def visit(self, row: int) -> int:
-        """Reads what a sample needs of the row, less the picture."""
+        """Reads the path and the label of a row, without the picture."""
         path, label = self.samples[row]
         return len(path) + label
 
 
-class Visited(Dataset[int]):
+class RowVisits(Dataset[int]):
     """Visits rows, and makes one sample in so many.
 
     Args:
@@ -221,7 +221,7 @@ class Visited(Dataset[int]):
         every: rows for one sample.
     """
 
-    def __init__(self, data: Listed | ImageFileDataset, rows: int, every: int) -> None:
+    def __init__(self, data: ListOfTuples | ImageFileDataset, rows: int, every: int) -> None:
         self.data = data
         self.rows = rows
         self.every = every
@@ -230,10 +230,10 @@ class Visited(Dataset[int]):
         return self.rows
 
     def __getitem__(self, row: int) -> int:
-        """Something of the row, so that nothing is left out."""
+        """Reads the row, or makes a sample of it; returns a number that depends on both."""
         if row % self.every == 0:
             return len(self.data[row])
-        if isinstance(self.data, Listed):
+        if isinstance(self.data, ListOfTuples):
             return self.data.visit(row)
         return len(str(self.data.table.path(row))) + int(self.data.labels[row])
 
@@ -244,15 +244,15 @@ def worker_memory(folder: Path, kind: str, start: str, rows: int, workers: int, 
     transform = train_transform(SETTINGS)
     rows = FILES if kind == "none" else rows
     names = (f"{row % FILES // PER_CLASS:06d}/{row % FILES:08d}.jpg" for row in range(rows))
-    data: Listed | ImageFileDataset
+    data: ListOfTuples | ImageFileDataset
     if kind == "table":
         labels = np.arange(rows) // PER_CLASS
         data = ImageFileDataset(ImageTable(folder, Texts(names), labels), transform)
     else:
-        data = Listed([(str(folder / name), row // PER_CLASS) for row, name in enumerate(names)], transform)
+        data = ListOfTuples([(str(folder / name), row // PER_CLASS) for row, name in enumerate(names)], transform)
     batches = BatchSampler(RandomSampler(range(rows)), max(1, min(1000, rows // (4 * workers))), drop_last=False)
     loader = DataLoader(
-        Visited(data, rows, min(every, rows // 8)),
+        RowVisits(data, rows, min(every, rows // 8)),
         batch_sampler=batches,
         num_workers=workers,
         multiprocessing_context=start,

@@ -1,4 +1,4 @@
-"""Data modules for retrieval, and the samplers and loaders that they are made of."""
+"""Data modules for retrieval, with their samplers and loaders."""
 
 from lightning_dml.datamodules.base import RetrievalDataModule
 from lightning_dml.datamodules.folder import FolderDataModule

@@ -30,12 +30,12 @@ def integer_vector(name: str, values: Sequence[int] | NDArray[Any] | Tensor) -> 
 
 
 def share_arrays(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state whose numeric arrays are tensors: torch pickles those to its workers in shared memory."""
+    """Turns the numeric arrays of a state into tensors, which torch pickles to its workers in shared memory."""
     return {name: _as_tensor(value) for name, value in state.items()}
 
 
 def unshare_arrays(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `share_arrays`."""
+    """Inverse of `share_arrays`."""
     return {name: value.array if isinstance(value, _SharedArray) else value for name, value in state.items()}
 
 

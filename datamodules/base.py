@@ -1,4 +1,4 @@
-"""What every retrieval data module shares: its loaders, and the checks that come before the first batch."""
+"""The base of every data module: class-balanced loaders, and checks of the data before the first batch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class RetrievalDataModule(LightningDataModule):
         self.super_classes_per_batch = super_classes_per_batch
 
     def setup(self, stage: str | None = None) -> None:
-        """Checks what the subclass has set, so that a mistake shows before training and not at the first batch."""
+        """Checks the sets that the subclass has made, so that a mistake shows before the first batch."""
         self._check_trainer()
         if stage in (None, "fit"):
             self._train_sampler(self._training())
@@ -113,18 +113,18 @@ class RetrievalDataModule(LightningDataModule):
         return ResumableLoader(train_set, self._train_sampler(train_set), **self._options(train_set))
 
     def val_dataloader(self) -> Any:
-        """Every validation image over all ranks: a DataLoader, or a dict of them where `val_set` is a dict.
+        """Loader of the validation images, shared out over all ranks; a dict of loaders where `val_set` is a dict.
 
         With fewer images than ranks, the ranks that would have none repeat one each; its index tells.
         """
         return self._eval_loaders(self._evaluation(self.val_set, "validation"))
 
     def test_dataloader(self) -> Any:
-        """Every test image over all ranks, as `val_dataloader`."""
+        """Loader of the test images, as `val_dataloader`."""
         return self._eval_loaders(self._evaluation(self.test_set, "test"))
 
     def predict_dataloader(self) -> Any:
-        """The test images, once over all ranks: a DataLoader, or a dict of them where `test_set` is a dict."""
+        """Loader that gives every test image once over all ranks; a dict of loaders where `test_set` is a dict."""
         return self._eval_loaders(self._prediction(), at_least_one=False)
 
     def eval_image(self, position: int) -> NDArray[np.uint8]:
@@ -171,7 +171,7 @@ class RetrievalDataModule(LightningDataModule):
         return self.train_set
 
     def _evaluation(self, images: EvaluationSets | None, role: str) -> EvaluationSets:
-        """The set, or the sets, that are evaluated, checked."""
+        """Checks the set, or the sets, of an evaluation, and returns them."""
         named = _by_name(images)
         if images is None or not named:
             raise self._without_images(role)
@@ -179,7 +179,7 @@ class RetrievalDataModule(LightningDataModule):
             which = f" {name!r}" if isinstance(images, Mapping) else ""
             if not len(one_set):
                 raise self._without_images(role + which)
-            labelled = one_set.labels[one_set.labels != UNLABELLED]  # others are distractors, which match nothing
+            labelled = one_set.labels[one_set.labels != UNLABELLED]  # the others are distractors, which match nothing
             if np.unique(labelled, return_counts=True)[1].max(initial=0) < 2:
                 raise InputError(
                     f"no class of the {role} set{which} has two images, so no query has a match to find: add images, "
@@ -235,7 +235,7 @@ class RetrievalDataModule(LightningDataModule):
         )
 
     def _weights_by_label(self, trained: set[int]) -> Any:
-        """`class_weights` with labels for names."""
+        """Class weights by label, where the option has them by name."""
         if not isinstance(self.class_weights, Mapping):
             return self.class_weights
         labels = {name: label for label, name in enumerate(self.class_names or ())}
@@ -275,7 +275,7 @@ class RetrievalDataModule(LightningDataModule):
         }
 
     def _workers(self, images: LabelledImages) -> int:
-        """One for each core that this rank has, as the ranks of a machine share its cores; none where all is loaded."""
+        """Default of `num_workers`; the ranks of a machine share its cores."""
         if images.in_memory:
             return 0
         ranks = self.trainer.num_devices if self.trainer else 1
@@ -291,7 +291,7 @@ def _whole_number(name: object) -> int | None:
 
 
 def _by_name(images: EvaluationSets | None) -> dict[str, LabelledImages]:
-    """The sets by name; a single one has none."""
+    """Evaluation sets by name; a single one is called by the empty text."""
     if isinstance(images, Mapping):
         return dict(images)
     return {} if images is None else {"": images}

@@ -63,7 +63,7 @@ class FolderDataModule(ImagesDataModule):
         self.val_roots = {name: Path(folder) for name, folder in (val_roots or {}).items()}
 
     def read(self) -> Splits:
-        """Lists the files of every split and checks the classes; opens none."""
+        """Lists the files of every split and checks the classes; opens no file."""
         if not self.root.is_dir():
             raise InputError(f"root {self.root} is not a folder: give the folder that holds the class folders")
         # A folder of images may be a class that is called train, so a split is known by the folders in it.
@@ -93,7 +93,7 @@ class FolderDataModule(ImagesDataModule):
         return result
 
     def _splits(self) -> dict[str, Classes]:
-        """Split -> class -> files; `val` and `test` only where there are any."""
+        """Images by class, by split; `val` and `test` only where they have any."""
         splits = {split: _scan(self.root / split) for split in ("train", "val", "test")}
         for split in ("val", "test"):
             if not splits[split]:
@@ -103,7 +103,7 @@ class FolderDataModule(ImagesDataModule):
         return splits
 
     def _val_root(self, name: str) -> Classes:
-        """Class -> files of one of `val_roots`."""
+        """Images by class of one of `val_roots`."""
         folder = self.val_roots[name]
         if not folder.is_dir():
             raise InputError(f"val_roots[{name!r}] {folder} is not a folder: give the folder that holds class folders")
@@ -113,7 +113,7 @@ class FolderDataModule(ImagesDataModule):
         return classes
 
     def _check_others(self, splits: Splits, others: Mapping[str, Classes]) -> None:
-        """Classes that are held out of training may be in `val_roots` as well."""
+        """Raises for a class that trains and is in `val_roots`; one that is held out of training may be there."""
         remaining = self.hold_out(splits)
         training = {remaining.class_names[label] for label in np.unique(remaining.train.labels)}
         for name, classes in others.items():
@@ -156,7 +156,7 @@ def _table(folder: Path, classes: Classes, label: Mapping[str, int]) -> ImageTab
 
 
 def _scan(folder: Path) -> Classes:
-    """Class -> its images in sorted order."""
+    """Names of the images in each class folder, in sorted order."""
     classes: Classes = {}
     for name in _folders(folder):
         classes[name] = [

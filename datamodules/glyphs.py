@@ -139,7 +139,7 @@ def draw_glyphs() -> tuple[NDArray[np.uint8], IntArray, list[str]]:
 
 
 def _draw_all() -> tuple[list[int], NDArray[np.uint8], NDArray[np.bool_]]:
-    """Code points (n,), their drawings (n, faces, 28, 28), and whether each face has one (n, faces)."""
+    """Draws n characters in every face: code points (n,), drawings (n, faces, 28, 28), and their mask (n, faces)."""
     folder = _font_folder()
     maps = [set(FT2Font(folder / f"{face}.ttf").get_charmap()) for face in FACES]
     faces_with = Counter(point for known in maps for point in known)
@@ -167,7 +167,7 @@ def _draw_all() -> tuple[list[int], NDArray[np.uint8], NDArray[np.bool_]]:
 
 
 def _look_alikes(drawings: NDArray[np.uint8], has_drawing: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(n,) whether a character that is kept and comes earlier has the same shape in a reference face."""
+    """Mask (n,) of the characters that look like one that comes earlier and is kept, in a reference face."""
     alike = np.zeros(len(drawings), bool)
     for face in _REFERENCE_FACES:
         column = FACES.index(face)
@@ -185,9 +185,9 @@ def _look_alikes(drawings: NDArray[np.uint8], has_drawing: NDArray[np.bool_]) ->
 
 
 def _farthest(drawings: NDArray[np.uint8], has_drawing: NDArray[np.bool_]) -> tuple[IntArray, NDArray[np.float64]]:
-    """For each character the faces of its 8 drawings, (n, 8), each the farthest from those before.
+    """Chooses 8 faces for each character, (n, 8), each the face whose drawing is the farthest from those before it.
 
-    And the squared distance of the last one from the others, (n,); -1 where there are not 8.
+    The second array is the squared distance of the last drawing from the others, (n,); -1 where there are not 8.
     """
     faces = np.zeros((len(drawings), DRAWINGS), np.int64)
     spread = np.empty(len(drawings))
@@ -210,13 +210,13 @@ def _font_folder() -> Path:
 
 
 def _cache_name() -> str:
-    """Names all that a drawing depends on, so that an upgrade draws anew."""
+    """Name of the cache file, with all that a drawing depends on, so that an upgrade draws anew."""
     freetype = features.version("freetype2")
     return f"glyphs-{_VERSION}-matplotlib-{matplotlib.__version__}-pillow-{pillow_version}-freetype-{freetype}.npz"
 
 
 def _read(path: Path) -> tuple[NDArray[np.uint8], IntArray, list[str]] | None:
-    """The cache, or None where there is none or it is damaged."""
+    """Images, labels and characters from the cache file; None where there is none or it is damaged."""
     try:
         with np.load(path) as stored:
             images, labels, points = stored["images"], stored["labels"], stored["points"]

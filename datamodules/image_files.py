@@ -140,20 +140,20 @@ class ImagesDataModule(RetrievalDataModule):
         self._prepared: Splits | None = None
 
     def read(self) -> Splits:
-        """The tables of the data set, as its files say; opens no image."""
+        """Reads the tables of the data set from its files; opens no image."""
         raise NotImplementedError
 
     def fetch(self) -> None:
-        """Downloads what is missing, where a subclass can; called in one process of each machine."""
+        """Downloads missing files, where a subclass can; called in one process of each machine."""
 
     def image_settings(self) -> ImageSettings:
-        """Sizes, normalisation and interpolation as they come out of the options and the model."""
+        """Sizes, normalisation and interpolation by the options, the model and the recipe."""
         module = None if self.trainer is None else self.trainer.lightning_module
         config = None if module is None or self.model_name is not None else module_config(module)
         return image_settings(model_name=self.model_name, config=config, **self._recipe)
 
     def prepare_data(self) -> None:
-        """Fetches, checks and caches what the coming stage needs, in one process of each machine."""
+        """Fetches, checks and caches the images that the coming stage needs, in one process of each machine."""
         self.fetch()
         splits = self.read()
         for name, table in self._needed(splits, self._stage()).items():
@@ -161,7 +161,7 @@ class ImagesDataModule(RetrievalDataModule):
         self._prepared = splits  # not to read it all again in this process
 
     def setup(self, stage: str | None = None) -> None:
-        """Makes the data sets of every split, and checks them."""
+        """Makes the data sets of every split and checks them."""
         splits, final, caches = distributed.together(partial(self._tables, stage))
         self._check_ranks(final)
         settings = self.image_settings()
@@ -183,7 +183,7 @@ class ImagesDataModule(RetrievalDataModule):
         super().setup(stage)
 
     def _tables(self, stage: str | None) -> tuple[Splits, Splits, dict[str, ImageCache | None]]:
-        """The tables as they were read, those that are used in the end, and the caches by name of the former."""
+        """Reads the tables; returns them, the final ones less unreadable and held-out rows, and the caches by table."""
         splits, self._prepared = self._prepared or self.read(), None
         needed = self._needed(splits, stage)
         caches: dict[str, ImageCache | None] = {}
@@ -192,7 +192,7 @@ class ImagesDataModule(RetrievalDataModule):
         return splits, self.hold_out(_replaced(splits, needed), np.unique(splits.train.labels)), caches
 
     def _needed(self, splits: Splits, stage: str | None) -> dict[str, ImageTable]:
-        """The tables that a stage looks at, by name."""
+        """Tables that a stage looks at, by name."""
         train = {"train": splits.train}
         test = by_name(splits.test, "test")
         val = by_name(splits.val, "val")
@@ -209,7 +209,7 @@ class ImagesDataModule(RetrievalDataModule):
         return train if self.trainer is not None and self.trainer.limit_val_batches == 0 else {**train, **val}
 
     def _usable(self, name: str, table: ImageTable, quiet: bool = False) -> tuple[ImageTable, ImageCache | None]:
-        """The rows of a table whose images can be read, and the cache of them."""
+        """Rows of a table whose images can be read, and their cache."""
         if self.check_images != "none" and len(table):
             how = "decode" if self.unreadable == "skip" else self.check_images
             bad = check_images(table, how, user_cache() / "checked")
@@ -236,7 +236,7 @@ class ImagesDataModule(RetrievalDataModule):
         return replace(table, rows=np.arange(len(table))), cache
 
     def _stage(self) -> str | None:
-        """What the trainer is about to do with this data."""
+        """The stage that the trainer is about to run with this data."""
         trainer = self.trainer
         if trainer is None or trainer.state.fn is None:
             return None
@@ -244,7 +244,7 @@ class ImagesDataModule(RetrievalDataModule):
         return str(trainer.state.fn.value) if own else "fit"  # another module shows our training set, as `bank` does
 
     def _check_ranks(self, splits: Splits) -> None:
-        """Every rank plans the batches of all, from what it has read itself."""
+        """Raises where ranks have read different tables: each plans the batches of all from its own."""
         if distributed.world_size() == 1:
             return
         digest = hashlib.blake2b(digest_size=7)  # fits an int64
@@ -261,7 +261,7 @@ class ImagesDataModule(RetrievalDataModule):
 
 
 def _replaced(splits: Splits, tables: Mapping[str, ImageTable]) -> Splits:
-    """The splits with some tables exchanged, by name."""
+    """Splits with some tables exchanged, by name."""
 
     def exchanged(role_tables: Tables | None, role: str) -> Tables | None:
         if isinstance(role_tables, Mapping):

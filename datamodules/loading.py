@@ -1,4 +1,4 @@
-"""Training that a checkpoint can stop and start in the middle of an epoch."""
+"""A loader that a checkpoint can stop and start in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ResumableLoader(DataLoader[Any]):
             yield samples
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch and how many of its batches were handed out."""
+        """State for a checkpoint: the epoch and the number of its batches that were handed out."""
         if self._position is None or self._position[0] != self._resumable.epoch:
             return self._resumable.state_dict()  # not begun since the epoch was set
         epoch, batch = self._position

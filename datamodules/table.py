@@ -53,7 +53,7 @@ class TableDataModule(ImagesDataModule):
         self.allow_shared_classes = allow_shared_classes
 
     def read(self) -> Splits:
-        """The rows of each split; opens no image."""
+        """Reads the rows of each split; opens no image."""
         read = read_table(
             self.table, self.table_root, columns=self.columns, allow_shared_classes=self.allow_shared_classes
         )

@@ -55,7 +55,7 @@ class ImageCache(Sequence[Image.Image]):
     """
 
     def __init__(self, path: Path) -> None:
-        """Maps the file; it is let go of when the object is."""
+        """Maps the file until the object is deleted."""
         self.path = Path(path)
         self._file = map_cache(self.path)
 
@@ -137,7 +137,7 @@ class ImageCache(Sequence[Image.Image]):
         return cache
 
     def __len__(self) -> int:
-        """How many pictures there are."""
+        """Number of pictures."""
         return len(self._file.sizes)
 
     def __getitem__(self, row: SupportsIndex) -> Image.Image:  # type: ignore[override]  # of no use in slices
@@ -180,7 +180,7 @@ def _key(table: ImageTable, settings: dict[str, Any], workers: int | None) -> st
 
 
 def _states(table: ImageTable, rows: range) -> IntArray:
-    """Size in bytes and time of change in nanoseconds of the files of some rows, (M, 2)."""
+    """Sizes in bytes and times of change in nanoseconds of the files of some rows, (M, 2)."""
     root = os.fspath(table.root)
     states = np.empty((len(rows), 2), "<i8")
     for place, row in enumerate(rows):
@@ -205,7 +205,7 @@ def _picture(
 def _watched(
     pictures: Iterator[tuple[bytes, tuple[int, int]]], folder: Path, rows: int, report: Callable[[], object]
 ) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """The same pictures, for as long as the rest of them seems to find room in the folder."""
+    """Passes the pictures on for as long as the rest of them seems to find room in the folder."""
     bytes_so_far = 0
     for count, picture in enumerate(pictures, start=1):
         yield picture
@@ -231,7 +231,7 @@ def _write(path: Path, about: dict[str, Any], pictures: Iterator[tuple[bytes, tu
 
 
 def _delete_parts(path: Path, name: str) -> None:
-    """Deletes what killed processes left of any cache of this stem; called under the lock, so nobody is writing."""
+    """Deletes parts that killed processes left of caches of this stem; under the lock, so that nobody is writing."""
     keyed = rf"{re.escape(name)}-[0-9a-f]{{32}}"
     delete_parts(path, keyed)
     for entry in list(path.parent.iterdir()):

@@ -1,4 +1,4 @@
-"""The file of an image cache: what is said of it first, then where each picture lies, then the pictures."""
+"""The file of an image cache: a description in JSON, then where each picture lies, then the pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CacheFile:
     """A cache file in memory: the arrays are views of the mapped file, so that rows cost no objects.
 
     Args:
-        about: what was said of it when it was written.
+        about: the description that it was written with.
         data: the whole file, uint8.
         offsets: (N + 1,) int64, where each picture begins in `data`; the last is the end of the file.
         sizes: (N, 2) int32, width and height of each.
@@ -69,7 +69,7 @@ def write_cache(file: BinaryIO, about: dict[str, Any], pictures: Iterator[tuple[
 
 
 def map_cache(path: Path) -> CacheFile:
-    """Maps a cache file, and claims it against deletion by `delete_unused` for as long as the arrays live.
+    """Maps a cache file, and protects it from `delete_unused` for as long as the arrays live.
 
     Raises:
         InputError: if there is no such file, or it is of another format, cut off or damaged in its tables.
@@ -91,7 +91,7 @@ def map_cache(path: Path) -> CacheFile:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """What was said of a cache file of any format; None if it is damaged there or gone."""
+    """Reads the description in a cache file of any format; None if it is damaged there or gone."""
     try:
         with open(path, "rb") as file:
             magic, _, length, _ = _HEAD.unpack(file.read(_HEAD.size))
@@ -130,7 +130,7 @@ def _mapped(data: NDArray[np.uint8]) -> CacheFile:
 
 
 def _after_text(length: int) -> int:
-    """Where the tables begin, in step with the size of their numbers."""
+    """Offset of the tables, a multiple of the size of their numbers."""
     return -(-(_HEAD.size + length) // _ALIGNED) * _ALIGNED
 
 

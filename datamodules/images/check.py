@@ -1,4 +1,4 @@
-"""Whether every image of a table can be opened, found out once and remembered."""
+"""A check that every image of a table can be opened, made once and remembered."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Unreadable:
     reasons: list[str]
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.rows)
 
 
@@ -77,10 +77,10 @@ def check_images(table: ImageTable, how: How, folder: Path, *, progress: bool = 
 
 
 def raise_unreadable(table: ImageTable, unreadable: Unreadable, name: str = "data set") -> None:
-    """Says which image of a table is the first that cannot be read, and what to do; returns if all can.
+    """Raises an error that names the first image that cannot be read, and the way out; returns if all can.
 
     Raises:
-        InputError: if there are rows in `found`.
+        InputError: if there are rows in `unreadable`.
     """
     if len(unreadable):
         row = int(unreadable.rows[0])
@@ -90,12 +90,12 @@ def raise_unreadable(table: ImageTable, unreadable: Unreadable, name: str = "dat
         )
 
 
-_VERSION = 1  # of the kept results; raise it where an image that passed may no longer pass
+_VERSION = 1  # of the result files; raise it where an image that passed may no longer pass
 _CHUNK = 16  # files that a thread takes at a time
 
 
 def _unreadable(table: ImageTable, rows: IntArray, how: How, progress: bool) -> Unreadable:
-    """Those of some rows, (M,) ascending, that cannot be read."""
+    """Opens the files of some rows, (M,) ascending, and lists the rows that cannot be read."""
     by_file, starts = _by_file(table, rows)
     files = len(starts) - 1
     unreadable: list[tuple[int, str]] = []
@@ -114,7 +114,7 @@ def _unreadable(table: ImageTable, rows: IntArray, how: How, progress: bool) -> 
 
 
 def _by_file(table: ImageTable, rows: IntArray) -> tuple[IntArray, IntArray]:
-    """The rows file after file, (M,), in the order in which the files come first, and where each begins, (F + 1,)."""
+    """Rows sorted by file, (M,), files in the order in which they come first, and where each file begins, (F + 1,)."""
     codes, names = table.paths.take(rows).codes()
     first = np.full(len(names), len(codes))
     np.minimum.at(first, codes, np.arange(len(codes)))
@@ -126,7 +126,7 @@ def _by_file(table: ImageTable, rows: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def _faults(table: ImageTable, rows: list[int], how: How) -> list[tuple[int, str]]:
-    """The rows of one file that cannot be read, and why."""
+    """Rows of one file that cannot be read, and the reasons."""
     path = table.path(rows[0])
     try:
         size = open_image(path).size if how == "decode" else image_size(path)
@@ -144,7 +144,7 @@ def _faults(table: ImageTable, rows: list[int], how: How) -> list[tuple[int, str
 
 
 def _result_path(table: ImageTable, how: How, folder: Path) -> Path:
-    """Labels and roles do not count: other splits of the same rows are as readable."""
+    """File of a result. Labels and roles do not count: other splits of the same rows are as readable."""
     digest = hashlib.blake2b(
         f"{_VERSION} {how} {table.root.absolute()}".encode(errors="surrogateescape"), digest_size=16
     )
@@ -155,7 +155,7 @@ def _result_path(table: ImageTable, how: How, folder: Path) -> Path:
 
 
 def _stamp(table: ImageTable) -> str:
-    """A hash of when each folder that the images lie in has last changed: far fewer questions than files."""
+    """Hash of the times of change of the folders that the images lie in: far fewer questions than files."""
     digest = hashlib.blake2b(digest_size=16)
     for folder in sorted({os.path.dirname(path) for path in table.paths}):
         try:
@@ -167,7 +167,7 @@ def _stamp(table: ImageTable) -> str:
 
 
 def _read(path: Path, stamp: str, count: int) -> Unreadable | None:
-    """The kept result, if there is one that is whole and still holds."""
+    """Reads an earlier result; None where there is none that is whole and still holds."""
     try:
         result = json.loads(path.read_text("utf-8"))
         rows, reasons = np.array(result["rows"], np.int64), [str(reason) for reason in result["reasons"]]

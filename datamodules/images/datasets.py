@@ -1,4 +1,4 @@
-"""Data sets of labelled images: what all of them share, and images in memory."""
+"""Data sets of labelled images: their common base, and images in memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sample(_Always, total=False):
 
 
 class LabelledImages(Dataset[Sample]):
-    """What the data modules need of a data set: its labels, its samples and their plain pictures.
+    """The base of data sets: labels, samples with a transformed image, and plain pictures for figures.
 
     A subclass says in `load` how to open a picture. Random transforms run under the seed that the index carries,
     if it carries one (see `SeededIndex`), and leave the global random state as it was; they must draw from torch.
@@ -51,7 +51,7 @@ class LabelledImages(Dataset[Sample]):
 
     @property
     def super_labels(self) -> IntArray | None:
-        """(N,) coarser classes, where the data set has them."""
+        """Coarser classes, (N,); None where the data set has none."""
         return None
 
     def __init__(self, labels: Sequence[int] | NDArray[Any], transform: Callable[[Any], Tensor]) -> None:
@@ -71,11 +71,11 @@ class LabelledImages(Dataset[Sample]):
         return {"image": image, "label": int(self.labels[index]), "index": int(index)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The arrays as tensors, which worker processes share instead of copying."""
+        """State for a worker process: arrays as tensors, which processes share instead of copying."""
         return share_arrays(self.__dict__)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Takes the arrays back."""
+        """Restores the arrays."""
         self.__dict__.update(unshare_arrays(state))
 
     def load(self, index: int) -> Any:

@@ -52,7 +52,7 @@ class ImageFileDataset(LabelledImages):
 
     @property
     def super_labels(self) -> IntArray | None:
-        """(N,) coarser classes, where the table has them."""
+        """Coarser classes, (N,); None where the table has none."""
         return self.table.super_labels
 
     def load(self, index: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What a timm model wants of its images, by its name or from the model itself."""
+"""Data configs of timm models: size, mean, deviation and interpolation, by the name or from the model itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_dml.errors import InputError, near_names, one_line
 
 
 def data_config(name: str) -> dict[str, Any]:
-    """Timm's data config of a model, and whether the size of its input is fixed.
+    """Timm's data config of a model by its name, with a flag for an input of fixed size.
 
     Args:
         name: `architecture` or `architecture.tag`, or a `local-dir:` or `hf-hub:` name; only the last may ask the hub.

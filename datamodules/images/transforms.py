@@ -1,4 +1,4 @@
-"""What happens to an image before the model sees it: recipes by name, and pipelines of others."""
+"""Transforms of an image before the model sees it: recipes by name, and pipelines of other libraries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a transform that somebody published, or that we chose.
+    """Numbers of a transform that somebody published, or that we chose.
 
     Args:
         image_size: side of the square that the model sees, in pixels.
@@ -61,7 +61,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The numbers that were decided on, for `train_transform` and `eval_transform`.
+    """Numbers of `train_transform` and `eval_transform`, as `image_settings` decides on them.
 
     Args:
         image_size: side of the square that the model sees, in pixels.
@@ -166,7 +166,7 @@ def eval_transform(settings: ImageSettings) -> v2.Compose:
 
 
 def resize_image(image: Image.Image, resize: int, interpolation: str = "bilinear") -> Image.Image:
-    """The first step of both transforms, alone: scales the shorter side to `resize` pixels.
+    """Scales the shorter side to `resize` pixels, which is the first step of both transforms.
 
     Both transforms make the same of an image that has been through it and of one that has not.
 
@@ -197,15 +197,15 @@ def as_transform(pipeline: Callable[..., Any]) -> Callable[[Image.Image], Tensor
     Raises:
         InputError: if `pipeline` cannot be called.
     """
-    if isinstance(pipeline, _Checked):
+    if isinstance(pipeline, _CheckedPipeline):
         return pipeline
     if not callable(pipeline):
         raise InputError(f"a transform must be a function of a PIL image, got {pipeline!r}")
-    return _Checked(_Albumentations(pipeline) if _is_albumentations(pipeline) else pipeline)
+    return _CheckedPipeline(_Albumentations(pipeline) if _is_albumentations(pipeline) else pipeline)
 
 
-class _Checked:
-    """A pipeline whose results are looked at."""
+class _CheckedPipeline:
+    """A pipeline that must return tensors."""
 
     def __init__(self, pipeline: Callable[[Image.Image], Any]) -> None:
         self.pipeline = pipeline
@@ -255,7 +255,7 @@ def _is_albumentations(pipeline: Any) -> bool:
 
 
 def _forget_seeds(pipeline: Any) -> None:
-    """Newer releases go back to a seed of the pipeline's own in each worker."""
+    """Takes a pipeline's own seed away, to which newer releases go back in each worker."""
     if getattr(pipeline, "seed", None) is not None and hasattr(pipeline, "set_random_seed"):
         pipeline.set_random_seed(None)
     for inner in getattr(pipeline, "transforms", ()):
@@ -264,7 +264,7 @@ def _forget_seeds(pipeline: Any) -> None:
 
 @contextlib.contextmanager
 def _seeded_globals(seed: int) -> Iterator[None]:
-    """Releases before 1.4.21 draw from these generators, and so do functions that people put into a pipeline."""
+    """Seeds the global generators, from which releases before 1.4.21 draw, as do functions in a pipeline."""
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -56,7 +56,7 @@ class Cars196DataModule(OfficialDataModule):
         self.crop_boxes = crop_boxes
 
     def read(self) -> Splits:
-        """The tables of the official files."""
+        """Reads the tables from the official files."""
         return read_cars(self.root, check_counts=self.check_counts, crop_boxes=self.crop_boxes)
 
 
@@ -94,7 +94,7 @@ def read_cars(root: Path, *, check_counts: bool = True, crop_boxes: bool = False
 
 @dataclass(frozen=True)
 class _Annotations:
-    """What the annotations say, whichever layout they have."""
+    """Contents of the annotations, in either layout."""
 
     source: str
     paths: list[str]
@@ -104,7 +104,7 @@ class _Annotations:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether to read `cars_annos.mat`; of a folder that has both layouts' files, the images tell."""
+    """True to read `cars_annos.mat`; in a folder that has the files of both layouts, the images tell."""
     if not (folder / _WHOLE).is_file() or not any((folder / name).is_file() for name in _TRAIN_FILE):
         return (folder / _WHOLE).is_file()
     return (folder / "car_ims").is_dir() or not (folder / "cars_train").is_dir()
@@ -135,7 +135,7 @@ def _parts(folder: Path) -> _Annotations:
 def _columns(
     folder: Path, file: Path, variables: dict[str, Any], path_field: str, images: str = ""
 ) -> tuple[list[str], IntArray, IntArray]:
-    """The paths, classes (N,) and corners (N, 4) of the struct array `annotations`."""
+    """Paths, classes (N,) and corners (N, 4) of the struct array `annotations`."""
     fields = (path_field, "class", *_BOX)
     rows = np.atleast_1d(variables.get("annotations", 0))
     if missing := [name for name in fields if name not in (rows.dtype.names or ())]:
@@ -157,7 +157,7 @@ def _columns(
 
 
 def _boxes(annotations: _Annotations) -> NDArray[np.int32]:
-    """The boxes with pixels counted from 0 and the far corner past the edge, (N, 4)."""
+    """Boxes with pixels counted from 0 and the far corner past the edge, (N, 4)."""
     boxes = annotations.corners.copy()
     boxes[:, :2] = np.maximum(boxes[:, :2] - 1, 0)
     wrong = np.flatnonzero((boxes[:, 2:] <= boxes[:, :2]).any(axis=1))
@@ -171,7 +171,7 @@ def _boxes(annotations: _Annotations) -> NDArray[np.int32]:
 
 
 def _names(variables: dict[str, Any]) -> list[str]:
-    """The names of the classes from 1, where the file has them."""
+    """Names of the classes from 1; none where the file has none."""
     return [str(name) for name in np.atleast_1d(variables.get("class_names", []))]
 
 

@@ -59,11 +59,11 @@ class CUB200DataModule(OfficialDataModule):
         self.crop_boxes = crop_boxes
 
     def read(self) -> Splits:
-        """The tables of the official files."""
+        """Reads the tables from the official files."""
         return read_cub(self.root, check_counts=self.check_counts, crop_boxes=self.crop_boxes)
 
     def fetch(self) -> None:
-        """Downloads the set, where that is wanted and it is not there."""
+        """Downloads the set with `download=true`, where it is not there."""
         if self.download and CUB.find(self.root, _IMAGES) is None:
             obtain(CUB_200_2011, self.root, CUB.folders[0])
 
@@ -122,7 +122,7 @@ def _boxes(images: Columns, file: Path) -> NDArray[np.int32]:
 
 
 def _places(images: Columns, rows: Columns) -> IntArray:
-    """The row of each image in another file, (N,), by the image's number."""
+    """Rows of the images in another file, (N,), by the image's number."""
     place: dict[int, int] = {}
     for row, number in enumerate(rows.numbers(0).tolist()):
         if place.setdefault(number, row) != row:

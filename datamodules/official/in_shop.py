@@ -49,7 +49,7 @@ class InShopDataModule(OfficialDataModule):
     """
 
     def read(self) -> Splits:
-        """The tables of the official file."""
+        """Reads the tables from the official file."""
         return read_in_shop(self.root, check_counts=self.check_counts)
 
 
@@ -94,7 +94,7 @@ def read_in_shop(root: Path, *, check_counts: bool = True) -> Splits:
 
 
 def _check_first_line(file: Path, columns: Columns, check_counts: bool) -> None:
-    """The file begins with how many rows follow."""
+    """Compares the first line, which holds the number of rows, with the rows."""
     first = read_lines(file)[0].strip()
     if not first.isdecimal():
         raise InputError(f"{file}, line 1 must be the number of images, got {first!r}: get the file anew")

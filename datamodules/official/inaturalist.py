@@ -47,7 +47,7 @@ class INaturalistDataModule(OfficialDataModule):
     """
 
     def read(self) -> Splits:
-        """The tables of the authors' lists."""
+        """Reads the tables from the authors' lists."""
         return read_inaturalist(self.root, check_counts=self.check_counts)
 
 
@@ -103,7 +103,7 @@ def read_inaturalist(root: Path, *, check_counts: bool = True) -> Splits:
 
 
 def _codes(lines: list[str], file: Path, species: dict[tuple[int, str], int]) -> IntArray:
-    """A code of each line's class, (N,); `species` has them, and takes new ones."""
+    """Codes of the classes of all lines, (N,), as `species` has them; new classes are added to it."""
     by_folder: dict[str, int] = {}
     codes = np.empty(len(lines), np.int64)
     for row, line in enumerate(lines):

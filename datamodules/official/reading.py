@@ -1,4 +1,4 @@
-"""What the readers of the official data sets share: where a set lies, its lines, classes and counts."""
+"""Tools of the readers of official data sets: where a set lies, its lines, classes and counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_dml.errors import InputError
 
 @dataclass(frozen=True)
 class Official:
-    """A data set as its authors publish it, and what a message says of it.
+    """A data set as its authors publish it, with the words for its messages.
 
     Args:
         name: as papers call it.
@@ -32,7 +32,7 @@ class Official:
     origin: str
 
     def folder(self, root: Path, *markers: str) -> Path:
-        """The folder of the set: `root` or one in it, whichever holds one of the files `markers` first.
+        """Folder of the set: `root` or one in it, the first that holds one of the files `markers`.
 
         Raises:
             InputError: if there is none.
@@ -48,7 +48,7 @@ class Official:
         )
 
     def find(self, root: Path, *markers: str) -> Path | None:
-        """The same, or None if there is none."""
+        """Folder of the set as in `folder`, or None if there is none."""
         candidates = [root, *(root / name for name in self.folders)]
         return next(
             (candidate for candidate in candidates if any((candidate / marker).is_file() for marker in markers)), None
@@ -125,7 +125,7 @@ class Columns:
     texts: Sequence[Sequence[str]]
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.texts[0])
 
     @property
@@ -166,7 +166,7 @@ class Columns:
         return numbers
 
     def malformed(self, row: int, demand: str = "") -> InputError:
-        """The error for a row that says what it must not."""
+        """Error for a row of another form, or out of range, which `demand` says."""
         line = " ".join(column[row] for column in self.texts)
         return _malformed(self.file, self.first + row, f"{self.form!r}{demand and ' ' + demand}", line)
 
@@ -213,7 +213,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def number_classes(train: IntArray, *tests: IntArray) -> tuple[IntArray, list[IntArray]]:
-    """Labels for official class numbers: those that train count from 0 in their order, the others follow in theirs.
+    """Labels for official class numbers: training classes count from 0 in their order, the others follow in theirs.
 
     Args:
         train: (N,) class number of each training image.
@@ -236,7 +236,7 @@ def number_classes(train: IntArray, *tests: IntArray) -> tuple[IntArray, list[In
 
 
 def check_rows(table: ImageTable, source: Source) -> None:
-    """Checks that the paths stay in the root and that none comes twice.
+    """Checks that paths stay in the root and that none comes twice.
 
     Raises:
         InputError: naming the line that is wrong.

@@ -47,11 +47,11 @@ class SOPDataModule(OfficialDataModule):
         self.download = download
 
     def read(self) -> Splits:
-        """The tables of the official files."""
+        """Reads the tables from the official files."""
         return read_sop(self.root, check_counts=self.check_counts)
 
     def fetch(self) -> None:
-        """Downloads the set, where that is wanted and it is not there."""
+        """Downloads the set with `download=true`, where it is not there."""
         if self.download and SOP.find(self.root, _TRAIN_FILE, _TEST_FILE) is None:
             obtain(STANFORD_ONLINE_PRODUCTS, self.root, SOP.folders[0])
 

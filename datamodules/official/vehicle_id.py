@@ -30,7 +30,7 @@ _TRAIN_FILE = "train_test_split/train_list.txt"
 
 
 class VehicleIDDataModule(OfficialDataModule):
-    """VehicleID (Liu et al., CVPR 2016): vehicles to find again among others of the same make.
+    """VehicleID (Liu et al., CVPR 2016): vehicles that are to be found again among others of the same make.
 
     The test sets are called `small`, `medium` and `large`. One random image of each vehicle is the gallery and the
     others are queries, so evaluate with `RetrievalMetrics(gallery_draws=10)`: it draws ten times, and the values are
@@ -59,7 +59,7 @@ class VehicleIDDataModule(OfficialDataModule):
         self.test_sizes = tuple(test_sizes)
 
     def read(self) -> Splits:
-        """The tables of the official files."""
+        """Reads the tables from the official files."""
         return read_vehicle_id(self.root, check_counts=self.check_counts, test_sizes=self.test_sizes)
 
 

@@ -1,4 +1,4 @@
-"""What samplers of class-balanced batches share: one plan for all ranks, of which each yields its slice."""
+"""The base of class-balanced batch samplers: one plan for all ranks, of which each rank yields its slice."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class ClassBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> ClassBatchSampler:
-        """Itself: Lightning calls `set_epoch` on `dataloader.batch_sampler.sampler`, never on the batch sampler."""
+        """This sampler: Lightning calls `set_epoch` on `dataloader.batch_sampler.sampler`, never on the batch sampler."""
         return self
 
     @property
@@ -103,7 +103,7 @@ class ClassBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next iteration starts: `epoch` and `batch`, the batches of that epoch to pass over."""
+        """Start of the next iteration: `epoch` and `batch`, the number of batches of that epoch to pass over."""
         return {"epoch": self.epoch, "batch": self._start}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -149,7 +149,7 @@ class ClassBatchSampler(Sampler[list[int]]):
         raise NotImplementedError
 
     def _step_classes(self) -> int:
-        """P x W, after checking that there are as many classes."""
+        """Classes in a step of all ranks, P x W, after a check that there are as many."""
         replicas = replicas_now(self.num_replicas)
         classes = self.classes_per_batch * replicas
         if classes > self.num_classes:

@@ -1,4 +1,4 @@
-"""How often each class is drawn, from what a user may say about it."""
+"""Rates at which classes are drawn, from the forms in which a user may give class weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WIDEST = 1e100
 
 
 def class_rates(class_weights: ClassWeights, names: IntArray, counts: IntArray) -> NDArray[np.float64]:
-    """The weight of every class as a share of all.
+    """Weight of every class as a share of all.
 
     Args:
         class_weights: "uniform" weighs every class the same, and "sqrt" by the square root of its images. A mapping

@@ -1,4 +1,4 @@
-"""Which images each rank evaluates: every image once, none twice."""
+"""Evaluation over ranks: every image once, none twice."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
                 left[drawn] = np.maximum(left[drawn] - 1, 0)
 
     def _step(self, rng: np.random.Generator, left: NDArray[np.number], classes: int) -> IntArray:
-        """`classes` distinct classes, share after share, (`classes`,)."""
+        """Draws `classes` distinct classes, share after share, (`classes`,)."""
         share = need = self.classes_per_batch // self.super_classes_per_batch
         free = np.ones(self.num_classes, bool)
         parts: list[IntArray] = []
@@ -145,7 +145,7 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
         return np.concatenate(parts)
 
     def _order(self, rng: np.random.Generator, left: NDArray[np.number], classes: int) -> IntArray:
-        """The super-classes in the order in which a step of so many `classes` turns to them."""
+        """Super-classes in the order in which a step of so many `classes` turns to them."""
         those = np.arange(self.num_super_classes)
         # Each gives a class at least when its turn first comes, so a step never turns to more than it has classes.
         return _some(rng, those, np.bincount(self._super, left), self._super_groups, min(len(those), classes))
@@ -158,7 +158,7 @@ def _some(
     groups: NDArray[np.number],
     count: int,
 ) -> IntArray:
-    """`count` of `those` in random order by what they have `left`; the ones without only after all others."""
+    """Draws `count` of `those` in random order by the groups that they have `left`; those without come last."""
     ready, lending = np.flatnonzero(left > 0), np.flatnonzero(left <= 0)
     early, late = min(count, len(ready)), max(0, count - len(ready))
     first = ready[first_to_ring(rng, left[ready], early)]

@@ -64,7 +64,7 @@ class PKBatchSampler(ClassBatchSampler):
         return self._weighted(rng, images, classes, self._rates)
 
     def _passes(self, rng: np.random.Generator, images: ShuffledClasses, classes: int) -> Iterator[IntArray]:
-        """By the groups left, so that a pass uses every group."""
+        """Batches by the groups that classes have left, so that a pass uses every group."""
         left = np.zeros_like(self._groups)
         race = Race(rng)
         while True:
@@ -84,7 +84,7 @@ class PKBatchSampler(ClassBatchSampler):
     def _weighted(
         self, rng: np.random.Generator, images: ShuffledClasses, classes: int, rates: NDArray[np.float64]
     ) -> Iterator[IntArray]:
-        """By weights, every step like the first."""
+        """Batches by class weights, every step like the first."""
         race = Race(rng)
         race.start(rates)
         while True:

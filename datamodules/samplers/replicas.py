@@ -1,4 +1,4 @@
-"""The ranks that a sampler draws for, as it was told or as the process group has them."""
+"""Ranks that a sampler draws for: those of its arguments, or those of the process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong in a list of image files: paths that lead elsewhere, rows that come twice, classes in two splits."""
+"""Checks of lists of image files: paths that lead elsewhere, rows that come twice, classes in two splits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_BOX = (0, 0, 0, 0)
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where the rows of a table were read, so that a message can say which to look at.
+    """Origin of the rows of a table, so that a message can say which to look at.
 
     Args:
         name: the file.
@@ -169,7 +169,7 @@ def _source(source: Source | str) -> Source:
 
 
 def _plain(root: Path) -> Callable[[str], str]:
-    """Makes a path the shortest of its kind: relative to the root where it lies in it, else absolute or with `..`."""
+    """Makes a function that shortens a path: relative to the root where it lies in it, else absolute or with `..`."""
     folder = os.path.abspath(root)
     prefix = os.path.join(folder, "")
 
@@ -187,5 +187,5 @@ def _key(path: str, plain: Callable[[str], str]) -> str:
 
 
 def _is_simple(path: str) -> bool:
-    """Whether a path is relative and goes straight down; the usual case, which need not be taken apart."""
+    """True for a path that is relative and goes straight down; the usual case, which need not be taken apart."""
     return not (path.startswith(("./", "/", "\\")) or "//" in path or "/." in path or ".." in path or path[1:2] == ":")

@@ -81,7 +81,7 @@ def _open_text(path: Path, delimiter: str) -> TableFile:
 
 
 def _text_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows, less blank lines, each with the number of its first line."""
+    """Rows, less blank lines, each with the number of its first line."""
     line = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -98,7 +98,7 @@ def _text_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _without_nul(file: TextIO) -> Iterator[str]:
-    """The lines; Python before 3.11 refuses the character and later ones keep it, and no path may have it."""
+    """Lines without NUL, which no path may have; Python before 3.11 refuses it and later ones keep it."""
     for line in file:
         if "\0" in line:
             raise csv.Error("the line contains the character NUL")

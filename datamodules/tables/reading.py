@@ -42,7 +42,7 @@ _TABLE_FIELDS = frozenset(field.name for field in fields(ImageTable))
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What a table file holds.
+    """Contents of a table file.
 
     Args:
         table: all N rows in the order of the file. Labels are places in `label_names`; distractors are -1. Rows without
@@ -134,7 +134,7 @@ def read_table(
 
 
 def _find_columns(path: Path, header: Sequence[str], columns: Mapping[str, str]) -> dict[str, int]:
-    """Our name of each column, or its own, and its place."""
+    """Places of the columns in the file, by our names where we know them, else by their own."""
     for ours in columns:
         if ours not in COLUMNS:
             raise InputError(
@@ -170,7 +170,7 @@ def _find_columns(path: Path, header: Sequence[str], columns: Mapping[str, str])
 def _collect(
     path: Path, file: TableFile, places: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, Texts | NDArray[Any]], Source]:
-    """The columns that are understood, the others, and the numbers of the rows."""
+    """Gathers the columns that are understood, the others, and the numbers of the rows."""
     others = {name: ExtraColumn(file.typed) for name in places if name not in COLUMNS}
     known: dict[str, TextColumn | CodedColumn] = {
         name: TextColumn() if name == "path" else CodedColumn() for name in places if name in COLUMNS
@@ -221,7 +221,7 @@ def _groups(column: Codes | None) -> tuple[IntArray | None, list[str]]:
 
 
 def _relabelled(column: Codes, order: Sequence[int]) -> tuple[IntArray, list[str]]:
-    """Each row's place in `order`, -1 for values that it lacks, and the names in that order."""
+    """New labels: each row's place in `order`, -1 for values that it lacks, and the names in that order."""
     label = np.full(len(column.values), -1, np.int64)
     label[list(order)] = np.arange(len(order))
     return label[column.rows], [column.values[place] for place in order]
@@ -283,7 +283,7 @@ def _boxes(known: Mapping[str, Any], source: Source) -> NDArray[np.int32] | None
 
 
 def _pixels(value: str) -> float | None:
-    """A number, NaN where there is none, or None where it is something else."""
+    """Reads a number of pixels: NaN where there is none, None where it is something else."""
     try:
         pixels = float(value) if value.strip() else np.nan
     except ValueError:

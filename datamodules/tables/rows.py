@@ -1,4 +1,4 @@
-"""The rows of a data set of image files, in few flat arrays however many there are."""
+"""Rows of a data set of image files, in few flat arrays however many there are."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Texts:
 
     @classmethod
     def concatenate(cls, columns: Iterable[Texts]) -> Texts:
-        """One column after the other."""
+        """Joins columns, one after the other."""
         columns = list(columns)
         whole = cls()
         if columns:
@@ -59,7 +59,7 @@ class Texts:
         return whole
 
     def __len__(self) -> int:
-        """How many texts there are."""
+        """Number of texts."""
         return len(self._offsets) - 1
 
     def __getitem__(self, row: int) -> str:
@@ -80,7 +80,7 @@ class Texts:
                 yield block[start:end].decode("utf-8", "surrogateescape")
 
     def __eq__(self, other: object) -> bool:
-        """Whether the other column holds the same texts in the same order."""
+        """True if the other column holds the same texts in the same order."""
         if not isinstance(other, Texts):
             return NotImplemented
         return np.array_equal(self._offsets, other._offsets) and np.array_equal(self._bytes, other._bytes)
@@ -131,17 +131,17 @@ class Texts:
         return hashlib.blake2b(self._offsets.tobytes() + self._bytes.tobytes(), digest_size=16).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The arrays as tensors, which worker processes share instead of copying."""
+        """State for a worker process: arrays as tensors, which processes share instead of copying."""
         return share_arrays(self.__dict__)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Takes the arrays back."""
+        """Restores the arrays."""
         self.__dict__.update(unshare_arrays(state))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    """Rows of image files: where each lies, its class, and what else is known of it.
+    """Rows of image files: their paths, their classes, and further columns.
 
     Args:
         root: folder that relative paths start from.
@@ -186,15 +186,15 @@ class ImageTable:
                 raise InputError(f"{name} must have the shape {expected}, a row for each path, got {shape}")
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return len(self.paths)
 
     def path(self, row: int) -> Path:
-        """Where the image of a row lies."""
+        """Path of the image of a row."""
         return self.root / self.paths[row]
 
     def take(self, rows: Iterable[int] | NDArray[Any]) -> ImageTable:
-        """Some rows, in the order of `rows`: (M,) integers or a (N,) mask of bools."""
+        """Table of some rows, in the order of `rows`: (M,) integers or a (N,) mask of bools."""
         places = _positions(rows, len(self))
         columns = {
             name: column.take(places) if isinstance(column, Texts) else column[places]
@@ -204,7 +204,7 @@ class ImageTable:
         return replace(self, **columns, extra=extra)  # type: ignore[arg-type]
 
     def with_labels(self, labels: NDArray[Any]) -> ImageTable:
-        """The same rows with other classes, (N,) integers."""
+        """Table of the same rows with other classes, (N,) integers."""
         return replace(self, labels=np.asarray(labels, np.int64))
 
     def digest(self) -> str:
@@ -225,11 +225,11 @@ class ImageTable:
         return {**{name: column for name, column in own.items() if column is not None}, **self.extra}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The columns as tensors, which worker processes share instead of copying."""
+        """State for a worker process: columns as tensors, which processes share instead of copying."""
         return {**share_arrays(self.__dict__), "extra": share_arrays(self.extra)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Takes the columns back."""
+        """Restores the columns."""
         self.__dict__.update({**unshare_arrays(state), "extra": unshare_arrays(state["extra"])})
 
 

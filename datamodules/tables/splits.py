@@ -1,4 +1,4 @@
-"""Which classes train and which evaluate: what a data set brings along, and what is held out on request."""
+"""Splits by class: those that a data set brings along, and classes that are held out of training on request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """Which training classes validate instead: a share of them, or one of several folds.
+    """Rule that holds training classes out for validation: a share of them, or one of several folds.
 
     The split is by class, so that validation is on classes that training never saw, as the test is. It follows from
     the seed and the labels alone.
@@ -77,11 +77,11 @@ class HoldOut:
 
     @property
     def any(self) -> bool:
-        """Whether classes are held out at all."""
+        """True if classes are held out."""
         return self.folds is not None or self.fraction > 0
 
     def rows(self, labels: IntArray) -> IntArray:
-        """The rows of the classes that are held out, (M,).
+        """Rows of the classes that are held out, (M,).
 
         Args:
             labels: (N,) int64.
@@ -92,7 +92,7 @@ class HoldOut:
         return np.flatnonzero(np.isin(labels, self._chosen(np.unique(labels))))
 
     def __call__(self, splits: Splits, classes: IntArray | None = None) -> Splits:
-        """The splits with a validation set out of the training classes, labels anew: those that train come first.
+        """Takes a validation set out of the training classes, and numbers the labels anew, those that train first.
 
         A validation set that the data set brings along stays, and then nothing is held out.
 
@@ -134,7 +134,7 @@ class HoldOut:
 
 
 def by_name(tables: Tables | None, role: str) -> dict[str, ImageTable]:
-    """The tables by name: a single one is called as its role, several `role/name`."""
+    """Tables by name: a single one is called as its role, several `role/name`."""
     if tables is None:
         return {}
     if isinstance(tables, Mapping):
@@ -143,7 +143,7 @@ def by_name(tables: Tables | None, role: str) -> dict[str, ImageTable]:
 
 
 def _relabelled(splits: Splits, trained: IntArray) -> Splits:
-    """The classes `trained` count from 0 in the order that they had; the others follow in theirs."""
+    """Numbers the labels anew: the classes `trained` from 0 in their old order, then the others in theirs."""
     count = len(splits.class_names)
     order = np.concatenate([trained, np.setdiff1d(np.arange(count), trained)])
     label = np.empty(count + 1, np.int64)
