@@ -83,7 +83,7 @@ def _elsewhere(source: str, where: str) -> dict[str, Any]:
     try:
         if source == "local-dir":
             config: dict[str, Any] = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))
-            return dict(config.get("pretrained_cfg", config))  # older files are what newer ones keep under that name
+            return dict(config.get("pretrained_cfg", config))  # an older file is what a newer one has under that name
         if source == "hf-hub":
             return dict(timm.models.load_model_config_from_hf(where)[0])
     # The hub's client has a family of errors of its own, which are OSErrors or ValueErrors.

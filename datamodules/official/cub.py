@@ -95,7 +95,7 @@ def read_cub(root: Path, *, check_counts: bool = True, crop_boxes: bool = False)
     table = ImageTable(folder / "images", Texts(paths), labels)
     check_rows(table, images.source)
     table = replace(table, boxes=boxes)
-    # Without classes.txt the folders tell, which are called the same.
+    # Without classes.txt the names are those of the folders, which are the same.
     names = {int(number): path.split("/")[0] for number, path in zip(classes, paths, strict=True)}
     if (folder / "classes.txt").is_file():
         listed = read_columns(folder / "classes.txt", "class_id class_name")

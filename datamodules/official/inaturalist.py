@@ -73,7 +73,7 @@ def read_inaturalist(root: Path, *, check_counts: bool = True) -> Splits:
     lines = [[line.strip() for line in read_lines(file)] for file in files]
     species: dict[tuple[int, str], int] = {}
     codes = [_codes(part, file, species) for part, file in zip(lines, files, strict=True)]
-    # In the order of the official numbers, which the codes, given as they come, do not have.
+    # Classes in the order of their official numbers; the codes count them as they come.
     rank = np.empty(len(species), np.int64)
     ordered = sorted(species)
     rank[[species[name] for name in ordered]] = np.arange(len(species))

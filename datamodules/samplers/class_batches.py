@@ -88,7 +88,7 @@ class ClassBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> ClassBatchSampler:
-        """This sampler: Lightning calls `set_epoch` on `dataloader.batch_sampler.sampler`, never on the batch sampler."""
+        """This sampler, because Lightning calls `set_epoch` on `dataloader.batch_sampler.sampler` alone."""
         return self
 
     @property

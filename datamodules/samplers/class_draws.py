@@ -81,7 +81,7 @@ class Race:
         heapq.heapify(self._clocks)
 
     def first(self, count: int) -> list[int]:
-        """Lets the next `count` clocks ring, or all where fewer are set; returns them in order. They are set no longer."""
+        """Takes the next `count` clocks to ring, in order, or all where fewer are set; they are set no longer."""
         places: list[int] = []
         while self._clocks and len(places) < count:
             self._now, place = heapq.heappop(self._clocks)

@@ -109,7 +109,7 @@ def test_setup_finds_mistakes(stage: str | None, sets: list[Any], options: dict[
     ],
 )
 def test_setup_asks_only_for_what_the_stage_needs(stage: str, sets: list[Any]) -> None:
-    """Who tests a finished model need not have the training images at hand."""
+    """A user who tests a finished model need not have the training images at hand."""
     Module(*sets).setup(stage)
 
 
@@ -146,7 +146,7 @@ def test_more_ranks_than_evaluation_images(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_predict_refuses_more_ranks_than_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who exports embeddings gets each image once, so some rank would have none, which Lightning cannot do."""
+    """An export of embeddings has each image once, so some rank would have none, which Lightning cannot do."""
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(InputError, match=r"the test set has 2 image\(s\) for 3 ranks, and predict .*use fewer ranks"):
         Module(test=[2]).setup("predict")
@@ -179,7 +179,7 @@ def test_several_sets_have_a_loader_each() -> None:
     ],
 )
 def test_each_of_several_sets_is_checked(sets: dict[str, list[int]], message: str) -> None:
-    """Of several folders it is the second that has the mistake, so the message must name it."""
+    """The second of several sets has the mistake, so the message must name it."""
     data = Module(GOOD)
     data.val_set = {name: data_set(counts) for name, counts in sets.items()}
     for stage in ("fit", "validate"):
@@ -217,7 +217,7 @@ def test_the_epoch_counter_is_added_once_and_to_fits_only() -> None:
     data.trainer = trainer()
     for stage, count in (("validate", 0), ("fit", 1), ("fit", 1)):
         data.setup(stage)
-        assert sum(isinstance(each, CountResumedEpoch) for each in vars(data.trainer)["callbacks"]) == count
+        assert sum(isinstance(callback, CountResumedEpoch) for callback in vars(data.trainer)["callbacks"]) == count
 
 
 def test_eval_image_is_the_undecorated_picture() -> None:

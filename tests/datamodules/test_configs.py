@@ -92,10 +92,10 @@ def parser() -> ArgumentParser:
 
 def parameters(cls: type[RetrievalDataModule]) -> set[str]:
     """The options of a class and of those that it hands `**options` on to."""
-    found: set[str] = set()
-    for each in cls.__mro__[: cls.__mro__.index(RetrievalDataModule) + 1]:
-        found |= set(inspect.signature(each).parameters)
-    return found - {"options"}
+    names: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(RetrievalDataModule) + 1]:
+        names |= set(inspect.signature(base).parameters)
+    return names - {"options"}
 
 
 @pytest.mark.parametrize(("cls", "options"), CONFIGS, ids=[cls.__name__ for cls, _ in CONFIGS])
@@ -158,7 +158,7 @@ def test_help_explains_every_option(cls: type[RetrievalDataModule]) -> None:
 
 @every_module
 def test_every_module_has_one_default_of_workers(cls: type[RetrievalDataModule]) -> None:
-    """Who moves from one data set to another must not find the loading slower for a reason that nobody told."""
+    """A user who moves from one data set to another must not find the loading slower for a reason that nobody told."""
     made = ArgumentParser()
     made.add_class_arguments(cls, "data")
     assert made.get_defaults().data.num_workers is None

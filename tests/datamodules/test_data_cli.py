@@ -182,7 +182,7 @@ def test_wrong_data_is_one_line_before_training(
     with pytest.raises(SystemExit) as stopped:
         run("fit", name, {**where, **options})
     assert stopped.value.code == 2
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("lightning-dml: error: ")]
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("lightning-dml: error: ")]
     assert message in line
 
 

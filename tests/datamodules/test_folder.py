@@ -213,7 +213,7 @@ def test_all_classes_may_train_where_others_validate(make: Maker, own: dict[str,
     ],
 )
 def test_further_folders_are_checked(make: Maker, folders: dict[str, int], message: str) -> None:
-    """Of several folders the message must show the one that has the mistake, before training."""
+    """The message must show the one of several folders that has the mistake, before training."""
     root = make({"train/a": 2, "train/b": 2, "val/c": 2, **folders})
     with pytest.raises(InputError, match=message):
         module(root, val_roots={"night": str(root / "night")})
@@ -281,7 +281,7 @@ def test_option_errors(options: dict[str, Any], message: str, tmp_path: Path) ->
 
 
 def test_a_cache_among_the_classes_is_refused(make: Maker) -> None:
-    """The next run would take it for a class without images."""
+    """A later run would take it for a class without images."""
     root = make({"a": 2, "b": 2})
     with pytest.raises(InputError, match="among the classes: choose a folder elsewhere"):
         module(root, cache=root / "cache")

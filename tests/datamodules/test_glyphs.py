@@ -51,7 +51,7 @@ def test_what_is_drawn(drawn: Drawn) -> None:
     assert images.shape == (9600, 28, 28) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and labels.tolist() == np.repeat(np.arange(1200), 8).tolist()
     assert len(set(characters)) == 1200 and characters == sorted(characters)
-    assert all(unicodedata.category(each)[0] in "LNSP" for each in characters)
+    assert all(unicodedata.category(character)[0] in "LNSP" for character in characters)
     assert (images.reshape(9600, -1).max(1) > 100).all()  # none is empty
     for eight in images.reshape(1200, -1, 784).astype(np.float64):
         distances = ((eight[:, None] - eight) ** 2).sum(-1) + np.eye(8) * 1e9
@@ -98,7 +98,7 @@ def test_raw_pixels_are_neither_trivial_nor_hopeless(root: Path) -> None:
 
 
 def test_batches(root: Path) -> None:
-    """What the network is given: size, range and classes per batch."""
+    """Batches have the size, the range and the classes that a network expects."""
     data = GlyphsDataModule(root, classes_per_batch=8, samples_per_class=4)
     data.setup("fit")
     loader = data.train_dataloader()

@@ -252,7 +252,7 @@ def test_the_epoch_may_be_set_after_the_iterator_is_made(workers: int) -> None:
     data.setup("fit")
     loader, other = data.train_dataloader(), data.train_dataloader()
     iterator = iter(loader)
-    for each in (loader, other):
-        each.batch_sampler.sampler.set_epoch(4)  # type: ignore[union-attr]
+    for either in (loader, other):
+        either.batch_sampler.sampler.set_epoch(4)  # type: ignore[union-attr]
     assert [batch["index"].tolist() for batch in iterator] == [batch["index"].tolist() for batch in other]
     assert loader.state_dict() == {"epoch": 4, "batch": BATCHES}

@@ -18,7 +18,7 @@ RESIZE = 24
 def uncached(
     table: ImageTable, row: int, resize: int = RESIZE, interpolation: str = "bilinear"
 ) -> np.ndarray[Any, Any]:
-    """What the loader would see without a cache, by plain PIL and torchvision."""
+    """The picture that the loader would see without a cache, by plain PIL and torchvision."""
     with Image.open(table.path(row)) as image:
         cut = image.convert("RGB")
     if table.boxes is not None:
@@ -33,5 +33,5 @@ def build(table: ImageTable, folder: Path, **options: Any) -> ImageCache:
 
 
 def files(folder: Path) -> list[str]:
-    """What lies in the folder of the caches, less the lock files."""
+    """Names of the files in the folder of the caches, less the lock files."""
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))

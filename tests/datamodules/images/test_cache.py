@@ -207,9 +207,9 @@ def test_workers_read_the_same_pictures(start: str, table: ImageTable, tmp_path:
     cache = build(table, tmp_path / "cache")
     assert len(pickle.dumps(cache)) < 400
     loader = DataLoader(Pictures(cache), batch_size=None, num_workers=2, multiprocessing_context=start)
-    seen = list(loader)
-    assert len({process for process, _, _ in seen} - {os.getpid()}) == 2
-    assert [(row, pixels) for _, row, pixels in seen] == [(row, uncached(table, row).tobytes()) for row in range(6)]
+    pictures = list(loader)
+    assert len({process for process, _, _ in pictures} - {os.getpid()}) == 2
+    assert [(row, pixels) for _, row, pixels in pictures] == [(row, uncached(table, row).tobytes()) for row in range(6)]
 
 
 def test_the_file_is_let_go_of(table: ImageTable, tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_many_rows_cost_no_objects(tmp_path: Path) -> None:
     ImageCache(path)
     tracemalloc.start()
     cache = ImageCache(path)
-    held, _ = tracemalloc.get_traced_memory()
+    memory, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 50_000
+    assert memory < 50_000
     assert len(cache) == rows and cache[299_999].getpixel((0, 0)) == (299_999 % 256,) * 3
 
 

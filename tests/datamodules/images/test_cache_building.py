@@ -33,14 +33,14 @@ def test_only_caches_of_the_same_stem_and_root_are_replaced(table: ImageTable, t
     """Splits and data sets may share a folder; each must find its cache again."""
     folder = tmp_path / "cache"
     shutil.copytree(table.root, tmp_path / "other")  # with other times of change
-    kept = [
+    caches = [
         build(table, folder, stem="train"),
         build(table, folder, stem="train-val"),
         build(table, folder, stem="night/val"),
         build(replace(table, root=tmp_path / "other"), folder, stem="train", resize=RESIZE + 2),
     ]
-    names = {each.path.name for each in kept}
-    del kept
+    names = {cache.path.name for cache in caches}
+    del caches
     gc.collect()
     new = build(table, folder, stem="train", resize=RESIZE + 1)
     assert len(names) == 4
@@ -62,7 +62,7 @@ def test_a_cache_that_is_in_use_is_not_deleted(table: ImageTable, tmp_path: Path
 
 
 def build_at_once(rank: int, ranks: int, table: ImageTable, folder: Path) -> tuple[int, bytes]:
-    """How many images one of several processes has opened, and one of its pictures."""
+    """Builds in one of several processes; returns the number of images that it opened, and one picture."""
     torch.distributed.barrier()
     counts = 0
     real = Image.open

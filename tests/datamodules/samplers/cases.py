@@ -46,6 +46,6 @@ def assert_follows(observed: Counter[Any], expected: dict[Any, float]) -> None:
     assert sum(expected.values()) == pytest.approx(1)
     assert set(observed) <= set(expected)
     total = sum(observed.values())
-    excess = sum((observed[each] - total * share) ** 2 / (total * share) for each, share in expected.items())
+    excess = sum((observed[name] - total * share) ** 2 / (total * share) for name, share in expected.items())
     free = len(expected) - 1
     assert excess < free + 6 * (2 * free) ** 0.5

@@ -73,7 +73,7 @@ def test_a_step_is_drawn_whatever_the_step_before_drew() -> None:
 
 
 def test_a_class_of_almost_no_weight_does_not_fix_the_order_of_the_others() -> None:
-    """Where such a class must come, the time that it takes would swallow the differences between the others."""
+    """In a step that needs it, the time that it takes would swallow the differences between the others."""
     labels = np.repeat(np.arange(3), 4)
     batches = epoch(labels=labels, classes_per_batch=3, samples_per_class=2, num_batches=1000, class_weights={2: 1e-30})
     orders = Counter(tuple(names) for names in drawn_classes(labels, batches, 2))
@@ -99,10 +99,10 @@ def test_a_weighted_epoch_keeps_what_every_batch_promises(options: dict[str, Any
                 (name,) = set(labels[group].tolist())
                 groups[name].append(group)
                 assert len(set(group)) == min(k, sizes[name])
-    for name, each in groups.items():  # a class is used up before any image of it comes again
+    for name, own in groups.items():  # a class is used up before any image of it comes again
         turn = -(-sizes[name] // k)
-        for start in range(0, len(each), turn):
-            part = each[start : start + turn]
+        for start in range(0, len(own), turn):
+            part = own[start : start + turn]
             assert len({index for group in part for index in group}) == min(sizes[name], len(part) * k)
 
 

@@ -31,12 +31,12 @@ def test_a_rank_has_at_least_one_index_where_asked(length: int, replicas: int) -
         for rank in range(replicas)
     ]
     filled = [list(sampler) for sampler in samplers]
-    assert [len(sampler) for sampler in samplers] == [len(each) for each in filled]
+    assert [len(sampler) for sampler in samplers] == [len(indices) for indices in filled]
     if length >= replicas or length == 0:
         assert filled == plain
     else:
-        assert all(len(each) == 1 for each in filled) and filled[:length] == plain[:length]
-        times = Counter(index for each in filled for index in each)
+        assert all(len(indices) == 1 for indices in filled) and filled[:length] == plain[:length]
+        times = Counter(index for indices in filled for index in indices)
         assert sorted(times) == list(range(length)) and max(times.values()) - min(times.values()) <= 1
 
 

@@ -1,4 +1,4 @@
-"""What batches of super-classes promise, over ranks, epochs and resumes."""
+"""Batches of super-classes keep their promises over ranks, epochs and resumes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.datamodules.samplers.cases import assert_follows, seeds
 def problems(draw: st.DrawFn) -> dict[str, Any]:
     """Super-classes of any number of classes of any size, and G, P, K and W that they can serve."""
     sizes = draw(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=6), min_size=1, max_size=6))
-    classes = [(place, count) for place, each in enumerate(sizes) for count in each]
+    classes = [(place, count) for place, counts in enumerate(sizes) for count in counts]
     names = draw(st.lists(st.integers(-50, 50), min_size=len(classes), max_size=len(classes), unique=True))
     supers = draw(st.lists(st.integers(-50, 50), min_size=len(sizes), max_size=len(sizes), unique=True))
     rows = [(name, supers[place]) for name, (place, count) in zip(names, classes, strict=True) for _ in range(count)]
@@ -67,7 +67,7 @@ def test_every_step_has_distinct_classes_of_k_images_over_all_ranks(options: dic
     for step in steps(**options):
         groups = [step[first : first + k] for first in range(0, len(step), k)]
         names = [set(labels[group].tolist()) for group in groups]
-        assert all(len(each) == 1 for each in names) and len(set.union(*names)) == len(names)
+        assert all(len(labels_of_group) == 1 for labels_of_group in names) and len(set.union(*names)) == len(names)
         for group, (name,) in zip(groups, names, strict=True):
             repeats = Counter(group).values()
             assert len(repeats) == min(k, sizes[name]) and max(repeats) - min(repeats) <= 1
@@ -75,7 +75,7 @@ def test_every_step_has_distinct_classes_of_k_images_over_all_ranks(options: dic
 
 @given(problems())
 def test_shares_follow_the_stated_rules(options: dict[str, Any]) -> None:
-    """Which super-class gives how many classes, and who lends, is documented; this is the document in loops."""
+    """The documents say how many classes a super-class gives, and when it lends; this is the same in loops."""
     k, labels = options["samples_per_class"], options["labels"]
     share = options["classes_per_batch"] // options["super_classes_per_batch"]
     home = dict(zip(labels.tolist(), options["super_labels"].tolist(), strict=True))
@@ -88,7 +88,7 @@ def test_shares_follow_the_stated_rules(options: dict[str, Any]) -> None:
         order = list(dict.fromkeys(home[name] for name in names))  # the first time that each came
         assert [home[name] for name in names] == shares(order, share, Counter(home.values()), len(names))
         rich = {home[name] for name, count in left.items() if count}
-        turned = [each in rich for each in order]
+        turned = [name in rich for name in order]
         assert turned == sorted(turned, reverse=True)  # super-classes that lend come last,
         assert all(turned) or rich <= set(order)  # and only after every other
         for name in names:
@@ -101,15 +101,15 @@ def test_shares_follow_the_stated_rules(options: dict[str, Any]) -> None:
 
 def shares(order: list[int], share: int, sizes: Counter[int], total: int) -> list[int]:
     """The super-class of each class of a step that turns to the super-classes in `order`."""
-    free, made, need = dict(sizes), list[int](), share
-    for each in cycle(order):
-        count = min(need, free[each])
-        made += [each] * count
-        free[each] -= count
+    free, names, need = dict(sizes), list[int](), share
+    for super_class in cycle(order):
+        count = min(need, free[super_class])
+        names += [super_class] * count
+        free[super_class] -= count
         need = need - count or share
-        if len(made) >= total:
-            return made
-    return made
+        if len(names) >= total:
+            return names
+    return names
 
 
 @given(problems())
@@ -197,7 +197,7 @@ def test_super_classes_come_in_proportion_to_the_groups_they_have() -> None:
 
 @pytest.mark.parametrize("super_classes", [None, 1, 3])
 def test_groups_are_lent_in_proportion_to_all_that_a_class_has(super_classes: int | None) -> None:
-    """The same few classes would lend each time, though others have more images to show."""
+    """A few classes would otherwise lend each time, though others have more images to show."""
     labels = np.repeat([0, 1, 2], [40, 2, 6])
     options: dict[str, Any] = {"labels": labels, "classes_per_batch": 2, "samples_per_class": 2, "num_batches": 16}
     if super_classes is not None:

@@ -1,4 +1,4 @@
-"""What the samplers promise about every batch, over ranks, epochs and resumes."""
+"""Class-balanced batches keep their promises over ranks, epochs and resumes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_an_epoch_of_single_classes_covers_every_image(options: dict[str, Any]) 
 
 @given(problems())
 def test_an_image_comes_again_only_to_complete_a_group(options: dict[str, Any]) -> None:
-    """The same image on two ranks, or in two steps of a pass, is trained on twice where another is not at all."""
+    """An image on two ranks, or in two steps of a pass, is trained on twice where another is not at all."""
     k, labels = options["samples_per_class"], options["labels"]
     options |= {"num_batches": None}
     batches = [batch for rank in range(options["num_replicas"]) for batch in epoch(rank, **options)]

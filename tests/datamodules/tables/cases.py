@@ -29,12 +29,14 @@ def write_csv(folder: Path, columns: Columns) -> Path:
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows(["" if each is None else each for each in row] for row in zip(*columns.values(), strict=True))
+        writer.writerows(
+            ["" if value is None else value for value in row] for row in zip(*columns.values(), strict=True)
+        )
     return path
 
 
 def write_parquet(folder: Path, columns: Columns) -> Path:
-    """The same as a Parquet file, in types that pyarrow finds; of several row groups."""
+    """A Parquet file of the columns, in types that pyarrow finds; of several row groups."""
     path = folder / "table.parquet"
     pyarrow.parquet.write_table(pyarrow.table(dict(columns)), path, row_group_size=3)
     return path

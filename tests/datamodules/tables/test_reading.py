@@ -104,7 +104,7 @@ def test_order_is_kept_over_chunks(write: Writer, rows: int, tmp_path: Path, mon
     }
     read = read_table(write(tmp_path, columns))
     assert list(read.table.paths) == columns["path"]
-    assert named_labels(read) == [str(each) for each in columns["label"]]
+    assert named_labels(read) == [str(label) for label in columns["label"]]
     assert np.array_equal(np.asarray(read.table.extra["score"]), columns["score"])
     assert read.table.extra["late"] == Texts(columns["late"])
     assert read.source.at(10).endswith("line 12" if write is write_csv else "row 11")
@@ -127,34 +127,34 @@ WORDS = st.text(
 def test_what_is_written_is_read(rows: list[Any], write: Writer, tmp_path: Path) -> None:
     """Names come with commas, quotation marks, line ends and in every script; the oracle is the list itself."""
     columns = {
-        "note": [each[3] for each in rows],
-        "path": [f"{number}{each[0]}".replace("/", "|").replace("..", "+") for number, each in enumerate(rows)],
-        "label": [each[1] for each in rows],
-        "split": [each[2] for each in rows],
-        "x_1": [each[4] for each in rows],
-        "y_1": [each[4] // 2 for each in rows],
-        "x_2": [each[4] + 1 for each in rows],
-        "y_2": [each[4] + 9 for each in rows],
+        "note": [row[3] for row in rows],
+        "path": [f"{number}{row[0]}".replace("/", "|").replace("..", "+") for number, row in enumerate(rows)],
+        "label": [row[1] for row in rows],
+        "split": [row[2] for row in rows],
+        "x_1": [row[4] for row in rows],
+        "y_1": [row[4] // 2 for row in rows],
+        "x_2": [row[4] + 1 for row in rows],
+        "y_2": [row[4] + 9 for row in rows],
     }
     if any(label == "-1" and split == "train" for _, label, split, _, _ in rows):
         return
     read = read_table(write(tmp_path, columns), allow_shared_classes=True)
     assert list(read.table.paths) == columns["path"] and named_labels(read) == columns["label"]
-    trained = {each[1] for each in rows if each[2] == "train"}
-    assert set(read.label_names[: len(trained)]) == trained
+    train_labels = {row[1] for row in rows if row[2] == "train"}
+    assert set(read.label_names[: len(train_labels)]) == train_labels
     note = read.table.extra["note"]
     if isinstance(note, Texts):
         assert list(note) == columns["note"]
     else:
-        assert write is write_csv and note.tolist() == [float(each) for each in columns["note"]]
+        assert write is write_csv and note.tolist() == [float(text) for text in columns["note"]]
     assert read.table.boxes is not None
     assert read.table.boxes.tolist() == [
         [columns[name][n] for name in ("x_1", "y_1", "x_2", "y_2")] for n in range(len(rows))
     ]
     words = {"validation": "val"}
     for name, part in read.by_split().items():
-        wanted = [path for path, each in zip(columns["path"], rows, strict=True) if words.get(each[2], each[2]) == name]
-        assert list(part.paths) == wanted
+        expected = [path for path, row in zip(columns["path"], rows, strict=True) if words.get(row[2], row[2]) == name]
+        assert list(part.paths) == expected
 
 
 def test_spreadsheets_and_pandas(tmp_path: Path) -> None:

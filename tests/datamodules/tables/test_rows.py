@@ -105,7 +105,7 @@ def test_rows_are_taken_with_all_columns() -> None:
 
 
 def sent_back(table: ImageTable, queue: Any) -> None:
-    """What a worker process sees of the table."""
+    """A worker's view of the table."""
     queue.put((list(table.paths), table.labels.sum().item(), list(table.extra)))
 
 

@@ -22,12 +22,14 @@ def table(labels: list[int]) -> ImageTable:
 def split(labels: list[int], hold_out: HoldOut, test: list[int] | None = None) -> Splits:
     """Training rows of some classes and a test set of others; class names are the old labels."""
     count = max([*labels, *(test or [])]) + 1
-    return hold_out(Splits(table(labels), None if test is None else table(test), [str(each) for each in range(count)]))
+    return hold_out(
+        Splits(table(labels), None if test is None else table(test), [str(number) for number in range(count)])
+    )
 
 
-def names(splits: Splits, each: ImageTable) -> list[str]:
+def names(splits: Splits, rows: ImageTable) -> list[str]:
     """The class of each row by its new label."""
-    return [f"{splits.class_names[label]}.jpg" for label in each.labels]
+    return [f"{splits.class_names[label]}.jpg" for label in rows.labels]
 
 
 @given(
@@ -39,8 +41,8 @@ def test_held_out_classes_do_not_train(labels: list[int], fraction: float, seed:
     """Validation on classes that trained measures memory; and no row may be lost or renamed on the way."""
     made = split(labels, HoldOut(fraction, seed=seed), test=[11, 12, 10])
     assert isinstance(made.val, ImageTable) and isinstance(made.test, ImageTable)
-    for each in (made.train, made.val, made.test):
-        assert names(made, each) == list(each.paths)
+    for rows in (made.train, made.val, made.test):
+        assert names(made, rows) == list(rows.paths)
     assert sorted([*made.train.paths, *made.val.paths]) == sorted(f"{label}.jpg" for label in labels)
     assert not set(made.train.paths) & set(made.val.paths)
     trained = np.unique(made.train.labels)
