@@ -194,12 +194,12 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_bytes(content.replace(old, new, 1).encode())
 
 
-def listed(table: ImageTable, names: Sequence[str]) -> list[tuple[str, str]]:
+def rows_of(table: ImageTable, names: Sequence[str]) -> list[tuple[str, str]]:
     """The full path and the class name of every row, in order."""
     return [(table.path(row).as_posix(), names[label]) for row, label in enumerate(table.labels)]
 
 
-def named(tables: Tables | None) -> dict[str, ImageTable]:
+def tables_by_name(tables: Tables | None) -> dict[str, ImageTable]:
     """Evaluation sets by name; a single one is called `val`."""
     assert tables is not None
     return dict(tables) if isinstance(tables, Mapping) else {"val": tables}

@@ -63,11 +63,11 @@ def test_evaluation_is_shared_out_over_ranks(monkeypatch: pytest.MonkeyPatch) ->
     """A padded or repeated image would count twice in the metrics."""
     data = Module(GOOD, [3, 4], eval_batch_size=2)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    seen = []
+    indices = []
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        seen.append([index for batch in data.val_dataloader() for index in batch["index"].tolist()])
-    assert seen == [[0, 2, 4, 6], [1, 3, 5]]
+        indices.append([index for batch in data.val_dataloader() for index in batch["index"].tolist()])
+    assert indices == [[0, 2, 4, 6], [1, 3, 5]]
 
 
 def test_workers_persist() -> None:
@@ -137,12 +137,12 @@ def test_more_ranks_than_evaluation_images(monkeypatch: pytest.MonkeyPatch) -> N
     data = Module(val=[2], test=[2])
     for stage, make in (("validate", data.val_dataloader), ("test", data.test_dataloader)):
         data.setup(stage)
-        seen = []
+        indices = []
         for rank in range(5):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             (batch,) = make()
-            seen.append(batch["index"].tolist())
-        assert seen == [[0], [1], [0], [1], [0]]
+            indices.append(batch["index"].tolist())
+        assert indices == [[0], [1], [0], [1], [0]]
 
 
 def test_predict_refuses_more_ranks_than_images(monkeypatch: pytest.MonkeyPatch) -> None:

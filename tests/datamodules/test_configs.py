@@ -85,9 +85,9 @@ CONFIGS: list[tuple[type[RetrievalDataModule], dict[str, Any]]] = [
 
 def parser() -> ArgumentParser:
     """The parser as the command line builds it, except that it raises instead of exiting."""
-    made = ArgumentParser(exit_on_error=False)
-    made.add_subclass_arguments(RetrievalDataModule, "data")
-    return made
+    own_parser = ArgumentParser(exit_on_error=False)
+    own_parser.add_subclass_arguments(RetrievalDataModule, "data")
+    return own_parser
 
 
 def parameters(cls: type[RetrievalDataModule]) -> set[str]:
@@ -102,19 +102,19 @@ def parameters(cls: type[RetrievalDataModule]) -> set[str]:
 def test_every_option_reaches_the_module(cls: type[RetrievalDataModule], options: dict[str, Any]) -> None:
     """An option that YAML cannot set is out of reach for everybody on the command line."""
     assert {*options, *BASE} == parameters(cls)  # a new option belongs into this test
-    made = parser()
-    config = made.parse_object(
+    own_parser = parser()
+    config = own_parser.parse_object(
         {"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": {**options, **BASE}}}
     )
-    data = instantiated(made, config).data
+    data = instantiated(own_parser, config).data
     assert type(data) is cls
-    kept = vars(data)
+    attributes = vars(data)
     for name, value in {**options, **BASE}.items():
-        if name in kept and name not in ("root", "cache", "table", "val_roots", "test_sizes", "columns"):
-            assert kept[name] == value, name
-    assert kept["root"] == Path(options["root"] or "images")
+        if name in attributes and name not in ("root", "cache", "table", "val_roots", "test_sizes", "columns"):
+            assert attributes[name] == value, name
+    assert attributes["root"] == Path(options["root"] or "images")
     if isinstance(data, ImagesDataModule):
-        assert kept["cache"] == Path("cache") and data.hold_out == HoldOut(0.0, 3, 2, 3)
+        assert attributes["cache"] == Path("cache") and data.hold_out == HoldOut(0.0, 3, 2, 3)
         assert data.image_settings() == ImageSettings(
             32, 40, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "nearest", (0.5, 0.9), 0.5
         )
@@ -146,9 +146,9 @@ def test_yaml_refuses_what_is_no_option(cls: type[RetrievalDataModule]) -> None:
 @every_module
 def test_help_explains_every_option(cls: type[RetrievalDataModule]) -> None:
     """`--help` reads the docstrings of a class and its bases; a gap there would leave users without an explanation."""
-    made = ArgumentParser()
-    made.add_class_arguments(cls, "data")
-    text = " ".join(made.format_help().split())
+    own_parser = ArgumentParser()
+    own_parser.add_class_arguments(cls, "data")
+    text = " ".join(own_parser.format_help().split())
     assert "classes in a training batch on each rank" in text
     if issubclass(cls, ImagesDataModule):
         assert "share of the training classes that validates" in text
@@ -159,9 +159,9 @@ def test_help_explains_every_option(cls: type[RetrievalDataModule]) -> None:
 @every_module
 def test_every_module_has_one_default_of_workers(cls: type[RetrievalDataModule]) -> None:
     """A user who moves from one data set to another must not find the loading slower for a reason that nobody told."""
-    made = ArgumentParser()
-    made.add_class_arguments(cls, "data")
-    assert made.get_defaults().data.num_workers is None
+    own_parser = ArgumentParser()
+    own_parser.add_class_arguments(cls, "data")
+    assert own_parser.get_defaults().data.num_workers is None
 
 
 def test_images_in_memory_take_no_workers_by_default() -> None:
@@ -176,10 +176,10 @@ def test_images_in_memory_take_no_workers_by_default() -> None:
 
 def test_transforms_from_yaml_are_used() -> None:
     """A user's own transform has to be built from its class path and applied."""
-    made = parser()
+    own_parser = parser()
     options = {"root": "x", "eval_transform": {"class_path": "torchvision.transforms.v2.PILToTensor"}}
-    config = made.parse_object(
+    config = own_parser.parse_object(
         {"data": {"class_path": "lightning_dml.datamodules.FolderDataModule", "init_args": options}}
     )
-    transformed = instantiated(made, config).data._own_eval(Image.new("RGB", (3, 2)))
+    transformed = instantiated(own_parser, config).data._own_eval(Image.new("RGB", (3, 2)))
     assert transformed.shape == (3, 2, 3) and transformed.dtype == torch.uint8

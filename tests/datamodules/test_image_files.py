@@ -71,11 +71,11 @@ def file_set(images: Any) -> ImageFileDataset:
 
 def names(data: Listed, images: Any) -> set[str]:
     """The classes that a set really holds, by the names of its files."""
-    found = file_set(images)
+    images = file_set(images)
     assert data.class_names is not None
-    for path, label in zip(found.table.paths, found.labels.tolist(), strict=True):
+    for path, label in zip(images.table.paths, images.labels.tolist(), strict=True):
         assert data.class_names[label] == "class " + path.split("-")[1].split(".")[0]
-    return {data.class_names[label] for label in found.labels.tolist()}
+    return {data.class_names[label] for label in images.labels.tolist()}
 
 
 def test_without_a_request_the_test_set_validates(make: Make) -> None:

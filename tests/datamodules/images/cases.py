@@ -15,7 +15,7 @@ from lightning_dml.datamodules.tables.rows import ImageTable
 RESIZE = 24
 
 
-def uncached(
+def picture_of_file(
     table: ImageTable, row: int, resize: int = RESIZE, interpolation: str = "bilinear"
 ) -> np.ndarray[Any, Any]:
     """The picture that the loader would see without a cache, by plain PIL and torchvision."""

@@ -25,7 +25,7 @@ from lightning_dml.datamodules.images.cache import ImageCache
 from lightning_dml.datamodules.images.opening import open_row
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.errors import InputError
-from tests.datamodules.images.cases import RESIZE, build, files, uncached
+from tests.datamodules.images.cases import RESIZE, build, files, picture_of_file
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
@@ -39,7 +39,7 @@ def test_raw_pictures_are_bit_for_bit_those_of_the_files(
     assert len(cache) == 6
     for row in range(6):
         assert cache[row].mode == "RGB" and min(cache[row].size) == RESIZE
-        assert np.array_equal(np.asarray(cache[row]), uncached(table, row, interpolation=interpolation))
+        assert np.array_equal(np.asarray(cache[row]), picture_of_file(table, row, interpolation=interpolation))
     assert np.array_equal(np.asarray(cache[-1]), np.asarray(cache[5]))
     assert np.array_equal(np.asarray(cache[np.int64(2)]), np.asarray(cache[2]))
     for row in (6, -7):
@@ -51,7 +51,7 @@ def test_jpeg_pictures_are_near_those_of_the_files(table: ImageTable, tmp_path: 
     """The smaller encoding may cost a shade of colour, and not more."""
     cache = build(table, tmp_path / "cache", encoding="jpeg")
     for row in range(6):
-        expected = uncached(table, row).astype(int)
+        expected = picture_of_file(table, row).astype(int)
         away = np.abs(np.asarray(cache[row]).astype(int) - expected)
         assert away.shape == expected.shape and away.max() <= 16 and away.mean() < 2
     large = {encoding: build(table, tmp_path / encoding, resize=200, encoding=encoding) for encoding in ("raw", "jpeg")}
@@ -122,7 +122,7 @@ def test_whatever_changes_the_pictures_makes_another_cache(
     # Another list of files may be another data set, whose cache is still wanted.
     assert files(folder) == sorted([new.path.name, *([old.name] if what == "order" else [])])
     if what not in ("encoding", "replaced"):
-        assert all(np.array_equal(np.asarray(new[row]), uncached(other, row, **options)) for row in range(6))
+        assert all(np.array_equal(np.asarray(new[row]), picture_of_file(other, row, **options)) for row in range(6))
 
 
 @pytest.mark.parametrize("damage", ["empty", "head", "tables", "cut", "longer", "magic", "text", "other", "misnamed"])
@@ -155,7 +155,7 @@ def test_a_damaged_cache_is_built_anew(damage: str, table: ImageTable, tmp_path:
     with pytest.warns(UserWarning, match=r"image cache .* it is built anew now"):
         cache = build(table, folder)
     assert sum(opened.values()) == 6
-    assert all(np.array_equal(np.asarray(cache[row]), uncached(table, row)) for row in range(6))
+    assert all(np.array_equal(np.asarray(cache[row]), picture_of_file(table, row)) for row in range(6))
 
 
 def test_every_byte_of_the_tables_is_watched(table: ImageTable, tmp_path: Path) -> None:
@@ -209,7 +209,9 @@ def test_workers_read_the_same_pictures(start: str, table: ImageTable, tmp_path:
     loader = DataLoader(Pictures(cache), batch_size=None, num_workers=2, multiprocessing_context=start)
     pictures = list(loader)
     assert len({process for process, _, _ in pictures} - {os.getpid()}) == 2
-    assert [(row, pixels) for _, row, pixels in pictures] == [(row, uncached(table, row).tobytes()) for row in range(6)]
+    assert [(row, pixels) for _, row, pixels in pictures] == [
+        (row, picture_of_file(table, row).tobytes()) for row in range(6)
+    ]
 
 
 def test_the_file_is_let_go_of(table: ImageTable, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lightning_dml.datamodules.images import cache as image_cache
 from lightning_dml.datamodules.images.opening import open_row
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
-from tests.datamodules.images.cases import RESIZE, build, files, uncached
+from tests.datamodules.images.cases import RESIZE, build, files, picture_of_file
 from tests.helpers import run_ranks
 
 
@@ -51,11 +51,11 @@ def test_only_caches_of_the_same_stem_and_root_are_replaced(table: ImageTable, t
 def test_a_cache_that_is_in_use_is_not_deleted(table: ImageTable, tmp_path: Path) -> None:
     """Workers of another run map the file again at each epoch; without it that run would die."""
     folder = tmp_path / "cache"
-    used = build(table, folder)
+    old_cache = build(table, folder)
     new = build(table, folder, resize=RESIZE + 1)
-    assert files(folder) == sorted([used.path.name, new.path.name])
-    assert len(pickle.loads(pickle.dumps(used))) == 6
-    del used
+    assert files(folder) == sorted([old_cache.path.name, new.path.name])
+    assert len(pickle.loads(pickle.dumps(old_cache))) == 6
+    del old_cache
     gc.collect()
     newest = build(table, folder, resize=RESIZE + 2)
     assert files(folder) == sorted([new.path.name, newest.path.name])
@@ -82,7 +82,7 @@ def test_of_two_processes_one_builds(table: ImageTable, tmp_path: Path) -> None:
     """The ranks of a machine start together; each building its own would double the time and race for the name."""
     outcomes = run_ranks(2, build_at_once, table, tmp_path / "cache")
     assert sorted(count for count, _ in outcomes) == [0, 6]
-    assert outcomes[0][1] == outcomes[1][1] == uncached(table, 4).tobytes()
+    assert outcomes[0][1] == outcomes[1][1] == picture_of_file(table, 4).tobytes()
     assert len(files(tmp_path / "cache")) == 1
 
 

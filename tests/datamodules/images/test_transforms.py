@@ -210,8 +210,8 @@ def test_scaling_uses_the_interpolation() -> None:
     """Each model was trained with its own; PIL, asked directly, is the oracle."""
     image = picture()
     for name in INTERPOLATIONS:
-        wanted = image.resize((int(32 * 90 / 70), 32), Image.Resampling[name.upper()])
-        assert resize_image(image, 32, name).tobytes() == wanted.tobytes(), name
+        expected = image.resize((int(32 * 90 / 70), 32), Image.Resampling[name.upper()])
+        assert resize_image(image, 32, name).tobytes() == expected.tobytes(), name
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lightning_dml.datamodules.images.datasets import LabelledImages
 from lightning_dml.datamodules.official.cub import CUB200DataModule, read_cub
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
-from tests.datamodules.replicas import edit, listed, make_cub, spread
+from tests.datamodules.replicas import edit, make_cub, rows_of, spread
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -25,8 +25,8 @@ def test_every_image_has_its_class(tmp_path: Path, newline: str) -> None:
     splits = read_cub(tmp_path, check_counts=False)
     train, test = _by_hand(folder)
     assert isinstance(splits.test, ImageTable)
-    assert listed(splits.train, splits.class_names) == train and len(train) == 8
-    assert listed(splits.test, splits.class_names) == test and len(test) == 4
+    assert rows_of(splits.train, splits.class_names) == train and len(train) == 8
+    assert rows_of(splits.test, splits.class_names) == test and len(test) == 4
     assert splits.class_names == ["001.Bird_1", "007.Bird_7", "100.Bird_100", "101.Bird_101", "150.Bird_150"]
     assert splits.train.boxes is None and splits.val is None
 

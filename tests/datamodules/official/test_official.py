@@ -95,7 +95,7 @@ def test_labels(name: str, tmp_path: Path) -> None:
     case.make(tmp_path)
     splits = case.read(tmp_path, check_counts=False)
     trained = np.unique(splits.train.labels)
-    evaluated = np.unique(np.concatenate([table.labels for table in replicas.named(splits.test).values()]))
+    evaluated = np.unique(np.concatenate([table.labels for table in replicas.tables_by_name(splits.test).values()]))
     assert trained.tolist() == list(range(len(trained)))
     assert evaluated.tolist() == list(range(len(trained), len(splits.class_names)))
     assert len(set(splits.class_names)) == len(splits.class_names)
@@ -130,7 +130,7 @@ def test_the_module_trains_and_evaluates(name: str, tmp_path: Path) -> None:
     assert len(np.unique(batch["label"])) == 2 and set(batch["label"].tolist()) <= set(splits.train.labels.tolist())
     assert module.class_names == splits.class_names
     loaders = module.val_dataloader()
-    tables = replicas.named(splits.test)
+    tables = replicas.tables_by_name(splits.test)
     for key, loader in (loaders if isinstance(loaders, dict) else {"val": loaders}).items():
         labels = np.concatenate([batch["label"] for batch in loader])
         assert labels.tolist() == tables[key].labels.tolist()
@@ -282,7 +282,7 @@ def _module(case: Set, root: Path, **options: Any) -> ImagesDataModule:
 
 
 def _tables(splits: Splits) -> list[Any]:
-    return [splits.train, *replicas.named(splits.test).values()]
+    return [splits.train, *replicas.tables_by_name(splits.test).values()]
 
 
 def _line_of(file: Path, text: str) -> int:

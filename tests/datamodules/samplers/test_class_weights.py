@@ -18,7 +18,7 @@ from tests.datamodules.samplers.cases import assert_follows, epoch, problems, se
 
 
 @st.composite
-def weighted(draw: st.DrawFn) -> dict[str, Any]:
+def weighted_problems(draw: st.DrawFn) -> dict[str, Any]:
     """A problem of the sampler with weights of any kind."""
     options = draw(problems())
     names = sorted(set(options["labels"].tolist()))
@@ -80,7 +80,7 @@ def test_a_class_of_almost_no_weight_does_not_fix_the_order_of_the_others() -> N
     assert_follows(orders, {(0, 1, 2): 0.5, (1, 0, 2): 0.5})
 
 
-@given(weighted())
+@given(weighted_problems())
 @settings(max_examples=50)
 def test_a_weighted_epoch_keeps_what_every_batch_promises(options: dict[str, Any]) -> None:
     """Weights change which classes come, not the K images of each, nor that ranks share one step."""
@@ -106,7 +106,7 @@ def test_a_weighted_epoch_keeps_what_every_batch_promises(options: dict[str, Any
             assert len({index for group in part for index in group}) == min(sizes[name], len(part) * k)
 
 
-@given(weighted())
+@given(weighted_problems())
 @settings(max_examples=15)
 def test_a_weighted_epoch_resumes_at_every_step_and_is_the_same_on_more_ranks(options: dict[str, Any]) -> None:
     """A checkpoint or another number of GPUs must not change what is trained on."""

@@ -118,8 +118,8 @@ def test_every_image_is_used_in_a_pass(options: dict[str, Any]) -> None:
     """A class of a small super-class, or of a very large one, must not be out of reach."""
     groups = sum(-(-count // options["samples_per_class"]) for count in Counter(options["labels"].tolist()).values())
     # Every step takes at least one group that was left.
-    drawn = {index for step in steps(**options | {"num_batches": groups}) for index in step}
-    assert drawn == set(range(len(options["labels"])))
+    indices = {index for step in steps(**options | {"num_batches": groups}) for index in step}
+    assert indices == set(range(len(options["labels"])))
 
 
 @given(problems(), st.integers(0, 3))
@@ -171,10 +171,10 @@ def test_every_rank_has_its_super_classes_in_equal_shares(replicas: int) -> None
     ]
     assert [len(rank) for rank in ranks] == [3 * 360 // (16 * replicas)] * replicas
     for step in zip(*ranks, strict=True):
-        found = [SUPERS[batch][::16].tolist() for batch in step]
-        for batch, (first, second) in zip(step, found, strict=True):
+        super_classes = [SUPERS[batch][::16].tolist() for batch in step]
+        for batch, (first, second) in zip(step, super_classes, strict=True):
             assert first != second and SUPERS[batch].tolist() == [first] * 16 + [second] * 16
-        assert len({name for pair in found for name in pair}) == min(2 * replicas, 12)
+        assert len({name for pair in super_classes for name in pair}) == min(2 * replicas, 12)
 
 
 def test_an_epoch_leaves_out_little_where_super_classes_are_equal() -> None:

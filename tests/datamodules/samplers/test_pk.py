@@ -52,12 +52,12 @@ def test_a_class_without_groups_is_drawn_only_when_too_few_have_any(options: dic
     groups = {name: -(-count // k) for name, count in Counter(labels.tolist()).items()}
     left = dict(groups)
     for batch in epoch(**options):
-        drawn = set(labels[batch].tolist())
+        classes = set(labels[batch].tolist())
         if not any(left.values()):
             left = dict(groups)
         ready = {name for name, count in left.items() if count}
-        assert drawn <= ready or ready <= drawn
-        for name in drawn & ready:
+        assert classes <= ready or ready <= classes
+        for name in classes & ready:
             left[name] -= 1
 
 
@@ -106,9 +106,9 @@ def test_an_image_comes_again_only_to_complete_a_group(options: dict[str, Any]) 
     k, labels = options["samples_per_class"], options["labels"]
     options |= {"num_batches": None}
     batches = [batch for rank in range(options["num_replicas"]) for batch in epoch(rank, **options)]
-    drawn = Counter(index for batch in batches for index in batch)
+    times = Counter(index for batch in batches for index in batch)
     for name, size in Counter(labels.tolist()).items():
-        images = [drawn[index] for index in np.flatnonzero(labels == name).tolist()]
+        images = [times[index] for index in np.flatnonzero(labels == name).tolist()]
         groups = sum(images) // k
         if groups <= -(-size // k):  # else it has lent some
             assert sum(count > 0 for count in images) == min(size, groups * k)
@@ -135,8 +135,8 @@ def test_an_incomplete_group_is_padded_with_images_of_other_groups() -> None:
     """Padding from the group itself would make pairs of an image with itself."""
     # 7 images in groups of 3: all seven, and two of them once more.
     batches = epoch(labels=np.zeros(7, int), classes_per_batch=1, samples_per_class=3)
-    drawn = Counter(index for batch in batches for index in batch)
-    assert sorted(drawn) == list(range(7)) and sorted(drawn.values()) == [1, 1, 1, 1, 1, 2, 2]
+    times = Counter(index for batch in batches for index in batch)
+    assert sorted(times) == list(range(7)) and sorted(times.values()) == [1, 1, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("classes_per_batch", [1, 6])
@@ -147,8 +147,8 @@ def test_several_passes_cover_every_image_evenly(classes_per_batch: int) -> None
         labels=labels, classes_per_batch=classes_per_batch, samples_per_class=4, num_batches=36 // classes_per_batch
     )
     groups = [tuple(batch[start : start + 4]) for batch in batches for start in range(0, len(batch), 4)]
-    drawn = Counter(index for group in groups for index in group)
-    assert set(drawn.values()) == {3} and len(drawn) == 48
+    times = Counter(index for group in groups for index in group)
+    assert set(times.values()) == {3} and len(times) == 48
     assert len({frozenset(group) for group in groups}) > 30  # a class that starts over is shuffled anew
 
 

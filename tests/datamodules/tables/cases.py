@@ -42,12 +42,12 @@ def write_parquet(folder: Path, columns: Columns) -> Path:
     return path
 
 
-def changed(row: int = -1, **values: Any) -> dict[str, list[Any]]:
+def small_with(row: int = -1, **values: Any) -> dict[str, list[Any]]:
     """The small table with other columns, or another value in one row of them."""
-    made = {name: list(column) for name, column in SMALL.items()}
+    columns = {name: list(column) for name, column in SMALL.items()}
     for name, value in values.items():
         if isinstance(value, list):
-            made[name] = value
+            columns[name] = value
         else:
-            made[name][row] = value
-    return made
+            columns[name][row] = value
+    return columns

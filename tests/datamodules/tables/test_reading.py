@@ -20,7 +20,7 @@ from lightning_dml.datamodules.tables.checks import (
 from lightning_dml.datamodules.tables.reading import Table, read_table
 from lightning_dml.datamodules.tables.rows import Texts
 from lightning_dml.errors import InputError
-from tests.datamodules.tables.cases import SMALL, Writer, changed, write_csv, write_parquet
+from tests.datamodules.tables.cases import SMALL, Writer, small_with, write_csv, write_parquet
 
 
 def named_labels(table: Table) -> list[str]:
@@ -85,7 +85,7 @@ def test_the_three_needed_columns_are_enough(write: Writer, tmp_path: Path) -> N
 
 def test_text_labels_sort_as_text(tmp_path: Path) -> None:
     """The numbering must not depend on the order of the rows, or two files of one set would not fit one model."""
-    read = read_table(write_csv(tmp_path, changed(label=["b", "10", "a", "a"])))
+    read = read_table(write_csv(tmp_path, small_with(label=["b", "10", "a", "a"])))
     assert read.label_names == ["10", "b", "a"] and read.table.labels.tolist() == [1, 0, 2, 2]
 
 
@@ -182,22 +182,22 @@ def test_columns_of_another_name(tmp_path: Path) -> None:
 
 def test_roles_may_be_given_alone(tmp_path: Path) -> None:
     """Without a column of gallery roles every image of evaluation can be found; training images never can."""
-    read = read_table(write_csv(tmp_path, changed(is_query=["1", "", "True", "0.0"])))
+    read = read_table(write_csv(tmp_path, small_with(is_query=["1", "", "True", "0.0"])))
     assert read.table.is_gallery is None
     assert read.table.is_query is not None and read.table.is_query.tolist() == [False, False, True, False]
 
 
 def test_distractors(tmp_path: Path) -> None:
     """An image that matches nothing is of no class; as a class, its rows would match each other."""
-    read = read_table(write_csv(tmp_path, changed(label=["1", "1", "-1", "5"])))
+    read = read_table(write_csv(tmp_path, small_with(label=["1", "1", "-1", "5"])))
     assert read.table.labels.tolist() == [0, 0, -1, 1] and read.label_names == ["1", "5"]
     with pytest.raises(InputError, match=r"line 2: the label -1 .*cannot train"):
-        read_table(write_csv(tmp_path, changed(label=["-1", "1", "2", "5"])))
+        read_table(write_csv(tmp_path, small_with(label=["-1", "1", "2", "5"])))
 
 
 def test_shared_classes(tmp_path: Path) -> None:
     """Evaluation on classes that were trained measures something else, so it has to be asked for."""
-    path = write_csv(tmp_path, changed(label=["a", "b", "b", "c"]))
+    path = write_csv(tmp_path, small_with(label=["a", "b", "b", "c"]))
     with pytest.raises(InputError, match=r"table.csv: class 'b' \(1 such .*in the val rows.*allow_shared_classes=true"):
         read_table(path)
     read = read_table(path, allow_shared_classes=True)
@@ -224,7 +224,7 @@ def test_types_of_parquet(tmp_path: Path) -> None:
 
 def test_numbers_of_csv(tmp_path: Path) -> None:
     """A leading zero is part of a name; what int64 cannot hold stays as it was written."""
-    columns = changed(
+    columns = small_with(
         zip=["01", "02", "3", "4"], big=[str(10**30)] * 4, mixed=["1", "2.5", "-3e2", "0"], gap=["1", "", "3", "4"]
     )
     extra = read_table(write_csv(tmp_path, columns)).table.extra
@@ -250,5 +250,5 @@ def test_memory_is_that_of_the_arrays(tmp_path: Path, monkeypatch: pytest.Monkey
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    held = table.paths.nbytes + table.labels.nbytes + np.asarray(table.extra["score"]).nbytes
-    assert peak < 4 * held, f"{peak / 2**20:.1f} MiB at the peak for {held / 2**20:.1f} MiB of arrays"
+    arrays = table.paths.nbytes + table.labels.nbytes + np.asarray(table.extra["score"]).nbytes
+    assert peak < 4 * arrays, f"{peak / 2**20:.1f} MiB at the peak for {arrays / 2**20:.1f} MiB of arrays"

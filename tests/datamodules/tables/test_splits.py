@@ -39,15 +39,15 @@ def names(splits: Splits, rows: ImageTable) -> list[str]:
 )
 def test_held_out_classes_do_not_train(labels: list[int], fraction: float, seed: int) -> None:
     """Validation on classes that trained measures memory; and no row may be lost or renamed on the way."""
-    made = split(labels, HoldOut(fraction, seed=seed), test=[11, 12, 10])
-    assert isinstance(made.val, ImageTable) and isinstance(made.test, ImageTable)
-    for rows in (made.train, made.val, made.test):
-        assert names(made, rows) == list(rows.paths)
-    assert sorted([*made.train.paths, *made.val.paths]) == sorted(f"{label}.jpg" for label in labels)
-    assert not set(made.train.paths) & set(made.val.paths)
-    trained = np.unique(made.train.labels)
+    splits = split(labels, HoldOut(fraction, seed=seed), test=[11, 12, 10])
+    assert isinstance(splits.val, ImageTable) and isinstance(splits.test, ImageTable)
+    for rows in (splits.train, splits.val, splits.test):
+        assert names(splits, rows) == list(rows.paths)
+    assert sorted([*splits.train.paths, *splits.val.paths]) == sorted(f"{label}.jpg" for label in labels)
+    assert not set(splits.train.paths) & set(splits.val.paths)
+    trained = np.unique(splits.train.labels)
     assert trained.tolist() == list(range(len(trained)))
-    assert made.class_names[: len(trained)] == sorted(made.class_names[: len(trained)], key=int)
+    assert splits.class_names[: len(trained)] == sorted(splits.class_names[: len(trained)], key=int)
 
 
 @given(classes=st.integers(2, 20), folds=st.integers(2, 6), seed=st.integers(0, 5))
@@ -80,9 +80,9 @@ def test_nothing_is_held_out_of_nothing() -> None:
 
 def test_distractors_stay_distractors() -> None:
     """Label -1 is no class and gets no number."""
-    made = split([3, 3, 1, 1], HoldOut(0.5), test=[2, -1])
-    assert isinstance(made.test, ImageTable)
-    assert made.test.labels[1] == -1 and made.class_names[made.test.labels[0]] == "2"
+    splits = split([3, 3, 1, 1], HoldOut(0.5), test=[2, -1])
+    assert isinstance(splits.test, ImageTable)
+    assert splits.test.labels[1] == -1 and splits.class_names[splits.test.labels[0]] == "2"
 
 
 @pytest.mark.parametrize(

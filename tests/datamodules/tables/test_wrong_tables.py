@@ -20,32 +20,32 @@ from lightning_dml.datamodules.tables.checks import (
 from lightning_dml.datamodules.tables.reading import read_table
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.errors import InputError
-from tests.datamodules.tables.cases import SMALL, Columns, Writer, changed, write_csv, write_parquet
+from tests.datamodules.tables.cases import SMALL, Columns, Writer, small_with, write_csv, write_parquet
 
 
 def test_paths_and_the_root(tmp_path: Path) -> None:
     """A table from elsewhere must not make the training read any file of the machine."""
     inside, outside = str(tmp_path / "images" / "a.jpg"), str(tmp_path.parent / "other.jpg")
-    columns = changed(path=[inside, "sub/../b.jpg", "./c.jpg", "d..e.jpg"])
+    columns = small_with(path=[inside, "sub/../b.jpg", "./c.jpg", "d..e.jpg"])
     root = tmp_path / "images"
     assert list(read_table(write_csv(tmp_path, columns), root).table.paths) == columns["path"]
     for wrong, why in {"../images2/a.jpg": "leads out of root", "x/../../b.jpg": "leads out of root"}.items():
         for given_root in (root, None):
             with pytest.raises(InputError, match=rf"table.csv, line 3: the path .*{why}"):
-                read_table(write_csv(tmp_path, changed(1, path=wrong)), given_root)
-    path = write_csv(tmp_path, changed(1, path=outside))
+                read_table(write_csv(tmp_path, small_with(1, path=wrong)), given_root)
+    path = write_csv(tmp_path, small_with(1, path=outside))
     with pytest.raises(InputError, match=r"line 3: the absolute path .*other.jpg' is not in root .*images; give"):
         read_table(path, root)
     assert read_table(path).table.path(1) == Path(outside)
     with pytest.raises(InputError, match="is not in root"):
-        read_table(write_csv(tmp_path, changed(1, path=f"{root}2/a.jpg")), root)  # a neighbour by the same beginning
+        read_table(write_csv(tmp_path, small_with(1, path=f"{root}2/a.jpg")), root)  # a neighbour by the same beginning
 
 
 @pytest.mark.parametrize("boxed", [False, True])
 def test_rows_that_come_twice(boxed: bool, tmp_path: Path) -> None:
     """A copy is a perfect match of itself and lifts every score; two boxes on one image are two images."""
     box = {"x_1": [0, 0, 0, 0], "y_1": [0, 0, 0, 0], "x_2": [5, 5, 5, 6], "y_2": [5, 5, 5, 5]}
-    columns = changed(path=["a.jpg", "b.jpg", "./c.jpg", "c.jpg"]) | (box if boxed else {})
+    columns = small_with(path=["a.jpg", "b.jpg", "./c.jpg", "c.jpg"]) | (box if boxed else {})
     path = write_csv(tmp_path, columns)
     if boxed:
         assert len(read_table(path).table) == 4
@@ -80,22 +80,22 @@ def test_checks_of_other_readers() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (changed(2, path=""), "{2}: the path is empty; give"),
-        (changed(2, label=""), "{2}: the label is missing; name the class"),
-        (changed(1, split="Train"), r"{1}: split must be train, .* got 'Train'; did you mean train\?"),
-        (changed(0, split=""), "{0}: split must be train, .* got ''"),
-        (changed(x_1=["1"] * 4), r"has the columns x_1 of a box, but not y_1: add it"),
-        (changed(labels=["1"] * 4), r"column 'labels', a name that is taken: rename"),
+        (small_with(2, path=""), "{2}: the path is empty; give"),
+        (small_with(2, label=""), "{2}: the label is missing; name the class"),
+        (small_with(1, split="Train"), r"{1}: split must be train, .* got 'Train'; did you mean train\?"),
+        (small_with(0, split=""), "{0}: split must be train, .* got ''"),
+        (small_with(x_1=["1"] * 4), r"has the columns x_1 of a box, but not y_1: add it"),
+        (small_with(labels=["1"] * 4), r"column 'labels', a name that is taken: rename"),
         ({"path": [], "label": [], "split": []}, r"table\.\w+ has no rows"),
         (
             {"Path": ["a"], "label": ["1"], "split": ["train"]},
             r"no column 'path'; did you mean Path\?.* 'label', 'split'",
         ),
         ({"path": ["a"], "split": ["train"]}, r"no column 'label'.*add it, or name one of them with columns="),
-        (changed(is_query=["", "", "maybe", "1"]), "{2}: is_query must be true, false, 1 or 0, got 'maybe'"),
-        (changed(is_query=["", "", "1", ""]), "{3}: is_query is empty in a row of evaluation; write"),
+        (small_with(is_query=["", "", "maybe", "1"]), "{2}: is_query must be true, false, 1 or 0, got 'maybe'"),
+        (small_with(is_query=["", "", "1", ""]), "{3}: is_query is empty in a row of evaluation; write"),
         (
-            changed(is_query=["", "", "1", "0"], is_gallery=["", "", "1", "0"]),
+            small_with(is_query=["", "", "1", "0"], is_gallery=["", "", "1", "0"]),
             "{3}: is_query and is_gallery are both false in a row of evaluation; set one",
         ),
     ],
@@ -124,7 +124,7 @@ def test_errors_name_the_row(write: Writer, columns: Columns, message: str, tmp_
 )
 def test_wrong_boxes(write: Writer, box: tuple[Any, ...], message: str, tmp_path: Path) -> None:
     """A box the wrong way round would give an empty image, a thousand steps into the training."""
-    columns = changed() | {name: [0, 0, box[n], None] for n, name in enumerate(("x_1", "y_1"))}
+    columns = small_with() | {name: [0, 0, box[n], None] for n, name in enumerate(("x_1", "y_1"))}
     columns |= {name: [9, 9, box[n + 2], None] for n, name in enumerate(("x_2", "y_2"))}
     with pytest.raises(InputError, match=f"(line 4|row 3): .*{message}"):
         read_table(write(tmp_path, columns))
@@ -134,7 +134,7 @@ def test_a_box_of_words(tmp_path: Path) -> None:
     """Columns in the wrong order show here first."""
     box = {name: ["0", "0", "left", ""] for name in ("x_1", "y_1", "x_2", "y_2")}
     with pytest.raises(InputError, match="line 4: x_1 must be a whole number of pixels or empty, got 'left'"):
-        read_table(write_csv(tmp_path, changed() | box))
+        read_table(write_csv(tmp_path, small_with() | box))
 
 
 @pytest.mark.parametrize(
