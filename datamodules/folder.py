@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dml.datamodules.image_files import OWN, ImagesDataModule
+from lightning_dml.datamodules.image_files import OWN_SET, ImagesDataModule
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
@@ -138,9 +138,9 @@ def _check_val_roots(val_roots: Any) -> None:
             f"val_roots must map names to folders, such as {{night: data/night}}, got {val_roots!r}; give each folder "
             "a name"
         )
-    if wrong := {"", OWN} & set(val_roots):
+    if wrong := {"", OWN_SET} & set(val_roots):
         raise InputError(
-            f"val_roots must not have a set called {wrong.pop()!r}: {OWN!r} is the set of root, choose another name"
+            f"val_roots must not have a set called {wrong.pop()!r}: {OWN_SET!r} is the set of root, choose another name"
         )
 
 

@@ -37,7 +37,7 @@ CHARACTERS = 1200
 DRAWINGS = 8
 SIDE = 28
 
-_VERSION = 1  # of the drawing; raise it with any change to what draw_glyphs returns
+_VERSION = 1  # of the drawing; raise it with any change to the result of draw_glyphs
 _EM = 20  # pixels
 _ALIKE = 0.95  # cosine of two drawings in one face; from here on they are one shape
 _REFERENCE_FACES = ("DejaVuSans", "DejaVuSerif")

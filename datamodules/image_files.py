@@ -31,7 +31,7 @@ from lightning_dml.datamodules.tables.splits import HoldOut, Splits, Tables, by_
 from lightning_dml.datamodules.user_cache import user_cache
 from lightning_dml.errors import InputError
 
-OWN = "val"  # what the validation set is called where there are others
+OWN_SET = "val"  # name of the validation set beside others
 
 
 class ImagesDataModule(RetrievalDataModule):
@@ -176,7 +176,7 @@ class ImagesDataModule(RetrievalDataModule):
             vals = tests
         others = _data_sets(final.further, evaluate, caches, "further")
         if isinstance(others, dict) and others:
-            own = vals if isinstance(vals, Mapping) else {OWN: vals} if vals is not None and len(vals) else {}
+            own = vals if isinstance(vals, Mapping) else {OWN_SET: vals} if vals is not None and len(vals) else {}
             vals = {**own, **others}
         self.val_set = vals
         self.test_set = tests if tests is not None else vals
@@ -241,7 +241,7 @@ class ImagesDataModule(RetrievalDataModule):
         if trainer is None or trainer.state.fn is None:
             return None
         own = getattr(trainer, "datamodule", None) is self
-        return str(trainer.state.fn.value) if own else "fit"  # another module shows our training set, as `bank` does
+        return str(trainer.state.fn.value) if own else "fit"  # `bank` takes the training set without a datamodule
 
     def _check_ranks(self, splits: Splits) -> None:
         """Raises where ranks have read different tables: each plans the batches of all from its own."""

@@ -53,7 +53,7 @@ class ResumableLoader(DataLoader[Any]):
         {'epoch': 0, 'batch': 1}
     """
 
-    # On the class, because DataLoader.__init__ must come first and Lightning records what is set after it.
+    # On the class, because DataLoader.__init__ must come first and Lightning records attributes that are set after it.
     _position: tuple[int, int] | None = None
 
     def __init__(self, dataset: Dataset[Any], batch_sampler: ResumableBatchSampler, **options: Any) -> None:

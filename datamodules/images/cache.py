@@ -211,7 +211,7 @@ def _watched(
         yield picture
         report()
         bytes_so_far += len(picture[0])
-        # A tenth less than the estimate, so that a guess does not stop what would have fitted.
+        # A tenth less than the estimate, so that a guess does not stop a cache that would have fitted.
         if count % _CHECKED == 0 and 0.9 * bytes_so_far * (rows / count - 1) > shutil.disk_usage(folder).free:
             raise _no_room(folder, rows, bytes_so_far * rows // count)
 

@@ -21,7 +21,7 @@ from lightning_dml.errors import InputError
 if sys.platform != "win32":
     import fcntl
 
-FORMAT = 1  # raise it with any change to the layout, or to what is drawn
+FORMAT = 1  # raise it with any change to the layout, or to the pixels
 
 _MAGIC = b"dml-imgs"
 _HEAD = struct.Struct("<8sII16s")  # magic, format, bytes of JSON, and a hash of the JSON and the tables
@@ -57,7 +57,7 @@ def write_cache(file: BinaryIO, about: dict[str, Any], pictures: Iterator[tuple[
     offsets, sizes = np.zeros(rows + 1, "<i8"), np.zeros((rows, 2), "<i4")
     tables = _after_text(len(text))
     offsets[0] = tables + offsets.nbytes + sizes.nbytes
-    # The tables are known last; until then there are zeros in their place, and a file that is cut short shows.
+    # The tables are known last. Zeros stand in their place until then, so that a file that is cut short shows.
     file.seek(int(offsets[0]))
     for row, (data, size) in enumerate(pictures):
         file.write(data)

@@ -17,7 +17,7 @@ from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
 
-TRAINED = 98  # classes 1 to 98 train, those above evaluate (Oh Song et al., arXiv 1511.06452)
+LAST_TRAINING_CLASS = 98  # classes 1 to 98 train, those above evaluate (Oh Song et al., arXiv 1511.06452)
 # Images and classes: tests/datasets/test_cars196.py of pytorch-metric-learning counts the same.
 TRAIN, TEST = (8_054, 98), (8_131, 98)
 CARS = Official(
@@ -77,7 +77,7 @@ def read_cars(root: Path, *, check_counts: bool = True, crop_boxes: bool = False
     """
     folder = CARS.folder(Path(root), _WHOLE, *_TRAIN_FILE)
     annotations = _whole(folder) if _is_whole(folder) else _parts(folder)
-    trains = annotations.classes <= TRAINED
+    trains = annotations.classes <= LAST_TRAINING_CLASS
     numbers, (train, test) = number_classes(annotations.classes[trains], annotations.classes[~trains])
     labels = np.empty(len(annotations.paths), np.int64)
     labels[trains], labels[~trains] = train, test

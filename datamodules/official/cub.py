@@ -17,7 +17,7 @@ from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
 
-TRAINED = 100  # classes 1 to 100 train, those above evaluate (Oh Song et al., arXiv 1511.06452)
+LAST_TRAINING_CLASS = 100  # classes 1 to 100 train, those above evaluate (Oh Song et al., arXiv 1511.06452)
 # Images and classes: tests/datasets/test_cub.py of pytorch-metric-learning counts the same.
 TRAIN, TEST = (5_864, 100), (5_924, 100)
 CUB = Official(
@@ -87,7 +87,7 @@ def read_cub(root: Path, *, check_counts: bool = True, crop_boxes: bool = False)
     images = read_columns(folder / _IMAGES, "image_id path")
     paths = images.texts[1]
     classes = _classes(images, CUB.file(folder, "image_class_labels.txt"))
-    trains = classes <= TRAINED
+    trains = classes <= LAST_TRAINING_CLASS
     numbers, (train, test) = number_classes(classes[trains], classes[~trains])
     labels = np.empty(len(images), np.int64)
     labels[trains], labels[~trains] = train, test

@@ -35,6 +35,7 @@ class VehicleIDDataModule(OfficialDataModule):
     The test sets are called `small`, `medium` and `large`. One random image of each vehicle is the gallery and the
     others are queries, so evaluate with `RetrievalMetrics(gallery_draws=10)`: it draws ten times, and the values are
     the means. Recall at 1 and 5 is what papers report. All three are validated as well; `test_sizes: [800]` is faster.
+    Only the test sets are counted.
 
     Args:
         root: the folder `VehicleID_V1.0`, or the one that holds it.

@@ -16,7 +16,7 @@ from lightning_dml.errors import InputError
 ClassWeights = Literal["uniform", "sqrt"] | Mapping[int, float] | Sequence[float] | NDArray[Any] | Tensor
 """A rule by its name, a weight for some labels by label, or one for each label from 0 on."""
 
-# Beyond it a weight's share of all could not be told from none in float64.
+# Beyond this ratio float64 could not tell a weight's share of all from zero.
 _WIDEST = 1e100
 
 

@@ -88,7 +88,7 @@ def check_no_duplicates(table: ImageTable, source: Source | str) -> None:
     source, plain = _source(source), _plain(table.root)
     keys = np.fromiter((hash(_key(path, plain)) for path in table.paths), np.int64, len(table))
     for column in () if table.boxes is None else table.boxes.T:
-        keys = keys * np.int64(6364136223846793005) + column  # wraps round; a mixture is all that it has to be
+        keys = keys * np.int64(6364136223846793005) + column  # wraps round, which mixes as well
     _, first, counts = np.unique(keys, return_index=True, return_counts=True)
     if len(first) == len(keys):
         return

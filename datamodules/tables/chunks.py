@@ -107,7 +107,7 @@ def _without_nul(file: TextIO) -> Iterator[str]:
 
 def _text_chunks(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) -> Iterator[Chunk]:
     numbers: list[int] = []
-    # One flat list: the garbage collector goes through a list of as many lists again and again.
+    # One flat list, because the garbage collector would go through a list of lists again and again.
     fields: list[str] = []
     for number, row in rows:
         if len(row) != width:
@@ -127,7 +127,7 @@ def _text_chunks(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) 
 
 def _open_parquet(path: Path) -> TableFile:
     try:
-        # By name, so that the library can be type-checked without it.
+        # By name, so that the library can be type-checked without pyarrow.
         parquet: Any = importlib.import_module("pyarrow.parquet")
         arrow: Any = importlib.import_module("pyarrow")
     except ModuleNotFoundError as error:

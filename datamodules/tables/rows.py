@@ -106,7 +106,7 @@ class Texts:
         starts, lengths = self._offsets[places], np.diff(self._offsets)[places]
         texts = Texts()
         texts._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # A block at a time, because there is a number of eight bytes for each byte that is taken.
+        # A block at a time, because every byte of text needs a position of eight bytes here.
         blocks = [np.zeros(0, np.uint8)]
         for first in range(0, len(places), _BLOCK):
             block = slice(first, first + _BLOCK)
