@@ -147,7 +147,7 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
     def _order(self, rng: np.random.Generator, left: NDArray[np.number], classes: int) -> IntArray:
         """Super-classes in the order in which a step of so many `classes` turns to them."""
         those = np.arange(self.num_super_classes)
-        # A super-class gives at least one class at its first turn, so a step turns to at most as many as it has classes.
+        # A super-class gives at least one class at its first turn, so a step turns to no more than it has classes.
         return _some(rng, those, np.bincount(self._super, left), self._super_groups, min(len(those), classes))
 
 
