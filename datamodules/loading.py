@@ -45,7 +45,7 @@ class ResumableLoader(DataLoader[Any]):
         InputError: if `batch_sampler` cannot start an epoch late.
 
     Examples:
-        >>> from lightning_dml.datamodules.samplers.pk import PKBatchSampler
+        >>> from lightning_dml.datamodules import PKBatchSampler
         >>> sampler = PKBatchSampler([0, 0, 1, 1], classes_per_batch=1, samples_per_class=2)
         >>> loader = ResumableLoader(range(4), sampler)
         >>> batch = next(iter(loader))
