@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, near_names
 
 
 def is_integer(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
@@ -73,10 +73,11 @@ def check_number(
 
 
 def check_choice(name: str, value: object, choices: Collection[object], hint: str = "") -> None:
-    """Raises InputError unless `value` is one of the choices."""
+    """Raises InputError unless `value` is one of the choices; of a misspelt word it names the nearest."""
     if value not in choices:
         known = ", ".join(str(choice) for choice in choices)
-        raise InputError(f"{name} must be one of {known}, got {value!r}{_after(hint)}")
+        near = near_names(value, map(str, choices)) if isinstance(value, str) else ""
+        raise InputError(f"{name} must be one of {known}, got {value!r}{near}{_after(hint)}")
 
 
 def check_counts(name: str, values: object, least: int = 1, hint: str = "") -> None:
