@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.trainer.connectors.signal_connector import _HandlersCompose
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_dml import distributed
+from lightning_dml.lightning_repairs import add_callback, is_handler_of_lightning, move_callback
 
 _SAME_SIGNAL = 30.0  # seconds in which SLURM's signal to other tasks, steps later, is the one that was handled
 
@@ -61,17 +61,11 @@ class StepEndSignals(Callback):
     @classmethod
     def add_to(cls, trainer: Trainer) -> None:
         """Gives `trainer` one of these unless it has one; for the `setup` of another callback."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(each, cls) for each in callbacks):
-            callbacks.append(cls())
+        add_callback(trainer, cls)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves behind all other callbacks, ModelCheckpoint too: what that saves in a step is then in our checkpoint.
-
-        The list is replaced and not changed, as Lightning is going through it.
-        """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [each for each in callbacks if each is not self] + [self]  # type: ignore[attr-defined]
+        """Moves behind all other callbacks, ModelCheckpoint too: what that saves in a step is then in our checkpoint."""
+        move_callback(trainer, self, first=False)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the handlers, the first hook after Lightning registers them."""
@@ -145,7 +139,7 @@ class StepEndSignals(Callback):
         # SIGTERM comes last: what saves must not come after what ends the training.
         for signum in sorted(signal.valid_signals(), key=lambda each: (each == signal.SIGTERM, each)):
             handler = signal.getsignal(signum)
-            if isinstance(handler, _HandlersCompose):
+            if is_handler_of_lightning(handler):
                 self._deferred[signum] = handler
                 signal.signal(signum, self._note)
 

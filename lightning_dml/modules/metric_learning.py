@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from pytorch_lightning.core.mixins import hparams_mixin
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
-from lightning_dml.lightning_repairs import evaluate_on_every_rank
+from lightning_dml.lightning_repairs import evaluate_on_every_rank, made_from_a_config
 from lightning_dml.losses import PairWeightingLoss
 from lightning_dml.memory import MemoryBank
 from lightning_dml.modules.evaluation import SetMetrics, named_loaders
@@ -90,7 +89,7 @@ class MetricLearningModule(LightningModule):
         # load_from_checkpoint needs no arguments. Built in Python, the parts are objects that no checkpoint should
         # pickle: give them again when loading.
         objects = ["embedder", "loss", "memory_loss", "optimizer", "lr_scheduler", "metrics"]
-        self.save_hyperparameters(ignore=[] if hparams_mixin._given_hyperparameters.get() else objects)
+        self.save_hyperparameters(ignore=[] if made_from_a_config() else objects)
         for name, weight in (("batch_weight", batch_weight), ("memory_weight", memory_weight)):
             if weight < 0:
                 raise InputError(f"{name} must not be negative, got {weight}; 0 leaves that part out")
