@@ -64,7 +64,7 @@ class StepEndSignals(Callback):
         add_callback(trainer, cls)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves behind all other callbacks, ModelCheckpoint too: what that saves in a step is then in our checkpoint."""
+        """Moves behind all other callbacks: what ModelCheckpoint saves in a step is then in our checkpoint."""
         move_callback(trainer, self, first=False)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,6 +18,7 @@ from lightning_dml.callbacks import RetrievalReport, retrieval_report
 from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss
+from lightning_dml.report import retrieval_figure
 from lightning_dml.retrieval.search import SimilarityName
 from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
 
@@ -61,13 +62,13 @@ def test_the_first_of_several_sets_is_reported(tmp_path: Path, form: type) -> No
 def test_an_image_that_is_not_in_its_place_stays_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader over part of a set numbers its images otherwise; another image in their place would be a lie."""
     grey: list[bool] = []
-    original = retrieval_report._show
+    original = retrieval_figure._show
 
     def show(axes: Any, picture: Any, hit: bool | None) -> None:
         grey.append(picture.shape == (1, 1, 3))
         original(axes, picture, hit)
 
-    monkeypatch.setattr(retrieval_report, "_show", show)
+    monkeypatch.setattr(retrieval_figure, "_show", show)
     data = TinyData()
     data.setup("fit")
     assert isinstance(data.val_set, ArrayDataset)
@@ -81,7 +82,7 @@ def test_an_image_that_is_not_in_its_place_stays_grey(tmp_path: Path, monkeypatc
 def test_groups_count_and_distractors_are_no_hits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignore: Any) -> None:
     """The table must agree with what validation logs, and two images of nobody are no match."""
     hits: list[bool | None] = []
-    monkeypatch.setattr(retrieval_report, "_show", lambda axes, picture, hit: hits.append(hit))
+    monkeypatch.setattr(retrieval_figure, "_show", lambda axes, picture, hit: hits.append(hit))
     data = TinyData()
     data.setup("fit")
     assert isinstance(data.val_set, ArrayDataset)
@@ -114,7 +115,7 @@ def test_the_similarity_is_that_of_the_module(
 ) -> None:
     """A table and a figure of another similarity than the one that is trained for and logged would mislead."""
     shown: list[bool | None] = []
-    monkeypatch.setattr(retrieval_report, "_show", lambda axes, picture, hit: shown.append(hit))
+    monkeypatch.setattr(retrieval_figure, "_show", lambda axes, picture, hit: shown.append(hit))
     # The first two are one class, of one direction and far apart; close to the first is the third, of another class.
     rows, labels = [[1.0, 0.0], [3.0, 0.1], [1.0, 0.9], [9.0, 1.0]], [0, 0, 1, 1]
     samples: list[Any] = []
@@ -170,13 +171,13 @@ def test_rows_are_gathered_for_the_figure_only(
 ) -> None:
     """Every rank holds what is gathered, all rows of a set that may be large; the table needs none of it."""
     calls: list[int] = []
-    original = retrieval_report._gathered
+    original = retrieval_report.gathered_rows
 
     def count(metrics: RetrievalMetrics) -> Any:
         calls.append(1)
         return original(metrics)
 
-    monkeypatch.setattr(retrieval_report, "_gathered", count)
+    monkeypatch.setattr(retrieval_report, "gathered_rows", count)
     fit(RetrievalReport(queries=queries, path=str(tmp_path / "figure.png")))
     assert len(calls) == gathered
 
@@ -207,13 +208,13 @@ def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
 def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A miss framed as a hit would make a bad model look good."""
     shown: list[bool | None] = []
-    original = retrieval_report._show
+    original = retrieval_figure._show
 
     def show(axes: Any, picture: Any, hit: bool | None) -> None:
         shown.append(hit)
         original(axes, picture, hit)
 
-    monkeypatch.setattr(retrieval_report, "_show", show)
+    monkeypatch.setattr(retrieval_figure, "_show", show)
 
     class Perfect(nn.Module):
         """Knows the class from a picture: nearest neighbours are the four others, then misses."""
@@ -235,7 +236,7 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
     trainer.validate(module, data, verbose=False)
     trainer.strategy.connect(module)
     _, evaluated = report._evaluate(_with_val(trainer), module)
-    report._figure(trainer, evaluated.metric, *retrieval_report._gathered(evaluated))
+    report._figure(trainer, evaluated)
     assert shown == [None, True, True, True, True, False, False] * 3
 
 
@@ -245,6 +246,7 @@ def _with_val(trainer: Any) -> Any:
 
         val_dataloaders = trainer.datamodule.val_dataloader()
         num_val_batches = (math.inf,)
+        is_global_zero = True
         strategy = trainer.strategy
         precision_plugin = trainer.precision_plugin
 
