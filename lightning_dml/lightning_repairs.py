@@ -149,8 +149,8 @@ def move_callback(trainer: Trainer, callback: Callback, *, first: bool) -> None:
     """Moves a callback before or behind all others, ModelCheckpoint too, while Lightning calls their hooks.
 
     Lightning (2.6, observed) calls callbacks in the order of the list, with ModelCheckpoint last, and has no other way
-    to set an order. It goes through the list itself: one that is changed in place has a callback left out or called
-    twice. So the list is replaced.
+    to set an order. It goes through the list itself: where one moves back in place, the next one is left out. So the
+    list is replaced.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     others = [other for other in callbacks if other is not callback]
