@@ -114,7 +114,7 @@ class DriftMonitor(Callback):
         return self._generate_state_key(attribute=self.attribute)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns whether a checkpoint's state will be of use."""
+        """Notes whether this is a fit, the only stage in which a checkpoint's state is of use."""
         self._fitting, self._restored = stage == "fit", None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

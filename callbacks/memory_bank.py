@@ -316,10 +316,10 @@ class MemoryBankCallback(Callback):
         samples = training_samples(trainer, "initial_fill")
         # What seed_everything has set, the same on every rank and after a resume.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        chosen = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[: self.feed.entries]
-        keys, labels, indices = encode_samples(trainer, pl_module, encoder, chosen, rows, seed % 2**31)
-        wanted = labels != UNLABELLED
-        self.feed.write(keys[wanted], labels[wanted], indices[wanted], trainer.global_step, gathered=True)
+        positions = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[: self.feed.entries]
+        keys, labels, indices = encode_samples(trainer, pl_module, encoder, positions, rows, seed % 2**31)
+        labelled = labels != UNLABELLED
+        self.feed.write(keys[labelled], labels[labelled], indices[labelled], trainer.global_step, gathered=True)
         self._hand_over(pl_module, trainer.global_step)
 
     def _write(

@@ -28,7 +28,7 @@ from lightning_dml.report.pair_observation import (
     FIGURES,
     drawn_from,
     factor_of,
-    gathered,
+    gather_batch,
     loss_of,
     observed_figures,
 )
@@ -147,7 +147,7 @@ class WeightCurveLogger(Callback):
         self.files = files
         self.history: list[dict[str, float]] = []
         self._stopped: set[str] = set()
-        self._told: set[str] = set()
+        self._warnings: set[str] = set()
         self._folder = Path()
         self._last_step = 0
         self._fitting = False
@@ -159,7 +159,7 @@ class WeightCurveLogger(Callback):
         return self._generate_state_key(loss=self.loss, memory_loss=self.memory_loss, attribute=self.attribute)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns whether a checkpoint's state will be of use."""
+        """Notes whether this is a fit, the only stage in which a checkpoint's state is of use."""
         self._fitting, self._restored = stage == "fit", None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,7 +174,7 @@ class WeightCurveLogger(Callback):
             self.history = [dict(figures) for figures in state["history"]]
         elif trainer.global_step == 0:  # a second fit of the same trainer goes on
             self.history = []
-        self._stopped, self._told, self._last_step = set(), set(), trainer.global_step
+        self._stopped, self._warnings, self._last_step = set(), set(), trainer.global_step
         # Asking the trainer for its folder is a collective, so every rank asks.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir, _FOLDER, self._prefix)
         warn_of_missed_steps(trainer, "WeightCurveLogger", self.every_n_steps)
@@ -230,7 +230,7 @@ class WeightCurveLogger(Callback):
             self._say("measure the pairs of a step", problem or f"rank {counts.index(_UNFIT)} returned other outputs")
         if batch is None or min(counts) < 0:
             return {}
-        batch = gathered(batch, counts)
+        batch = gather_batch(batch, counts)
         figures: dict[str, float] = {}
         for part, factor in self._factors(pl_module).items():
             try:
@@ -287,8 +287,8 @@ class WeightCurveLogger(Callback):
             self._say(what, error)
 
     def _say(self, what: str, problem: object) -> None:
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._warnings:
+            self._warnings.add(what)
             rank_zero_warn(f"WeightCurveLogger could not {what}, and the training goes on without: {problem}")
 
     def _name_of_loss(self, pl_module: LightningModule, part: str) -> str:

@@ -115,7 +115,7 @@ def is_handler_of_lightning(handler: object) -> bool:
     return isinstance(handler, signal_connector._HandlersCompose)
 
 
-def moved(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+def batch_on_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """A batch in the trainer's precision, through the batch transfer hooks, on the module's device.
 
     Lightning (2.6, observed) does these steps in its loops only: `strategy.batch_to_device` alone leaves out the hook
@@ -159,7 +159,7 @@ def move_callback(trainer: Trainer, callback: Callback, *, first: bool) -> None:
 
 @contextmanager
 def without_forward_hooks(module: nn.Module) -> Iterator[None]:
-    """Inside, calls of the module itself run none of its forward hooks; pre-hooks and those of its parts run.
+    """A block in which calls of the module run none of its forward hooks; pre-hooks and those of its parts run.
 
     torch (2.14, observed) has no public way. `module.forward(...)` would leave out the pre-hooks as well, of which
     weight normalisation and the like are made.

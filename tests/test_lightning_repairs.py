@@ -221,7 +221,7 @@ class Terminating(Callback):
         self.acted: list[bool] = []
 
     def on_before_zero_grad(self, trainer: Trainer, *_: Any) -> None:
-        """In the middle of a step."""
+        """Runs in the middle of a step."""
         if not self.acted:
             self.handler = signal.getsignal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
@@ -259,8 +259,8 @@ def test_lightning_moves_a_batch_without_its_hook_by_itself(repaired: bool, call
     trainer.fit(module, loader())
     module.calls.clear()
     batch = torch.ones(1, 2)
-    moved = repairs.moved(trainer, module, batch) if repaired else trainer.strategy.batch_to_device(batch)
-    assert torch.equal(moved, batch)
+    move = repairs.batch_on_device if repaired else lambda trainer, _, batch: trainer.strategy.batch_to_device(batch)
+    assert torch.equal(move(trainer, module, batch), batch)
     assert module.calls == calls
 
 

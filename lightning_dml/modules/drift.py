@@ -120,8 +120,8 @@ def bank_drift(
     """
     generator = torch.Generator().manual_seed(seed)
     contents = BankContents(bank)
-    drawn = contents.draw(entries, generator)
-    rows = torch.cat(drawn)
+    slots_by_age = contents.draw(entries, generator)
+    rows = torch.cat(slots_by_age)
     if len(rows) < 2:  # batch norm can do nothing with one
         return {}
     samples = contents.indices[rows]
@@ -139,9 +139,9 @@ def bank_drift(
             )
         encodings.append(precise(embeddings).cpu()[order.argsort()])
     now, again = encodings[:2]
-    stored = contents.embeddings_of(rows)
-    distances = _distances(now, stored)
-    bounds = list(itertools.accumulate(len(slots) for slots in drawn))
+    stored_rows = contents.embeddings_of(rows)
+    distances = _distances(now, stored_rows)
+    bounds = list(itertools.accumulate(len(slots) for slots in slots_by_age))
     quarters = distances.tensor_split(bounds[:-1])
     figures = {
         "drift/bank": float(distances.mean()),
@@ -149,7 +149,7 @@ def bank_drift(
         "drift/floor": float(_distances(now, again).mean()),
     }
     if len(encodings) > 2:
-        figures["drift/online"] = float(_distances(encodings[2], stored).mean())
+        figures["drift/online"] = float(_distances(encodings[2], stored_rows).mean())
     return figures
 
 

@@ -20,7 +20,7 @@ _COLUMNS = {**_REQUIRED, "is_query": "is_query", "is_gallery": "is_gallery", "gr
 
 
 class SetMetrics:
-    """One evaluator for each of the data sets that a stage evaluates, all of them made after one.
+    """One evaluator for each of the data sets of a stage, all of them copies of one.
 
     Args:
         stage: `val` or `test`, which the keys begin with.
@@ -135,7 +135,7 @@ def empty_copy(evaluator: RetrievalMetrics) -> RetrievalMetrics:
 
 
 class EvaluatedRows(NamedTuple):
-    """All that an evaluation is about, row by row."""
+    """The rows of an evaluation: embeddings with their identity and their roles."""
 
     embeddings: Tensor
     """(N, D) float."""

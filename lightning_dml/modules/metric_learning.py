@@ -158,7 +158,7 @@ class MetricLearningModule(LightningModule):
         return {"loss": total, "embeddings": embeddings.detach(), "labels": labels, "indices": indices}
 
     def on_validation_epoch_start(self) -> None:
-        """Begins anew, also after an evaluation that did not end."""
+        """Forgets the rows of an earlier evaluation, also of one that did not end."""
         self.val_metrics.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -170,7 +170,7 @@ class MetricLearningModule(LightningModule):
         self._log_metrics(self.val_metrics, self.trainer.val_dataloaders)
 
     def on_test_epoch_start(self) -> None:
-        """Begins anew, also after an evaluation that did not end."""
+        """Forgets the rows of an earlier evaluation, also of one that did not end."""
         self.test_metrics.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Encoding training samples between two steps of a training that must not notice it."""
+"""Training samples encoded between two steps of a training that must not notice it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_dml import distributed
 from lightning_dml.checks import check_count
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
-from lightning_dml.lightning_repairs import moved, without_forward_hooks
+from lightning_dml.lightning_repairs import batch_on_device, without_forward_hooks
 from lightning_dml.memory.momentum import uncompiled
 from lightning_dml.seeds import mixed_seed
 
@@ -67,8 +67,8 @@ def encode_samples(
         for number, batch in load_batches(trainer, pl_module, positions, plan, seed):
             embeddings.append(encode_images(trainer, encode, batch["image"], seed, number))
             labels = batch["label"].long()
-            if (wanted := batch.get("enqueue")) is not None:
-                labels = torch.where(wanted, labels, UNLABELLED)
+            if (mask := batch.get("enqueue")) is not None:
+                labels = torch.where(mask, labels, UNLABELLED)
             identities.append(torch.stack((labels, batch["index"].long()), dim=1))
     identity = plan.gather(identities)
     return plan.gather(embeddings), identity[:, 0], identity[:, 1]
@@ -108,7 +108,7 @@ class BatchPlan:
         self.mine = [min(turn * self._ranks + distributed.rank(), count - 1) for turn in range(rounds)]
 
     def gather(self, parts: Sequence[Tensor]) -> Tensor:
-        """Rows of all ranks in the order of their places, from what this rank has of each of its batches."""
+        """Rows of all ranks in the order of their places; `parts` are those of each of this rank's batches."""
         numbers = range(len(self.batches))
         by_rank = [[number for number in numbers if number % self._ranks == rank] for rank in range(self._ranks)]
         counts = [sum(len(self.batches[number]) for number in own) for own in by_rank]
@@ -149,7 +149,7 @@ def load_batches(
     )
     for number, batch in zip(plan.mine, own, strict=True):
         _seed_for(pl_module.device, seed, number, 1)
-        batch = moved(trainer, pl_module, batch)
+        batch = batch_on_device(trainer, pl_module, batch)
         if not (isinstance(batch, Mapping) and {"image", "label", "index"} <= set(batch)):
             content = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise InputError(
@@ -205,7 +205,7 @@ def undisturbed(encoder: nn.Module, device: torch.device) -> Iterator[nn.Module]
 
 @contextlib.contextmanager
 def modes_restored(module: nn.Module) -> Iterator[None]:
-    """Afterwards every layer is back in its own mode, training or evaluation, frozen ones included."""
+    """Puts every layer, frozen ones included, back into its own mode at the end of the block."""
     modes = [(layer, layer.training) for layer in module.modules()]
     try:
         yield
@@ -238,7 +238,7 @@ def training_loader(trainer: Trainer) -> DataLoader[Any]:
 
 
 class _SeededSamples(Dataset[Any]):
-    """The samples at `positions`; what each draws follows from the seed and its place alone."""
+    """The samples at `positions`; what a sample draws follows from the seed and its place alone."""
 
     def __init__(self, dataset: Dataset[Any], positions: Sequence[int], seed: int) -> None:
         self.dataset = dataset

@@ -17,7 +17,7 @@ from lightning_dml.report import DrawnCurve, curve_figure, save_curves
 
 @dataclass(frozen=True)
 class PairFigure:
-    """A figure of pairs with what is drawn in it.
+    """A figure of pairs with the numbers in it.
 
     Attributes:
         figure: the figure.
@@ -45,10 +45,10 @@ def pair_figure(loss: nn.Module, observed: ObservedWeights, *, points: int, seed
         caption: a line of text below the figure.
     """
     name = type(loss).__name__
-    drawn = {name: thinned(observed, points, seed)}
+    pairs = {name: thinned(observed, points, seed)}
     curve = exact_curve(loss)
     curves = {} if curve is None else {name: curve}
-    return PairFigure(curve_figure(curves, drawn, caption=caption), curves, drawn)
+    return PairFigure(curve_figure(curves, pairs, caption=caption), curves, pairs)
 
 
 def exact_curve(loss: nn.Module) -> DrawnCurve | None:

@@ -29,7 +29,7 @@ FIGURES = tuple(
 )
 
 
-def gathered(rows: Rows, counts: list[int]) -> Rows:
+def gather_batch(rows: Rows, counts: list[int]) -> Rows:
     """The rows of all ranks in rank order; a collective."""
     return Rows(*(distributed.gather_rows(column, counts) for column in rows))
 
@@ -92,13 +92,13 @@ def observe(loss: nn.Module, batch: Rows, references: Rows | None, counts: Seque
     loss = copy.deepcopy(loss)
     apart = isinstance(loss, PairWeightingLoss) and not loss.gather and len(counts) > 1
     bounds = list(itertools.accumulate(counts))[:-1]
-    parts = [Rows(*each) for each in zip(*(column.tensor_split(bounds) for column in batch), strict=True)]
+    parts = [Rows(*columns) for columns in zip(*(column.tensor_split(bounds) for column in batch), strict=True)]
     seen = [_observed(loss, part, references) for part in (parts if apart else [batch]) if len(part.labels)]
     return _merged(seen, len(counts)) if apart else seen[0]
 
 
 def figures_of(observed: ObservedWeights | None, factor: float) -> dict[str, float]:
-    """The figures by the names of `FIGURES`; NaN for what there are no pairs for.
+    """The figures by the names of `FIGURES`; NaN where a side has no pairs.
 
     Args:
         observed: all pairs.

@@ -13,7 +13,7 @@ from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.losses import ContrastiveLoss
 from tests.tiny import QUIET, TinyData, TinyEmbedder
 
-Seen = list[tuple[dict[str, Tensor], Tensor, dict[str, Any] | None, float]]
+Records = list[tuple[dict[str, Tensor], Tensor, dict[str, Any] | None, float]]
 
 
 class Foreign(LightningModule):
@@ -26,14 +26,14 @@ class Foreign(LightningModule):
         self.net = TinyEmbedder() if net is None else net
         self.loss = ContrastiveLoss(0.3)
         self.automatic_optimization = not manual
-        self.seen: Seen = []
+        self.records: Records = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Uses the bank as the README says."""
         embeddings, labels, indices = self.net(batch["image"]), batch["label"], batch["index"]
         bank = self.memory_bank
         state = None if bank is None else bank.state_dict()
-        self.seen.append((batch, embeddings.detach(), state, 1.0 if bank is None else bank.weight))
+        self.records.append((batch, embeddings.detach(), state, 1.0 if bank is None else bank.weight))
         loss = self.loss(embeddings, labels, indices=indices)
         if bank is not None:
             against = self.loss(

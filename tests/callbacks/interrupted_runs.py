@@ -83,7 +83,7 @@ def end(run: Run, *processes: BaseProcess) -> None:
 
 
 def printed(run: Run) -> str:
-    """What the run's processes printed."""
+    """The output of the run's processes."""
     path = Path(run.folder) / f"{run.name}.txt"
     return path.read_text() if path.exists() else ""
 
@@ -101,7 +101,7 @@ def batches(run: Run, rank: int = 0) -> list[int]:
 
 
 def outcome(run: Run, rank: int = 0) -> dict[str, Any]:
-    """What the run ended with."""
+    """The state at the end of the run."""
     state: dict[str, Any] = torch.load(Path(run.folder) / f"{run.name}-{rank}.pt", weights_only=True)
     return state
 

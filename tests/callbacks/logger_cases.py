@@ -70,12 +70,12 @@ def part_of(figures: dict[str, float], part: str) -> dict[str, float]:
     return {name.removeprefix(start): value for name, value in figures.items() if name.startswith(start)}
 
 
-def told(call: Callable[[], object]) -> list[str]:
+def warnings_of(call: Callable[[], object]) -> list[str]:
     """The warnings of the logger during a call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(each.message) for each in caught if "WeightCurveLogger" in str(each.message)]
+    return [str(warning.message) for warning in caught if "WeightCurveLogger" in str(warning.message)]
 
 
 class Foreign(LightningModule):

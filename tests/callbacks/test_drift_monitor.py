@@ -103,7 +103,7 @@ def fit(monitor: DriftMonitor, module: Any = None, data: Any = None, steps: int 
 
 
 def pixels(data: TinyData) -> Tensor:
-    """What `Scale` gives for each training image with the factor 1, (60, 6)."""
+    """The output (60, 6) of `Scale` for each training image with the factor 1."""
     assert data.train_set is not None
     return torch.stack([data.train_set[position]["image"].flatten()[:6] for position in range(60)])
 
@@ -141,7 +141,7 @@ def test_probes_are_the_same_images_at_every_measurement() -> None:
 
 
 def test_probes_are_embedded_in_evaluation_mode() -> None:
-    """What dropout leaves of a row, or the company in batch norm, is not what the embedder will say in use."""
+    """Dropout and the company in batch norm change a row from what the embedder will say in use."""
     embedder, data = nn.Sequential(Scale(), nn.Dropout(0.5)), TinyData()
     monitor = DriftMonitor(every_n_steps=2, probes=60, entries=0)
     fit(monitor, Scripted(size=0, embedder=embedder), data)
@@ -209,7 +209,7 @@ def test_company_in_batch_norm_is_in_the_floor() -> None:
 
 
 def test_figures_of_the_batch_are_logged() -> None:
-    """What is logged is what `history` keeps, and it is about the batch of that very step."""
+    """The log and `history` have the same figures, of the batch of that very step."""
     monitor = DriftMonitor(every_n_steps=3, probes=4, entries=8, hard_above=1.5)
     witness = fit(monitor)
     for figures in monitor.history:
@@ -309,12 +309,12 @@ def test_a_stale_bank_is_reported_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(monitor, data=data)
-    told = [str(each.message) for each in caught if "memory bank is stale" in str(each.message)]
-    assert len(told) == 1
-    figures = next(each for each in monitor.history if each["drift/bank"] > 0.05)
-    assert f"at step {figures['step']}" in told[0] and f"{figures['drift/bank']:.2f}" in told[0]
+    messages = [str(warning.message) for warning in caught if "memory bank is stale" in str(warning.message)]
+    assert len(messages) == 1
+    figures = next(measured for measured in monitor.history if measured["drift/bank"] > 0.05)
+    assert f"at step {figures['step']}" in messages[0] and f"{figures['drift/bank']:.2f}" in messages[0]
     for way_out in ("momentum keys", "start_step", "learning rate", "smaller bank", "lower weight"):
-        assert way_out in told[0]
+        assert way_out in messages[0]
 
 
 def test_augmentation_alone_is_not_called_stale() -> None:

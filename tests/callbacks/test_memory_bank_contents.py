@@ -29,7 +29,7 @@ def test_the_initial_fill_encodes_random_training_samples(momentum: float | None
     torch.manual_seed(0)
     callback = MemoryBankCallback(size=40, encoder="net", momentum=momentum, start_step=3, initial_fill=True)
     module = fit(callback, Foreign(), steps=4)
-    _, _, state, _ = module.seen[3]
+    _, _, state, _ = module.records[3]
     assert state is not None
     assert len(state["labels"]) == 40
     data = TinyData()
@@ -55,7 +55,7 @@ def test_a_slot_per_sample_holds_its_latest_key() -> None:
     bank = bank_of(module)
     assert bank.size == 60
     latest: dict[int, Tensor] = {}
-    for batch, embeddings, _, _ in module.seen:
+    for batch, embeddings, _, _ in module.records:
         latest.update(zip(batch["index"].tolist(), embeddings, strict=True))
     for index in range(60):
         if index in latest:
@@ -70,7 +70,7 @@ def test_a_sample_may_keep_a_moving_average() -> None:
     callback = MemoryBankCallback(size=1.0, encoder="net", momentum=None, policy="samples", average=0.75)
     module = fit(callback, steps=12)
     slots: dict[int, Tensor] = {}
-    for batch, embeddings, _, _ in module.seen:
+    for batch, embeddings, _, _ in module.records:
         for index, key in zip(batch["index"].tolist(), embeddings, strict=True):
             slots[index] = F.normalize(0.75 * slots[index] + 0.25 * key, dim=0) if index in slots else key
     for index, expected in slots.items():
@@ -83,8 +83,8 @@ def test_adaptation_brings_the_bank_to_the_moments_of_the_keys(momentum: float |
     plain = fit(MemoryBankCallback(size=60, encoder="net", momentum=momentum), steps=8)
     callback = MemoryBankCallback(size=60, encoder="net", momentum=momentum, adaptation="moments")
     module = fit(callback, Foreign(), steps=8)
-    for each, near in ((module, True), (plain, False)):
-        bank = bank_of(each)
+    for trained, near in ((module, True), (plain, False)):
+        bank = bank_of(trained)
         newest = bank.steps == 7
         gap = (bank.embeddings[~newest].mean(dim=0) - bank.embeddings[newest].mean(dim=0)).norm()
         assert bool(gap < 0.15) == near
@@ -97,7 +97,7 @@ def test_a_fit_starts_from_a_bank_file(tmp_path: Path) -> None:
     saved.save(tmp_path / "bank.pt")
     callback = MemoryBankCallback(size=40, encoder="net", start_step=2, bank_file=str(tmp_path / "bank.pt"))
     module = fit(callback, steps=3)
-    states = [state for _, _, state, _ in module.seen]
+    states = [state for _, _, state, _ in module.records]
     assert [None if state is None else len(state["labels"]) for state in states] == [None, None, 20]
     assert torch.equal(bank_of(module).embeddings[:12], saved.embeddings)
     assert bank_of(module).size == 40
@@ -129,7 +129,7 @@ def test_a_reset_empties_the_bank_and_copies_the_encoder_anew() -> None:
 
     module = fit(callback, Resetting(), steps=5)
     assert len(bank_of(module)) == 8  # those of the last step: the fourth step's had been enqueued before the reset
-    torch.testing.assert_close(bank_of(module).embeddings, module.seen[4][1])
+    torch.testing.assert_close(bank_of(module).embeddings, module.records[4][1])
 
 
 @pytest.mark.parametrize("loss", [ContrastiveLoss(0.3), MultiSimilarityLoss(), TripletLoss(), SupConLoss()])
@@ -147,7 +147,7 @@ def test_a_bank_without_the_classes_of_the_batch_has_negatives_alone(tmp_path: P
 def test_a_batch_larger_than_the_bank_leaves_its_last_rows(options: dict[str, Any]) -> None:
     """A small bank with a large batch is a user's slip, not a reason to lose the newest rows or to stop."""
     module = fit(MemoryBankCallback(size=3, encoder="net", **options), steps=3)
-    batch, _, _, _ = module.seen[-1]
+    batch, _, _, _ = module.records[-1]
     assert sorted(bank_of(module).indices.tolist()) == sorted(batch["index"][-3:].tolist())
 
 

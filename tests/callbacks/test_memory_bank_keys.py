@@ -23,7 +23,7 @@ def test_online_keys_are_in_the_bank_before_the_loss() -> None:
     """XBM's order: the loss sees the batch in the bank, and the callback asks nothing of the module but its encoder."""
     module = fit(MemoryBankCallback(size=20, momentum=None, encoder="net"))
     expected = MemoryBank(20, 6)
-    for step, (batch, embeddings, state, _) in enumerate(module.seen):
+    for step, (batch, embeddings, state, _) in enumerate(module.records):
         expected.enqueue(embeddings, batch["label"], batch["index"], step)
         if step:  # at the first step the module had read an attribute that the bank was not yet in
             assert_bank(state, expected)
@@ -33,7 +33,7 @@ def test_online_keys_are_in_the_bank_before_the_loss() -> None:
 def test_the_first_batch_finds_its_bank() -> None:
     """A module that asks for the bank after it has embedded the batch must not wait a step for it."""
     module = fit(MemoryBankCallback(size=20, momentum=None, encoder="net"), steps=1)
-    assert module.seen[0][2] is not None
+    assert module.records[0][2] is not None
 
 
 def test_momentum_keys_may_come_after_the_loss() -> None:
@@ -107,8 +107,8 @@ def test_two_banks_of_two_heads(tmp_path: Path, enqueue: Any) -> None:
     assert not torch.allclose(module.memory_bank.embeddings, module.second.embeddings)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     states = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
-    saved = [states[callback.state_key]["bank"]["embeddings"] for callback in callbacks]
-    for callback, embeddings in zip(callbacks, saved, strict=True):
+    embeddings_of_banks = [states[callback.state_key]["bank"]["embeddings"] for callback in callbacks]
+    for callback, embeddings in zip(callbacks, embeddings_of_banks, strict=True):
         assert callback.bank is not None
         assert torch.equal(callback.bank.embeddings, embeddings)
 
@@ -120,8 +120,8 @@ def test_a_mask_keeps_rows_out(options: dict[str, Any]) -> None:
     """Noisy or augmented samples may train the network without standing in the bank."""
     callback = MemoryBankCallback(size=100, encoder="net", **options)
     module = fit(callback, data=Masked())
-    wanted = torch.cat([batch["index"][batch["index"] % 2 == 0] for batch, _, _, _ in module.seen])
-    assert torch.equal(bank_of(module).indices, wanted)
+    unmasked = torch.cat([batch["index"][batch["index"] % 2 == 0] for batch, _, _, _ in module.records])
+    assert torch.equal(bank_of(module).indices, unmasked)
 
 
 class Numbered(Masked):
@@ -154,7 +154,7 @@ def test_mixed_precision_keeps_keys_on_the_sphere(momentum: float | None, kind: 
     assert bank_of(module).dtype == torch.float32
     torch.testing.assert_close(bank_of(module).embeddings.norm(dim=1), torch.ones(20))
     if momentum is None:  # the third batch: its first rows fill the end, the others the start
-        last = module.seen[-1][1]
+        last = module.records[-1][1]
         assert torch.equal(torch.cat((bank_of(module).embeddings[16:], bank_of(module).embeddings[:4])), last)
 
 

@@ -21,7 +21,7 @@ def test_the_weight_warms_up() -> None:
     """A young bank is stale and sparse; its loss may come in slowly."""
     callback = MemoryBankCallback(size=100, encoder="net", start_step=1, weight=2.0, warmup_steps=4)
     module = fit(callback, steps=8)
-    weights = [weight for _, _, state, weight in module.seen if state is not None]
+    weights = [weight for _, _, state, weight in module.records if state is not None]
     assert weights == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 
 
@@ -46,18 +46,18 @@ def test_the_weight_scales_the_loss_of_our_module() -> None:
 
 def test_the_momentum_rises_to_its_end() -> None:
     """BYOL's cosine, at its ends and in the middle."""
-    seen: list[float] = []
+    momenta: list[float] = []
 
     class Noting(MemoryBankCallback):
         def on_train_batch_end(self, *args: Any) -> None:
             super().on_train_batch_end(*args)
             assert self.momentum_encoder is not None
-            seen.append(self.momentum_encoder.momentum)
+            momenta.append(self.momentum_encoder.momentum)
 
     fit(Noting(size=20, encoder="net", momentum=0.6, momentum_end=1.0), steps=10)
-    assert seen[4] == pytest.approx(0.8)  # after step 5 of 10
-    assert seen[-1] == pytest.approx(1.0)
-    assert seen == sorted(seen)
+    assert momenta[4] == pytest.approx(0.8)  # after step 5 of 10
+    assert momenta[-1] == pytest.approx(1.0)
+    assert momenta == sorted(momenta)
 
 
 class Cropping(Foreign):

@@ -103,7 +103,7 @@ class Raw(TinyEmbedder):
     """Evaluates the first two pixels as they are, rows of any length."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Of unit length in training only."""
+        """Rows of unit length in training only."""
         return super().forward(images) if self.training else images.flatten(1)[:, :2]
 
 

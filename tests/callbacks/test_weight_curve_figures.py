@@ -15,11 +15,11 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_dml.callbacks import WeightCurveLogger, weight_curve_logger
 from lightning_dml.report import pair_figure
-from tests.callbacks.logger_cases import fit, told
+from tests.callbacks.logger_cases import fit, warnings_of
 
 
 def test_figures_come_as_files_and_into_tensorboard(tmp_path: Path) -> None:
-    """What the issue asks for: somebody opens TensorBoard, or the folder, and sees the pairs of step 4."""
+    """Somebody opens TensorBoard, or the folder, and sees the pairs of step 4."""
     reader: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     before = pyplot.get_fignums()
     logger = WeightCurveLogger(2, figure_every_n_steps=4, points=50)
@@ -58,7 +58,7 @@ class Plain(Logger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: list[tuple[str, Any, int | str]] = []
+        self.calls: list[tuple[str, Any, int | str]] = []
 
     @property
     def name(self) -> str:
@@ -78,17 +78,17 @@ class Plain(Logger):
 
 
 class Writer:
-    """What TensorBoard's writer does of interest here."""
+    """The part of TensorBoard's writer that is of interest here."""
 
     def __init__(self) -> None:
-        self.given: list[tuple[str, Any, int | str]] = []
+        self.calls: list[tuple[str, Any, int | str]] = []
 
     def add_figure(
         self, tag: str, figure: Any, global_step: int | None = None, close: bool = True, walltime: float | None = None
     ) -> None:
         """`torch.utils.tensorboard.SummaryWriter.add_figure`."""
         assert global_step is not None and not close
-        self.given.append((tag, figure, global_step))
+        self.calls.append((tag, figure, global_step))
 
 
 class Taker(Plain):
@@ -105,7 +105,7 @@ class WandbLogger(Plain):
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         """Takes a list of pictures."""
         assert isinstance(images, list) and not kwargs and step is not None
-        self.given.append((key, images[0], step))
+        self.calls.append((key, images[0], step))
 
 
 class MLFlowLogger(Plain):
@@ -124,7 +124,7 @@ class MLFlowLogger(Plain):
         """`MlflowClient.log_figure`."""
         assert run_id == self.run_id
         name, _, file = artifact_file.rpartition("/")
-        self.given.append((name, figure, file))
+        self.calls.append((name, figure, file))
 
 
 class CometLogger(Plain):
@@ -140,7 +140,7 @@ class CometLogger(Plain):
     ) -> None:
         """`comet_ml.Experiment.log_figure`."""
         assert figure_name is not None and step is not None
-        self.given.append((figure_name, figure, step))
+        self.calls.append((figure_name, figure, step))
 
 
 class NeptuneLogger(Plain):
@@ -157,7 +157,7 @@ class NeptuneLogger(Plain):
         class Field:
             def append(field, value: Any, *, step: float | None = None, wait: bool = False, **_: Any) -> None:
                 assert step is not None
-                self.given.append((path, value, int(step)))
+                self.calls.append((path, value, int(step)))
 
         return Field()
 
@@ -180,7 +180,7 @@ def test_figures_and_files_can_be_left_out(tmp_path: Path, options: dict[str, An
     taker = Taker()
     fit(WeightCurveLogger(2, figure_every_n_steps=4, **options), logger=taker, default_root_dir=tmp_path)
     assert not list(tmp_path.rglob("weight_curves"))
-    assert bool(taker.experiment.given) == ("files" in options)
+    assert bool(taker.experiment.calls) == ("files" in options)
 
 
 def test_every_logger_that_takes_figures_gets_them() -> None:
@@ -188,12 +188,12 @@ def test_every_logger_that_takes_figures_gets_them() -> None:
     loggers: list[Plain] = [Taker(), WandbLogger(), MLFlowLogger(), CometLogger(), NeptuneLogger(), Renamed(), Plain()]
     fit(WeightCurveLogger(2, figure_every_n_steps=2, files=False), steps=2, logger=loggers)
     for logger in loggers:
-        given = logger.experiment.given if isinstance(logger, Taker) else logger.given
+        calls = logger.experiment.calls if isinstance(logger, Taker) else logger.calls
         if type(logger) is Plain:
-            assert given == []
+            assert calls == []
             continue
-        assert [name for name, _, _ in given] == ["pairs/batch/weights", "pairs/over_time"]
-        for _, figure, step in given:
+        assert [name for name, _, _ in calls] == ["pairs/batch/weights", "pairs/over_time"]
+        for _, figure, step in calls:
             assert step == ("step_000002.png" if isinstance(logger, MLFlowLogger) else 2)
             if isinstance(logger, WandbLogger):
                 assert figure.dtype == np.uint8 and figure.shape[2] == 3 and figure.shape[1] in (1100, 720)
@@ -206,9 +206,9 @@ def test_a_logger_that_fails_is_reported_once_and_the_others_get_theirs() -> Non
     """An outage of a server must not end a training, nor take away what others would have got."""
     taker = Taker()
     logger = WeightCurveLogger(2, figure_every_n_steps=2, files=False)
-    (message,) = told(lambda: fit(logger, steps=4, logger=[Broken(), taker]))
+    (message,) = warnings_of(lambda: fit(logger, steps=4, logger=[Broken(), taker]))
     assert "Broken" in message and "the server is away" in message
-    assert [step for _, _, step in taker.experiment.given] == [2, 4, 4]
+    assert [step for _, _, step in taker.experiment.calls] == [2, 4, 4]
 
 
 def test_a_full_disk_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +221,6 @@ def test_a_full_disk_is_reported_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(weight_curve_logger, "save_training", fail)
     taker = Taker()
     logger = WeightCurveLogger(2, figure_every_n_steps=4)
-    (message,) = told(lambda: fit(logger, logger=taker, default_root_dir=tmp_path))
+    (message,) = warnings_of(lambda: fit(logger, logger=taker, default_root_dir=tmp_path))
     assert "no space left" in message
-    assert len(taker.experiment.given) == 3 and len(logger.history) == 4
+    assert len(taker.experiment.calls) == 3 and len(logger.history) == 4

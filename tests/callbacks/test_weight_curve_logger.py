@@ -149,14 +149,14 @@ class Drawing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
-        self.seen: list[Tensor] = []
+        self.batches: list[Tensor] = []
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> Tensor:
         """Weights by chance."""
         self.calls += 1
-        self.seen.append(embeddings.detach())
+        self.batches.append(embeddings.detach())
         references = embeddings if ref_emb is None else ref_emb
         factor = torch.rand(()) + np.random.random() + random.random() + self.calls
         return ((embeddings @ references.T).square() * factor).mean()
@@ -177,9 +177,9 @@ def test_the_training_is_the_same_with_and_without_it(kind: str, tmp_path: Path)
         trainer = Trainer(max_steps=7, limit_val_batches=0, callbacks=callbacks, **settings)
         trainer.fit(module, TinyData(augment=True))
         assert len(logger.history) == 3 * watched
-        assert all("pairs/memory/positive_force" in each for each in logger.history)
+        assert all("pairs/memory/positive_force" in figures for figures in logger.history)
         weights.append(module.state_dict())
-        calls = len(loss.seen) if isinstance(loss, Drawing) else 0
+        calls = len(loss.batches) if isinstance(loss, Drawing) else 0
         ends.append((torch.rand(3).tolist(), np.random.random(), random.random(), calls))
     assert ends[0] == ends[1]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

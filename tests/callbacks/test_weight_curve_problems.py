@@ -19,7 +19,7 @@ from lightning_dml.errors import InputError
 from lightning_dml.losses import (
     ContrastiveLoss,
 )
-from tests.callbacks.logger_cases import Foreign, fit, part_of, silent, told
+from tests.callbacks.logger_cases import Foreign, fit, part_of, silent, warnings_of
 from tests.tiny import TinyData, tiny_module
 
 
@@ -36,11 +36,11 @@ def test_a_loss_without_weights_of_pairs_is_reported_once() -> None:
     """A loss of proxies has none; a training of hours must not die of what only looks at it."""
     proxies = others.ProxyAnchorLoss(num_classes=12, embedding_size=6)
     logger, module = silent(2), tiny_module(loss=proxies, memory_loss=ContrastiveLoss(0.3))
-    messages = told(lambda: fit(logger, module, bank={}))
+    messages = warnings_of(lambda: fit(logger, module, bank={}))
     assert len(messages) == 1
     assert "ProxyAnchorLoss" in messages[0] and "the pairs of the batch" in messages[0]
     assert [figures["step"] for figures in logger.history] == [2, 4, 6, 8]
-    assert all(part_of(each, "memory") and not part_of(each, "batch") for each in logger.history)
+    assert all(part_of(figures, "memory") and not part_of(figures, "batch") for figures in logger.history)
 
 
 class LossOnly(Foreign):
@@ -66,7 +66,7 @@ class Misshapen(Foreign):
 def test_a_step_that_returns_too_little_is_reported_once(module: type[LightningModule], words: str) -> None:
     """The user learns what to return, and the training goes on."""
     logger = silent(1, loss="criterion")
-    (message,) = told(lambda: fit(logger, module()))
+    (message,) = warnings_of(lambda: fit(logger, module()))
     assert words in message
     assert logger.history == []
 
@@ -105,4 +105,4 @@ def test_a_logger_that_would_miss_figures_is_mentioned(tmp_path: Path) -> None:
     """Lightning drops what is logged between its own steps without a word."""
     with pytest.warns(UserWarning, match=r"every_n_steps=3.*log_every_n_steps=2"):
         fit(silent(3), logger=CSVLogger(tmp_path / "a"), log_every_n_steps=2)
-    assert not told(lambda: fit(silent(2), logger=CSVLogger(tmp_path / "b"), log_every_n_steps=2))
+    assert not warnings_of(lambda: fit(silent(2), logger=CSVLogger(tmp_path / "b"), log_every_n_steps=2))

@@ -79,7 +79,7 @@ def test_a_loss_that_keeps_to_its_rank_is_asked_rank_by_rank() -> None:
     assert found is not None
     expected = [observe(loss, Rows(*(column[rows] for column in batch)), None, [0]) for rows in (slice(3), slice(3, 8))]
     for name in ("positives", "negatives"):
-        ours, parts = getattr(found, name), [getattr(each, name) for each in expected]
+        ours, parts = getattr(found, name), [getattr(part, name) for part in expected]
         assert ours.force == pytest.approx(sum(part.force for part in parts) / 3)
         assert ours.force == pytest.approx(float(ours.weight.sum()))
         assert torch.equal(ours.similarity, torch.cat([part.similarity for part in parts]))
