@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_dml import MetricLearningModule, RetrievalMetrics
-from lightning_dml.callbacks import RetrievalReport, retrieval_report
+from lightning_dml.callbacks import RetrievalReport
 from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss
+from lightning_dml.modules.evaluation import gathered_rows
 from lightning_dml.report import retrieval_figure
 from lightning_dml.retrieval.search import SimilarityName
 from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
@@ -171,13 +172,12 @@ def test_rows_are_gathered_for_the_figure_only(
 ) -> None:
     """Every rank holds what is gathered, all rows of a set that may be large; the table needs none of it."""
     calls: list[int] = []
-    original = retrieval_report.gathered_rows
 
     def count(metrics: RetrievalMetrics) -> Any:
         calls.append(1)
-        return original(metrics)
+        return gathered_rows(metrics)
 
-    monkeypatch.setattr(retrieval_report, "gathered_rows", count)
+    monkeypatch.setattr("lightning_dml.callbacks.retrieval_report.gathered_rows", count)
     fit(RetrievalReport(queries=queries, path=str(tmp_path / "figure.png")))
     assert len(calls) == gathered
 

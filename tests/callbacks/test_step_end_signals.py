@@ -23,7 +23,7 @@ from tests.callbacks.interrupted_runs import (
     batches,
     log,
     outcome,
-    requeued,
+    requeue_calls,
     slurm,
     whole,
 )
@@ -47,7 +47,7 @@ def requeue(folder: Path, *at: tuple[str, int, int], **settings: Any) -> tuple[R
     first = replace(right, folder=str(folder), name="first", at=at)
     with pytest.raises(SIGTERMException):
         fit(first)
-    assert requeued(folder) == ["requeue 1234"]
+    assert requeue_calls(folder) == ["requeue 1234"]
     second = replace(first, name="second", at=())
     fit(second)
     assert_checkpoints_load_safely(folder)
@@ -108,7 +108,7 @@ def test_the_signal_in_the_last_step_is_not_lost(job: Path) -> None:
     """A job that ends as its time does must be requeued all the same: testing may follow the fit."""
     right = whole(Run("", "whole"))
     fit(replace(right, folder=str(job), name="first", at=(("epoch_end", 3, REQUEUE),)))
-    assert requeued(job) == ["requeue 1234"]
+    assert requeue_calls(job) == ["requeue 1234"]
     second = replace(right, folder=str(job), name="second")
     fit(second)
     assert batches(second) == []
