@@ -40,9 +40,9 @@ def test_momentum_keys_may_come_after_the_loss() -> None:
     """MoCo's order: the loss compares with earlier batches alone."""
     before = fit(MemoryBankCallback(size=100, momentum=0.0, encoder="net"))
     after = fit(MemoryBankCallback(size=100, momentum=0.0, encoder="net", enqueue="after"), copy.deepcopy(Foreign()))
-    assert [0 if state is None else len(state["labels"]) for _, _, state, _ in before.seen] == [8, 16, 24, 32, 40, 48]
-    assert [0 if state is None else len(state["labels"]) for _, _, state, _ in after.seen] == [0, 8, 16, 24, 32, 40]
-    batch, embeddings, _, _ = after.seen[-1]
+    for module, rows in ((before, [8, 16, 24, 32, 40, 48]), (after, [0, 8, 16, 24, 32, 40])):
+        assert [0 if state is None else len(state["labels"]) for _, _, state, _ in module.records] == rows
+    batch, embeddings, _, _ = after.records[-1]
     torch.testing.assert_close(bank_of(after).embeddings[-8:], embeddings)  # a momentum of 0 copies the encoder
     assert torch.equal(bank_of(after).labels[-8:], batch["label"])
 

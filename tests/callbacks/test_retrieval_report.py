@@ -62,11 +62,11 @@ def test_the_first_of_several_sets_is_reported(tmp_path: Path, form: type) -> No
 
 def test_an_image_that_is_not_in_its_place_stays_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader over part of a set numbers its images otherwise; another image in their place would be a lie."""
-    grey: list[bool] = []
+    greys: list[bool] = []
     original = retrieval_figure._show
 
     def show(axes: Any, picture: Any, hit: bool | None) -> None:
-        grey.append(picture.shape == (1, 1, 3))
+        greys.append(picture.shape == (1, 1, 3))
         original(axes, picture, hit)
 
     monkeypatch.setattr(retrieval_figure, "_show", show)
@@ -76,7 +76,7 @@ def test_an_image_that_is_not_in_its_place_stays_grey(tmp_path: Path, monkeypatc
     later = DataLoader(Subset(data.val_set, range(20, 60)), 7)
     report = RetrievalReport(queries=2, neighbours=3, path=str(tmp_path / "figure.png"))
     Trainer(max_steps=1, callbacks=[report], **QUIET).fit(tiny_module(), data.train_dataloader(), later)
-    assert grey == [True] * 8
+    assert greys == [True] * 8
 
 
 @pytest.mark.parametrize("ignore", ["label_and_group", "group"])
@@ -115,8 +115,8 @@ def test_the_similarity_is_that_of_the_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: SimilarityName, hits: list[bool]
 ) -> None:
     """A table and a figure of another similarity than the one that is trained for and logged would mislead."""
-    shown: list[bool | None] = []
-    monkeypatch.setattr(retrieval_figure, "_show", lambda axes, picture, hit: shown.append(hit))
+    frames: list[bool | None] = []
+    monkeypatch.setattr(retrieval_figure, "_show", lambda axes, picture, hit: frames.append(hit))
     # The first two are one class, of one direction and far apart; close to the first is the third, of another class.
     rows, labels = [[1.0, 0.0], [3.0, 0.1], [1.0, 0.9], [9.0, 1.0]], [0, 0, 1, 1]
     samples: list[Any] = []
@@ -132,7 +132,7 @@ def test_the_similarity_is_that_of_the_module(
     Trainer(max_steps=1, callbacks=[report], **QUIET).fit(module, data.train_dataloader(), loader)
     after = Trainer(**QUIET).validate(module, loader, verbose=False)[0]
     assert {f"val/{name}": value for name, value in report.rows[1][1].items()} == pytest.approx(after, abs=1e-6)
-    assert [hit for hit in shown if hit is not None] == hits
+    assert [hit for hit in frames if hit is not None] == hits
     assert report.rows[1][1]["recall@1"] == sum(hits) / 4
 
 
@@ -207,11 +207,11 @@ def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
 
 def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A miss framed as a hit would make a bad model look good."""
-    shown: list[bool | None] = []
+    frames: list[bool | None] = []
     original = retrieval_figure._show
 
     def show(axes: Any, picture: Any, hit: bool | None) -> None:
-        shown.append(hit)
+        frames.append(hit)
         original(axes, picture, hit)
 
     monkeypatch.setattr(retrieval_figure, "_show", show)
@@ -237,7 +237,7 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
     trainer.strategy.connect(module)
     _, evaluated = report._evaluate(_with_val(trainer), module)
     report._figure(trainer, evaluated)
-    assert shown == [None, True, True, True, True, False, False] * 3
+    assert frames == [None, True, True, True, True, False, False] * 3
 
 
 def _with_val(trainer: Any) -> Any:
