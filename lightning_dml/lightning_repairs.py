@@ -1,6 +1,7 @@
 """All that touches what Lightning and torch keep to themselves: why, and in which version it was observed.
 
-Each repair has a test in tests/test_lightning_repairs.py that fails when Lightning does without it.
+Each repair has a test in tests/test_lightning_repairs.py that fails when Lightning does without it. One stands
+elsewhere, `uncompiled` in memory/momentum.py, since the memory must do without Lightning.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dml import lightning_repairs as repairs
 from lightning_dml.callbacks import StepEndSignals
+from lightning_dml.memory.momentum import uncompiled
 from tests.helpers import run_ranks
 from tests.tiny import QUIET, TinyData, tiny_module
 
@@ -333,3 +334,11 @@ def test_torch_calls_forward_without_any_hook_by_itself() -> None:
     assert calls == ["before"]
     layer(torch.ones(1, 2))
     assert calls == ["before", "before", "after"]
+
+
+def test_torch_names_the_state_of_a_compiled_module_otherwise_by_itself() -> None:
+    """Seen with torch 2.14: a checkpoint would not fit the module that is not compiled; `uncompiled` gives that one."""
+    layer = nn.Linear(2, 1)
+    compiled: Any = torch.compile(layer, backend="eager")
+    assert set(compiled.state_dict()) == {"_orig_mod.weight", "_orig_mod.bias"}
+    assert uncompiled(compiled) is layer and uncompiled(layer) is layer
