@@ -23,7 +23,7 @@ from lightning_dml.datamodules.samplers import (
 )
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
-from lightning_dml.lightning_repairs import CountResumedEpoch
+from lightning_dml.lightning_repairs import CountResumedEpoch, add_callback, replaces_samplers
 
 EvaluationSets = LabelledImages | Mapping[str, LabelledImages]
 
@@ -95,8 +95,8 @@ class RetrievalDataModule(LightningDataModule):
         self._check_trainer()
         if stage in (None, "fit"):
             self._train_sampler(self._training())
-            if self.trainer and not any(isinstance(callback, CountResumedEpoch) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-                self.trainer.callbacks.append(CountResumedEpoch())  # type: ignore[attr-defined]
+            if self.trainer:
+                add_callback(self.trainer, CountResumedEpoch)
             # A fit may do without validation, if it says so.
             if self.trainer is None or self.trainer.limit_val_batches != 0:
                 self._evaluation(self.val_set, "validation")
@@ -147,8 +147,7 @@ class RetrievalDataModule(LightningDataModule):
 
     def _check_trainer(self) -> None:
         trainer = self.trainer
-        connector = getattr(trainer, "_accelerator_connector", None)
-        if trainer and trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", False):
+        if trainer and trainer.world_size > 1 and replaces_samplers(trainer):
             raise InputError(
                 f"use_distributed_sampler is true on {trainer.world_size} ranks: Lightning would re-wrap the samplers, "
                 "break K images per class and repeat evaluation images; set Trainer(use_distributed_sampler=False), "

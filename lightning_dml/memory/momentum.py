@@ -66,7 +66,7 @@ class MomentumEncoder(nn.Module):
 
     def state_of_encoder(self) -> dict[str, Any]:
         """State of the copied embedder, under the names it has without `torch.compile`."""
-        return _plain(self.encoder).state_dict()
+        return uncompiled(self.encoder).state_dict()
 
     def load_state_of_encoder(self, state: Mapping[str, Any]) -> None:
         """Takes over a state that `state_of_encoder` gave.
@@ -75,7 +75,7 @@ class MomentumEncoder(nn.Module):
             InputError: if the state is of another embedder.
         """
         try:
-            _plain(self.encoder).load_state_dict(state)
+            uncompiled(self.encoder).load_state_dict(state)
         except RuntimeError as error:
             raise InputError(
                 "the saved momentum encoder does not fit the embedder: "
@@ -109,7 +109,8 @@ def check_precision(module: nn.Module) -> None:
             )
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` returns."""
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` returns, or the module itself."""
+    # torch (2.14, observed) has no public way to it, and names the state's tensors after this attribute.
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner

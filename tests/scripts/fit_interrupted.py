@@ -37,7 +37,7 @@ EPOCHS, BATCHES, CLASSES = 3, 6, 8  # CLASSES of the global batch
 
 @dataclass(frozen=True)
 class Run:
-    """What is fitted, and what happens to it.
+    """A fit and the signals that come into it.
 
     `at` holds (place, count, signal): the process sends itself the signal when it is in that place for the count-th
     time. `pause` is in seconds, in each training step.
@@ -209,7 +209,7 @@ def _without_step_end_signals(deferred: bool) -> Iterator[None]:
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
     try:
-        fit(Run(**{**settings, "at": tuple(tuple(each) for each in settings["at"])}))
+        fit(Run(**{**settings, "at": tuple(tuple(place) for place in settings["at"])}))
     finally:
         if dist.is_initialized():  # an interpreter that ends with the group still up may abort in one of its threads
             dist.destroy_process_group()
