@@ -34,7 +34,7 @@ def compute_seconds(ranks: int, columns: tuple[Tensor, ...], rounds: int) -> tup
         outcomes = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
     if any(values != outcomes[0][1] for _, values in outcomes):
         raise RuntimeError("the ranks came to different values")
-    return [max(taken) for taken in zip(*(seconds for seconds, _ in outcomes), strict=True)], outcomes[0][1]
+    return [max(by_rank) for by_rank in zip(*(seconds for seconds, _ in outcomes), strict=True)], outcomes[0][1]
 
 
 def _worker(rank: int, ranks: int, folder: str, rounds: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Seconds that one call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

@@ -111,13 +111,13 @@ def cut(train: ArrayDataset, unseen: ArrayDataset, part: Part, classes: int) -> 
     evaluated = unseen
     if part == "dev":
         names = np.unique(train.labels)
-        held = np.isin(train.labels, _draw(names, round(DEVELOPMENT_SHARE * len(names))))
-        evaluated = ArrayDataset(train.images[held], train.labels[held], unseen.transform)
-        train = ArrayDataset(train.images[~held], train.labels[~held], train.transform)
+        development = np.isin(train.labels, _draw(names, round(DEVELOPMENT_SHARE * len(names))))
+        evaluated = ArrayDataset(train.images[development], train.labels[development], unseen.transform)
+        train = ArrayDataset(train.images[~development], train.labels[~development], train.transform)
     names = np.unique(evaluated.labels)
     if 0 < classes < len(names):
-        kept = np.isin(evaluated.labels, _draw(names, classes))
-        evaluated = ArrayDataset(evaluated.images[kept], evaluated.labels[kept], evaluated.transform)
+        chosen = np.isin(evaluated.labels, _draw(names, classes))
+        evaluated = ArrayDataset(evaluated.images[chosen], evaluated.labels[chosen], evaluated.transform)
     return train, evaluated
 
 

@@ -1,4 +1,4 @@
-"""What a memory sends between ranks: the bytes of every collective of a step, counted where torch is called.
+"""The bytes that a memory sends between ranks: those of every collective of a step, counted where torch is called.
 
 Two or more gloo processes take one step against a full bank. What DDP sends for the gradients of the model is no part.
 """
@@ -70,9 +70,9 @@ def measure(ranks: int, batch: int, dim: int, sizes: list[int]) -> list[Traffic]
     with tempfile.TemporaryDirectory() as folder:
         spawn(_worker, (ranks, folder, batch, dim, sizes), nprocs=ranks)
         read = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
-        of_ranks = [[Traffic(*each) for each in results] for results in read]
+        of_ranks = [[Traffic(*row) for row in results] for results in read]
     # Of equal batches all ranks receive the same; where a share is one row longer, the most counts.
-    return [max(each, key=lambda one: one.enqueue + one.loss_bytes) for each in zip(*of_ranks, strict=True)]
+    return [max(rows, key=lambda row: row.enqueue + row.loss_bytes) for rows in zip(*of_ranks, strict=True)]
 
 
 def formula(traffic: Traffic, ranks: int, batch: int, dim: int) -> int:

@@ -1,4 +1,4 @@
-"""What a memory costs: step time, enqueueing, memory added and bytes sent, beside pytorch-metric-learning's.
+"""The cost of a memory: step time, enqueueing, memory added and bytes sent, beside pytorch-metric-learning's.
 
     python benchmarks/memory.py                                   # some minutes
     python benchmarks/memory.py --model test_resnet --sizes 0 1024 --rounds 2
@@ -187,10 +187,10 @@ def _full_peer(size: int, dim: int) -> CrossBatchMemory:
 
 def _step_table(batch: Batch, terms: dict[str, LossTerm | None], args: argparse.Namespace) -> str:
     times: dict[str, list[float]] = {name: [] for name in terms}
-    for each in range(args.rounds + 1):
+    for number in range(args.rounds + 1):
         for name, term in terms.items():
             once = seconds(partial(batch.step, term))
-            if each:  # the first round is to warm up
+            if number:  # the first round is to warm up
                 times[name].append(once)
     lines = [
         f"One training step of {args.model} (dim {args.dim}) on {args.batch} images of {args.image} x {args.image}, "
@@ -200,9 +200,9 @@ def _step_table(batch: Batch, terms: dict[str, LossTerm | None], args: argparse.
         "|---|---|---|---|---|---|",
     ]
     base = times["no bank"]
-    for name, taken in times.items():
-        ratios = statistics.median(taken) / statistics.median(base), min(taken) / min(base)
-        cells = [f"{statistics.median(taken):.3f}", f"{ratios[0]:.3f}", f"{ratios[1]:.3f}", "-", "-"]
+    for name, rounds in times.items():
+        ratios = statistics.median(rounds) / statistics.median(base), min(rounds) / min(base)
+        cells = [f"{statistics.median(rounds):.3f}", f"{ratios[0]:.3f}", f"{ratios[1]:.3f}", "-", "-"]
         if (term := terms[name]) is not None:
             alone = _alone(batch, term, args)
             cells[3:] = [f"{1e3 * alone:.1f}", f"{1 + alone / statistics.median(base):.3f}"]
@@ -212,10 +212,10 @@ def _step_table(batch: Batch, terms: dict[str, LossTerm | None], args: argparse.
 
 def _alone(batch: Batch, term: LossTerm, args: argparse.Namespace) -> float:
     """Seconds of the memory's part; a step of seconds varies by more than that, so its ratio is the sharper one."""
-    taken = [seconds(partial(batch.term_alone, term))]
-    while len(taken) < args.repeats and sum(taken) < 3:
-        taken.append(seconds(partial(batch.term_alone, term)))
-    return statistics.median(taken)
+    times = [seconds(partial(batch.term_alone, term))]
+    while len(times) < args.repeats and sum(times) < 3:
+        times.append(seconds(partial(batch.term_alone, term)))
+    return statistics.median(times)
 
 
 def _memory_table(batch: Batch, terms: dict[str, LossTerm | None], stored: dict[str, int]) -> str:
@@ -241,19 +241,19 @@ def _enqueue_table(sizes: list[int], args: argparse.Namespace) -> str:
     ]
     for size in sizes:
         ways = _ways_in(size, args.batch, args.dim)
-        taken: dict[str, list[float]] = {name: [] for name in ways}
+        times: dict[str, list[float]] = {name: [] for name in ways}
         for place in torch.randint(size - args.batch + 1, (args.repeats,)).tolist():
             indices = torch.arange(place, place + args.batch)
             for name, way in ways.items():
-                taken[name].append(seconds(partial(way, indices)))
-        medians = {name: 1e6 * statistics.median(values) for name, values in taken.items()}
+                times[name].append(seconds(partial(way, indices)))
+        medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
         cells = [f"{size:,}", *(f"{value:.0f}" for value in medians.values())]
         lines.append(f"| {' | '.join(cells)} | {medians['queue'] / medians['peer']:.2f} |")
     return "\n".join(lines)
 
 
 def _ways_in(size: int, batch: int, dim: int) -> dict[str, Callable[[Tensor], object]]:
-    """What brings a batch of samples into full memories, given the samples' indices."""
+    """Makes functions that bring a batch of samples into full memories, given the samples' indices."""
     rows, labels = F.normalize(torch.randn(batch, dim), dim=1), torch.arange(batch)
     queue, samples = _full_bank(size, dim), _full_bank(size, dim, "samples")
     averaged = _full_bank(size, dim, "samples", average=0.5)
@@ -281,10 +281,10 @@ def _traffic_table(args: argparse.Namespace) -> str:
         "| mode | loss | bank | rows in | loss | collectives | in all | by the formula |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for each in _traffic.measure(args.ranks, args.batch, args.dim, args.traffic_sizes):
-        expected = _traffic.formula(each, args.ranks, args.batch, args.dim)
-        cells = [each.mode, each.loss, *(f"{value:,}" for value in each[2:])]
-        lines.append(f"| {' | '.join(cells)} | {each.enqueue + each.loss_bytes:,} | {expected:,} |")
+    for row in _traffic.measure(args.ranks, args.batch, args.dim, args.traffic_sizes):
+        expected = _traffic.formula(row, args.ranks, args.batch, args.dim)
+        cells = [row.mode, row.loss, *(f"{value:,}" for value in row[2:])]
+        lines.append(f"| {' | '.join(cells)} | {row.enqueue + row.loss_bytes:,} | {expected:,} |")
     return "\n".join(lines)
 
 

@@ -61,7 +61,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """How many rows of how many classes; without a gallery, the queries are searched among themselves."""
+    """The numbers of rows and classes; without a gallery, the queries are searched among themselves."""
 
     queries: int
     gallery: int | None
@@ -69,7 +69,7 @@ class Shape:
     classes: int
 
     def __str__(self) -> str:
-        """As the table names it."""
+        """The shape as the table names it."""
         against = "" if self.gallery is None else f" against {self.gallery:,}"
         return f"{self.queries:,}{against} x {self.dim}, {self.classes:,} classes"
 
@@ -177,7 +177,7 @@ def _measure(shape: Shape, args: argparse.Namespace) -> tuple[str, str, bool]:
         for who, call in calls.items():
             if who != "peer" or sum(times[who]) < PEER_SECONDS:
                 times[who].append(seconds(call))
-    medians = {who: statistics.median(taken) for who, taken in times.items()}
+    medians = {who: statistics.median(rounds) for who, rounds in times.items()}
 
     peer_cells = ["-", "-"] if args.no_peer else ["not run", "-"]
     peer_adds = "-" if args.no_peer else f"over {args.peer_gib:g} GiB"
@@ -199,7 +199,7 @@ def _measure(shape: Shape, args: argparse.Namespace) -> tuple[str, str, bool]:
 
 
 def _print_options(shape: Shape, args: argparse.Namespace) -> None:
-    """What other metrics cost, and a collapsed embedding, each against the default ones in interleaved rounds."""
+    """The cost of other metrics, and of a collapsed embedding, each against the default ones in interleaved rounds."""
     data, collapsed = Data(shape), Data(shape)
     collapsed.rows = data.rows[:1].expand_as(data.rows)
     calls = {
@@ -214,8 +214,8 @@ def _print_options(shape: Shape, args: argparse.Namespace) -> None:
             times[what].append(seconds(call))
     default = statistics.median(times["the default metrics"])
     print(f"| {shape} | s | of the default |", "|---|---|---|", sep="\n")
-    for what, taken in times.items():
-        print(f"| {what} | {statistics.median(taken):.2f} | {statistics.median(taken) / default:.2f} |")
+    for what, rounds in times.items():
+        print(f"| {what} | {statistics.median(rounds):.2f} | {statistics.median(rounds) / default:.2f} |")
     values = calls["the default ones, collapsed"]()
     print("\ncollapsed:", ", ".join(f"{name} {values[name]:.6f}" for name in PEER_NAMES), "\n")
 
@@ -261,7 +261,7 @@ def _peer(data: Data) -> dict[str, float]:
 
 
 def _peer_bytes(data: Data) -> int:
-    """What the peer takes, from its source: classes by gallery rows, summed as int64, and tables of neighbours."""
+    """The bytes that the peer takes, from its source: classes by gallery rows, as int64, and tables of neighbours."""
     counts = torch.bincount(data.gallery_labels)
     return 10 * len(counts) * len(data.gallery) + 48 * int(counts.max()) * len(data.queries)
 

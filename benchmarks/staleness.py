@@ -1,4 +1,4 @@
-"""What keeps a memory from doing harm when training starts from scratch, and what makes it help.
+"""Settings of a memory in trainings from scratch: which do harm, and which help.
 
     python benchmarks/staleness.py                               # prints the tables of the runs that there are
     python benchmarks/staleness.py --run --jobs 2                # makes the missing runs (hours), then the tables
@@ -126,7 +126,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _key(args: argparse.Namespace, data: str, setting: str, seed: int) -> Run:
-    """All that a run's result depends on."""
+    """Settings on which a run's result depends, all of them."""
     key = {"data": data, "on": args.on, "classes": args.classes, "setting": setting, "seed": seed}
     key |= {"steps": args.steps, "lr": args.lr, "model": args.model}
     options = SETTINGS[setting]
@@ -254,12 +254,12 @@ def _drifts(runs: list[Run]) -> list[str]:
     to_embedder: list[float] = []
     for run in runs:
         steps = run["key"]["steps"]
-        measured = [each for each in run["drift"] if {"drift/bank", "drift/floor"} <= set(each)]
-        quarter = [each for each in measured if steps / 4 <= each["step"] <= steps / 2]
+        measured = [row for row in run["drift"] if {"drift/bank", "drift/floor"} <= set(row)]
+        quarter = [row for row in measured if steps / 4 <= row["step"] <= steps / 2]
         if quarter:
-            early.append(statistics.mean(each["drift/bank"] - each["drift/floor"] for each in quarter))
+            early.append(statistics.mean(row["drift/bank"] - row["drift/floor"] for row in quarter))
             # Only a bank of momentum keys has the two apart.
-            online = [each.get("drift/online", each["drift/bank"]) - each["drift/floor"] for each in quarter]
+            online = [row.get("drift/online", row["drift/bank"]) - row["drift/floor"] for row in quarter]
             to_embedder.append(statistics.mean(online))
         if measured:
             late.append(measured[-1]["drift/bank"] - measured[-1]["drift/floor"])

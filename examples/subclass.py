@@ -34,16 +34,16 @@ class MyModule(pl.LightningModule):
         return {"loss": loss, "embeddings": embeddings.detach(), "labels": labels, "indices": indices}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Collects; nothing is computed per batch."""
+        """Collects embeddings; metrics are computed at the end."""
         self.metrics.update(self.encoder(batch["image"]), batch["label"], batch["index"])
 
     def on_validation_epoch_end(self) -> None:
-        """The values are equal on all ranks, so no sync_dist."""
+        """Logs the metrics; they are equal on all ranks, so no sync_dist."""
         self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()}, prog_bar=True)
         self.metrics.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Any optimizer."""
+        """Makes the optimizer; any will do."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""`python -m lightning_dml`."""
+"""Starts the command line for `python -m lightning_dml`."""
 
 from lightning_dml.cli import main
 

@@ -19,10 +19,10 @@ def input_error_in(error: BaseException) -> InputError | None:
 
     jsonargparse wraps what a constructor raises in a report on every type that the argument might have had.
     """
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, InputError):
-        seen = seen.__cause__ or seen.__context__
-    return seen
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, InputError):
+        link = link.__cause__ or link.__context__
+    return link
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

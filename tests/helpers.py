@@ -31,7 +31,7 @@ start_processes: Callable[..., Any] = untyped_start_processes
 # Ranks are forked from one process that has imported everything and done nothing: a rank that imports it all for itself
 # takes longer than most tests.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["lightning_dml.callbacks", "lightning_dml.datamodules", "lightning_dml.cli", "tests.helpers"]
+    ["lightning_dml.callbacks", "lightning_dml.datamodules", "lightning_dml.commands.dml_cli", "tests.helpers"]
 )
 
 

@@ -1,4 +1,4 @@
-"""The command line on the repository's own configs: what it trains, writes, prints, and how it refuses."""
+"""The command line on the repository's own configs: it trains, writes, prints and refuses."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_validate_without_a_checkpoint_says_so(folder: Path) -> None:
 
 
 def test_every_kind_of_loss_comes_from_yaml(folder: Path) -> None:
-    """What needs Python code is out of reach on the command line."""
+    """A loss that needs Python code is out of reach on the command line."""
     config = folder / "loss.yaml"
     config.write_text(
         """

@@ -1,4 +1,4 @@
-"""What the library promises by name: every public name imports, and has a docstring that was written for it."""
+"""The names that the library promises: every one imports, and has a docstring that was written for it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ SHIPPED = {
 
 
 def documented(value: Any) -> bool:
-    """Whether `value` has a docstring of its own: none inherited, none that a dataclass or a tuple made up."""
+    """True for a value with a docstring of its own: none inherited, none that a dataclass or a tuple made up."""
     if isinstance(value, str):
         return True  # a version or another constant, which cannot have one
     if not isinstance(value, ModuleType) and not inspect.isroutine(value) and not inspect.isclass(value):
@@ -122,8 +122,8 @@ def test_every_public_name_is_importable_and_documented(name: str) -> None:
     assert documented(module), f"{name} has no docstring"
     assert module.__all__, f"{name} exports nothing"
     assert len(set(module.__all__)) == len(module.__all__)
-    assert [each for each in module.__all__ if not hasattr(module, each)] == []
-    assert [each for each in module.__all__ if not documented(getattr(module, each))] == []
+    assert [public for public in module.__all__ if not hasattr(module, public)] == []
+    assert [public for public in module.__all__ if not documented(getattr(module, public))] == []
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SHIPPED.items() for name in names])

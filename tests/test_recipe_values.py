@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_dml.cli import config_parser
+from lightning_dml.commands.training_configs import config_parser
 from lightning_dml.datamodules.images.transforms import image_settings
 from tests.helpers import ROOT
-from tests.test_recipes import RECIPES
+from tests.recipes import RECIPES
 
 Values = dict[str, dict[str, Any]]
 
@@ -86,9 +86,9 @@ EXPECTED: dict[str, Values] = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_has_the_values_of_its_source(name: str) -> None:
     """A number that slips, here or in a default, trains all the same and makes comparisons with papers wrong."""
-    expected, found = EXPECTED[name], _values(name)
-    assert bool(found["memory"]) == bool(expected["memory"])
-    assert {part: {key: found[part][key] for key in values} for part, values in expected.items()} == expected
+    expected, recipe = EXPECTED[name], _values(name)
+    assert bool(recipe["memory"]) == bool(expected["memory"])
+    assert {part: {key: recipe[part][key] for key in values} for part, values in expected.items()} == expected
 
 
 def _values(name: str) -> Values:
@@ -100,8 +100,8 @@ def _values(name: str) -> Values:
     scheduler, epoch = _flat(model["lr_scheduler"]), data["batches_per_epoch"]
     if "milestones" in scheduler:
         assert model["lr_interval"] == "epoch"
-        scheduler["milestones"] = [epoch * each for each in scheduler["milestones"]]
-    callbacks = {each["class_path"].rpartition(".")[2]: each["init_args"] for each in trainer["callbacks"]}
+        scheduler["milestones"] = [epoch * milestone for milestone in scheduler["milestones"]]
+    callbacks = {part["class_path"].rpartition(".")[2]: part["init_args"] for part in trainer["callbacks"]}
     chosen = ("recipe", "image_size", "resize", "mean", "std", "interpolation", "crop_scale")
     image = image_settings(model_name=parts["embedder"]["model_name"], **{option: data[option] for option in chosen})
     training = {

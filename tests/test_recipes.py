@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_dml.cli import main
-from tests.datamodules import replicas
 from tests.helpers import ROOT
+from tests.recipes import RECIPES
 
 SMALL = (
     "--model.init_args.embedder.init_args.model_name=test_resnet",
@@ -26,13 +25,6 @@ SMALL = (
     "--trainer.enable_model_summary=false",
     "--trainer.log_every_n_steps=1",
 )
-RECIPES: dict[str, Callable[[Path], Path]] = {
-    "cub": lambda root: replicas.make_cub(root, (1, 2, 3, 4, 101, 102)),
-    "cars": lambda root: replicas.make_cars(root, (1, 2, 3, 98, 99, 196)),
-    "sop": lambda root: replicas.make_sop(root, train=range(1, 6)),
-    "in_shop": lambda root: replicas.make_in_shop(root, train=range(1, 6), test=(7_001, 7_982)),
-    "vehicle_id": lambda root: replicas.make_vehicle_id(root, train=(1, 2, 3, 4)),
-}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -43,4 +35,4 @@ def test_a_recipe_trains(name: str, folder: Path) -> None:
     (best,) = (folder / "runs" / name).glob("version_0/checkpoints/best.ckpt")
     checkpoint = torch.load(best, weights_only=True)
     assert checkpoint["global_step"] == 2
-    assert any("MemoryBankCallback" in each for each in checkpoint["callbacks"]) == (name not in ("cub", "cars"))
+    assert ("MemoryBankCallback" in checkpoint["callbacks"]) == (name not in ("cub", "cars"))

@@ -27,14 +27,14 @@ class DMLTrainer(Trainer):
         policy: Literal["queue", "samples"] = "queue",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> MemoryBank:
-        """Embeds the training set and writes it as a memory bank, which MemoryBankCallback(bank_file=...) starts from.
+        """Embeds the training set and writes it as a memory bank, from which MemoryBankCallback(bank_file=...) starts.
 
         Images are loaded as the training loads them, augmentation included, and embedded in evaluation mode.
 
         Args:
-            model: a LightningModule whose predict_step returns a dict of embeddings, labels and indices; of rows with
-                enqueue, if it is there, False, none are taken.
-            datamodule: gives the training set.
+            model: a LightningModule whose predict_step returns a dict of embeddings, labels and indices; it may also
+                return enqueue, which is False for rows that are to stay out.
+            datamodule: its training set is embedded.
             ckpt_path: checkpoint of the weights; None takes those that the config builds.
             output: the file to write; it replaces an older one when it is complete.
             policy: queue, in random order, or one slot for each of the samples.
@@ -66,5 +66,5 @@ class DMLTrainer(Trainer):
 @rank_zero_only
 def _write(bank: MemoryBank, path: Path) -> None:
     bank.save(path)
-    held = ", ".join(f"{name} {value:g}" for name, value in bank.summary().items())
-    print(f"{path}: {bank} ({held})")
+    summary = ", ".join(f"{name} {value:g}" for name, value in bank.summary().items())
+    print(f"{path}: {bank} ({summary})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,13 @@ from lightning_dml.losses.calling import Rows
 from lightning_dml.losses.inspection.measured import MEASURED_REFERENCES
 from lightning_dml.losses.inspection.observed import thinned
 from lightning_dml.memory import MemoryBank
-from lightning_dml.parsing import instantiated
+from lightning_dml.parsing import (
+    ambiguous_classes,
+    class_complaint,
+    constructor_complaint,
+    instantiated,
+    refused_value,
+)
 from lightning_dml.report import DrawnCurve, curve_figure, save_curves
 from lightning_dml.report.pair_observation import drawn_from, observe
 
@@ -157,29 +162,23 @@ def _options(arguments: Sequence[str]) -> dict[str, Any]:
         if ours is not None:
             raise ours from error
         # jsonargparse goes through every type that the argument might have had.
-        text = " ".join(str(error).split())
         if not isinstance(error, ArgumentError):  # a constructor's own, once for every type
-            said = text.partition(" Errors: - ")[2].partition(" - ")[0] or text
             raise InputError(
-                f"losses cannot be made as given: {shorten(said, 200)}; options of a class go into init_args, as in "
-                "losses: {NAME: {class_path: ..., init_args: {...}}}"
+                f"losses cannot be made as given: {shorten(constructor_complaint(error), 200)}; options of a class go "
+                "into init_args, as in losses: {NAME: {class_path: ..., init_args: {...}}}"
             ) from error
-        if several := re.search(r"Give the full class path to avoid ambiguity: (.*?)\.(?: |$)", text):
-            raise InputError(f"losses names a class that there is more than once: give one of {several[1]}") from error
-        if '"losses' in text:
-            given = text.rpartition("Given value: ")[2]
-            if nested := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", given):  # of --losses.KEY VALUE
-                given = f"{nested[2]} for losses.{nested[1]}"
+        if several := ambiguous_classes(error):
+            raise InputError(f"losses names a class that there is more than once: give one of {several}") from error
+        if '"losses' in str(error):
             # Of all the types that were tried, only a class's own complaint tells what is wrong.
-            told = re.search(r"Problem with given class_path '(?!torch\.nn\.Module)([\w.]+)': (.*?)(?= - |$)", text)
-            if told:
-                why = re.split(r" Errors:| Given value", told[2])[0]
-                raise InputError(f"losses: {told[1]}: {why}") from error
+            if refused := class_complaint(error):
+                raise InputError(f"losses: {refused[0]}: {refused[1]}") from error
             raise InputError(
-                f"losses must be classes with their init_args, or a mapping of names to these, got {given}: classes of "
-                "lightning_dml.losses go by their names, others by their full paths"
+                "losses must be classes with their init_args, or a mapping of names to these, got "
+                f"{refused_value(error, 'losses')}: classes of lightning_dml.losses go by their names, others by "
+                "their full paths"
             ) from error
-        raise InputError(text) from error
+        raise InputError(" ".join(str(error).split())) from error
     return {name: value for name, value in vars(made).items() if name != "config"}
 
 

@@ -33,27 +33,27 @@ class TrainingSet(LightningDataModule):
         self.inner.setup("fit")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """What the data module does to a batch before it is moved."""
+        """Does to a batch before it is moved as the data module does."""
         return self.inner.on_before_batch_transfer(batch, dataloader_idx)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """How the data module moves a batch."""
+        """Moves a batch as the data module does."""
         return self.inner.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """What the data module does to a batch on its device, augmentation for one."""
+        """Does to a batch on its device as the data module does, augmentation for one."""
         return self.inner.on_after_batch_transfer(batch, dataloader_idx)
 
     def training_loader(self) -> Any:
         """The data module's training DataLoader.
 
         Raises:
-            InputError: if it is none over a set of known length.
+            InputError: if there is no single loader, or its set has no known length.
         """
         loader: Any = self.inner.train_dataloader()
         if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
             raise InputError(
-                f"needed is one training DataLoader over a set of known length, got {type(loader).__name__}"
+                f"train_dataloader must return one DataLoader over a set of known length, got {type(loader).__name__}"
             )
         return loader
 
@@ -63,7 +63,7 @@ class TrainingSet(LightningDataModule):
         sizes = getattr(self.inner, "eval_batch_size", None), loader.batch_size
         return DataLoader(
             loader.dataset,
-            batch_size=next((each for each in sizes if each), 64),
+            batch_size=next((size for size in sizes if size), 64),
             sampler=UnpaddedDistributedSampler(len(loader.dataset)),
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
@@ -71,28 +71,28 @@ class TrainingSet(LightningDataModule):
         )
 
 
-def columns_of(outputs: Any, name: str, device: torch.device, purpose: str) -> list[torch.Tensor]:
+def columns_of(outputs: Any, module_name: str, device: torch.device, purpose: str) -> list[torch.Tensor]:
     """Embeddings, labels and indices that all ranks predicted, on the CPU, less the rows that are to stay out.
 
     Args:
         outputs: of `Trainer.predict`.
-        name: of the module's class, for errors.
+        module_name: the module's class, for errors.
         device: where collectives work.
-        purpose: what they are for, as an error says it.
+        purpose: what is made of them, as an error says it.
 
     Raises:
         InputError: if a rank has none, or `predict_step` returns something else.
     """
     names = ("embeddings", "labels", "indices")
-    fits = bool(outputs) and all(isinstance(each, dict) and set(names) <= set(each) for each in outputs)
+    fits = bool(outputs) and all(isinstance(batch, dict) and set(names) <= set(batch) for batch in outputs)
     # Together, as a rank that raises alone would leave the others waiting.
     states = distributed.gather_numbers([bool(outputs), fits], device)
-    if not all(has for has, _ in states):
+    if not all(any_batch for any_batch, _ in states):
         raise InputError(f"there are fewer training batches than the {len(states)} ranks: use fewer ranks")
-    if not all(right for _, right in states):
-        raise InputError(f"{name}.predict_step must return a dict with {', '.join(names)} for {purpose} to be made of")
-    columns = [torch.cat([each[column] for each in outputs]).to(device) for column in names]
-    if all("enqueue" in each for each in outputs):
-        wanted = torch.cat([each["enqueue"] for each in outputs]).to(device)
+    if not all(dicts for _, dicts in states):
+        raise InputError(f"{module_name}.predict_step must return a dict with {', '.join(names)}, to make {purpose} of")
+    columns = [torch.cat([batch[name] for batch in outputs]).to(device) for name in names]
+    if all("enqueue" in batch for batch in outputs):
+        wanted = torch.cat([batch["enqueue"] for batch in outputs]).to(device)
         columns = [column[wanted] for column in columns]
     return [distributed.gather_rows(column).cpu() for column in columns]

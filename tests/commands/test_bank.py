@@ -76,7 +76,7 @@ def test_the_weights_of_a_checkpoint_make_the_bank(config: str, tmp_path: Path) 
     ],
 )
 def test_every_option_comes_from_yaml(config: str, tmp_path: Path, options: dict[str, Any]) -> None:
-    """What needs Python code is out of reach on the command line."""
+    """An option that needs Python code is out of reach on the command line."""
     main(
         ["fit", "--config", config, "--config", with_memory(tmp_path, **options), "--trainer.enable_checkpointing=true"]
     )

@@ -22,7 +22,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 
-from lightning_dml.cli import config_parser, main
+from lightning_dml.cli import main
+from lightning_dml.commands.training_configs import config_parser
 from lightning_dml.errors import InputError
 from lightning_dml.study.plan.grid import Point, Run, points_of, runs_of
 from lightning_dml.study.plan.study_file import StudyFile

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_dml.cli import config_parser
+from lightning_dml.commands.training_configs import config_parser
 from lightning_dml.study.plan.grid import check_configs, points_of
 from lightning_dml.study.plan.study_file import StudyFile
 from lightning_dml.study.results.loss_curves import SIMILARITY, curves_of
