@@ -29,6 +29,7 @@ from lightning_dml.study.results.tables import markdown, points_csv, trials_csv
 from lightning_dml.study.running import storage
 from lightning_dml.study.running.ledger import Entry, Ledger
 from lightning_dml.study.running.trial_config import RESULT, folder_of
+from tests.study.results.cases import overlaps
 
 
 def book(folder: Path, **changes: Any) -> tuple[StudyFile, list[Point], list[Run], dict[str, Entry]]:
@@ -396,14 +397,6 @@ def test_error_bars_are_as_long_as_the_intervals(tmp_path: Path) -> None:
     assert np.asarray(bars.get_segments())[:, :, 0].tolist() == [[0, 0], [1, 1], [2, 2]]
     assert np.asarray(bars.get_segments())[:, :, 1] == pytest.approx(np.asarray(wanted))
     assert np.stack([cap.get_ydata() for cap in caps], axis=1) == pytest.approx(np.asarray(wanted))
-
-
-def overlaps(figure: Figure) -> bool:
-    """Whether the figure's legend covers any part of a panel or of the title, or leaves the figure."""
-    figure.draw_without_rendering()
-    legend = figure.legends[0].get_window_extent()
-    within = legend.x1 <= figure.bbox.x1 and legend.y0 >= 0
-    return not within or any(legend.overlaps(each.get_window_extent()) for each in (*figure.axes, *figure.texts))
 
 
 def test_text_is_legible_at_half_size(tmp_path: Path) -> None:
