@@ -25,7 +25,7 @@ Side = Literal["positive", "negative"]
 
 
 class LossCurve(NamedTuple):
-    """Weights (n,) float64 at `SIMILARITY`, at the pairs of `Context()` where these matter, means where pairs are drawn."""
+    """Weights (n,) float64 at `SIMILARITY`, at the pairs of `Context()` where these matter, means of draws."""
 
     positive: Tensor
     negative: Tensor
