@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import textwrap
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
@@ -37,6 +38,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """Marks of points, so that these are told apart without colour too."""
 
 PAIRS = ", pairs of a batch"
+LETTERS = 96  # of a caption fit in a line
 
 Side = Literal["positive", "negative"]
 SIDES: tuple[Side, Side] = ("positive", "negative")
@@ -84,7 +86,7 @@ def curve_figure(
         caption: a line below, such as the context of the curves.
 
     Returns:
-        A figure of 11 x 5.6 inches, or 11 x 6.4 with a strip, not known to pyplot.
+        A figure of 11 x 5.6 inches, or 11 x 6.8 with a strip, not known to pyplot.
 
     Raises:
         InputError: with nothing to draw, or with more than 35 losses.
@@ -95,9 +97,9 @@ def curve_figure(
         raise InputError(f"curves must be 1 to {len(PALETTE) * len(STYLES)} losses, got {len(names)}")
     looks = dict(zip(names, zip(cycle(PALETTE), cycle(STYLES), cycle(MARKERS), strict=False), strict=False))
     with matplotlib.rc_context({**FONTS, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 6.4 if observed else 5.6), layout="constrained")
+        figure = Figure(figsize=(11, 6.8 if observed else 5.6), layout="constrained")
         strips, panels = [f"{side} density" for side in SIDES], list(SIDES)
-        rows = {"height_ratios": [1, 4]} if observed else {}
+        rows = {"height_ratios": [1, 3]} if observed else {}
         axes = figure.subplot_mosaic([strips, panels] if observed else [panels], **rows)  # type: ignore[arg-type]
         for side in SIDES:
             if observed:
@@ -115,7 +117,8 @@ def curve_figure(
             axes[f"{side} density" if observed else side].set_title(TITLES[side])
         _legend(figure)
         if caption:
-            figure.supxlabel(as_text(caption), fontsize=13, color="0.3")
+            lines = [textwrap.fill(line, LETTERS, break_on_hyphens=False) for line in as_text(caption).split("\n")]
+            figure.supxlabel("\n".join(lines), fontsize=13, color="0.3")
     return figure
 
 
@@ -221,14 +224,14 @@ def _density(strip: Axes, side: Side, seen: ObservedSide, edges: Tensor) -> None
     strip.tick_params(labelbottom=False)
     strip.yaxis.set_major_locator(MaxNLocator(2))
     if side == SIDES[0]:
-        strip.set_ylabel("pairs per\nunit of S")
+        strip.set_ylabel("pairs per\nunit of S", fontsize=13)
 
 
 def _frame(panel: Axes, side: Side, relative: bool, low: float, high: float) -> None:
     sign = "\N{MINUS SIGN}" if side == "positive" else ""
-    unit = "relative to the largest" if relative else "per anchor"
+    unit = "\nrelative to the largest" if relative else " per anchor"
     panel.set_xlabel("cosine similarity S of the pair")
-    panel.set_ylabel(f"weight {sign}dL/dS, {unit}")
+    panel.set_ylabel(f"weight {sign}dL/dS,{unit}")
     panel.set_xlim(-1, 1)
     panel.set_xticks([-1, -0.5, 0, 0.5, 1])
     room = 0.06 * ((high - low) or 1.0)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from lightning_dml import MemoryBank, curves_command
+from lightning_dml import MemoryBank
 from lightning_dml.cli import main
 from lightning_dml.losses import Context, MultiSimilarityLoss, weight_curve
 
@@ -222,7 +222,7 @@ def test_a_loss_that_is_measured_sees_a_part_of_a_large_bank(
 ) -> None:
     """Measured against a whole memory, a loss would take all of the machine's."""
     main(["bank", "--config", config, "--output", "all.pt"])
-    monkeypatch.setattr(curves_command, "MEASURED_REFERENCES", 10)
+    monkeypatch.setattr("lightning_dml.losses.inspection.measured.MEASURED_REFERENCES", 10)
     losses = f"[{OURS}ContrastiveLoss, pytorch_metric_learning.losses.MultiSimilarityLoss]"
     capsys.readouterr()
     main(["curves", "--training", config, "--bank_file", "all.pt", "--losses", losses])

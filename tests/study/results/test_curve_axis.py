@@ -40,8 +40,8 @@ from lightning_dml.study.results.loss_curves import SIMILARITY, curves_of
 from lightning_dml.study.results.statistics import mean_of
 from lightning_dml.study.results.summary import Row, rows_of
 from lightning_dml.study.running.ledger import Entry
+from tests.figures import overlaps, texts_in_the_way, texts_of
 from tests.helpers import ROOT
-from tests.study.results.cases import overlaps, texts_in_the_way, texts_of
 
 FOLDER = ROOT / "configs/study"
 LOSSES, CURVES, LOSS = "lightning_dml.losses", "lightning_dml.losses.curves", "model.init_args.loss"

@@ -29,7 +29,7 @@ from lightning_dml.study.results.tables import markdown, points_csv, trials_csv
 from lightning_dml.study.running import storage
 from lightning_dml.study.running.ledger import Entry, Ledger
 from lightning_dml.study.running.trial_config import RESULT, folder_of
-from tests.study.results.cases import overlaps
+from tests.figures import overlaps
 
 
 def book(folder: Path, **changes: Any) -> tuple[StudyFile, list[Point], list[Run], dict[str, Entry]]:
