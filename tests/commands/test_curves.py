@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -125,23 +126,40 @@ def test_a_loss_without_a_curve_is_drawn_by_its_pairs(
     assert table(loss="ContrastiveLoss", kind="curve")
 
 
-def test_a_curve_on_another_scale_is_not_laid_over_the_pairs(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_points_and_curve_are_on_one_scale(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With a mean over pairs the points lay far below the curve, as if the batch had next to no weights."""
+    smooth = {"class_path": f"{OURS}curves.Sigmoid", "init_args": {"rate": 3.0, "threshold": 0.2}}
     losses = {
-        "pairs": {"class_path": f"{OURS}ContrastiveLoss", "init_args": {"reduction": "pairs"}},
+        **{
+            reduction: {
+                "class_path": f"{OURS}DirectWeightingLoss",
+                "init_args": {"positive": smooth, "negative": smooth, "reduction": reduction},
+            }
+            for reduction in ("anchors", "active_anchors", "pairs")
+        },
         "peer": {"class_path": "pytorch_metric_learning.losses.ContrastiveLoss"},
         0.5: {"class_path": f"{OURS}ContrastiveLoss"},  # a number, as YAML reads the name
     }
-    Path("three.yaml").write_text(yaml.safe_dump({"losses": losses}))
+    Path("five.yaml").write_text(yaml.safe_dump({"losses": losses, "points": 4001}))
     with pytest.warns(UserWarning, match="curves runs without"):
-        main(["curves", "--training", config, "--config", "three.yaml"])
+        main(["curves", "--training", config, "--config", "five.yaml"])
     printed = capsys.readouterr().out
-    assert "pairs is drawn by its pairs alone: with reduction=pairs" in printed
-    assert "peer is drawn by its pairs alone: another library's loss" in printed
-    assert not table(loss="pairs", kind="curve") and not table(loss="peer", kind="curve")
-    on_curve = dict(table(loss="0.5", kind="curve", side="positive"))
-    assert {weight for _, weight in table(loss="0.5", kind="pair", side="positive")} <= set(on_curve.values())
-    main(["curves", "--config", "three.yaml"])
+    assert "peer is drawn by its pairs alone: another library's loss" in printed and "Curve of" not in printed
+    assert not table(loss="peer", kind="curve") and table(loss="peer", kind="pair")
+    for side in ("positive", "negative"):
+        for name in ("anchors", "active_anchors", "pairs"):
+            curve = np.array(table(loss=name, kind="curve", side=side))
+            points = np.array(table(loss=name, kind="pair", side=side))
+            # Half a step of 5e-4 beside a knot, a curve of curvature below 3 is 1e-7 from the line; points are float32.
+            np.testing.assert_allclose(points[:, 1], np.interp(points[:, 0], *curve.T), rtol=0, atol=1e-5)
+        on_curve = dict(table(loss="0.5", kind="curve", side=side))
+        assert {weight for _, weight in table(loss="0.5", kind="pair", side=side)} <= set(on_curve.values())
+    forces = {
+        name: float(re.findall(rf"^{name}: .* positives of total force ([\d.e-]+),", printed, re.M)[0])
+        for name in ("anchors", "pairs")
+    }
+    assert forces["pairs"] < forces["anchors"]  # the force is that of the loss, its own reduction included
+    main(["curves", "--config", "five.yaml"])
     assert table(loss="pairs", kind="curve") and table(loss="peer", kind="curve")
 
 
@@ -164,8 +182,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a class twice": (("--losses", f"[{OURS}ContrastiveLoss, {OURS}ContrastiveLoss]"), "one class twice.*names"),
     "a value of a loss": (("--losses.a", f"{OURS}ContrastiveLoss", "--losses.a.margin", "wide"), "margin"),
     "without a curve": (("--losses", ORIGINAL), "LiftedStructureLoss.*observed_weights"),
-    "points": ((*CONTRASTIVE, "--points", "1"), "points must be at least 2, got 1"),
-    "pairs": ((*CONTRASTIVE, "--pairs", "0"), "pairs must be at least 1, got 0"),
+    "points": ((*CONTRASTIVE, "--points", "1"), "points must be an integer of at least 2, got 1"),
+    "pairs": ((*CONTRASTIVE, "--pairs", "0"), "pairs must be an integer of at least 1, got 0"),
     "context": ((*CONTRASTIVE, "--context.positives", "[2]"), r"positives must be .* \[-1, 1\]"),
     "output": ((*CONTRASTIVE, "--output", "no/such/folder/curves"), "output must be .*'no/such/folder/curves'"),
     "a folder in the way": ((*CONTRASTIVE, "--output", "images/way"), "output must be .*images/way.svg is a folder"),
