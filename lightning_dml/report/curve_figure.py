@@ -128,7 +128,7 @@ def save_curves(
     path_stem: str | Path,
     observed: Mapping[str, ObservedWeights] | None = None,
 ) -> list[Path]:
-    """Writes a figure as PNG and SVG, and its numbers as CSV, each aside and then renamed.
+    """Writes a figure as PNG and SVG, and its numbers as CSV, each written whole or not at all.
 
     The table has a row for each point: loss, kind (`curve` or `pair`), side (`positive` or `negative`), similarity and
     weight per anchor, which for pairs is the observed weight times the number of anchors. Rows of kind `density` have

@@ -52,7 +52,11 @@ def training_figure(history: History, *, prefix: str = "pairs/") -> Figure:
         >>> [panel.get_ylabel() for panel in figure.axes]
         ['cosine similarity S', 'total force, sum of weights']
     """
-    parts = [part for part in PARTS if any(name.startswith(f"{prefix}{part}/") for each in history for name in each)]
+    parts = [
+        part
+        for part in PARTS
+        if any(name.startswith(f"{prefix}{part}/") for measurement in history for name in measurement)
+    ]
     if not parts:
         raise InputError(
             f"history has no figures named {prefix}batch/... or {prefix}memory/..., so there is nothing to draw; a "
@@ -81,7 +85,7 @@ def training_figure(history: History, *, prefix: str = "pairs/") -> Figure:
 
 
 def save_training(figure: Figure, history: History, path_stem: str | Path) -> list[Path]:
-    """Writes a figure as PNG and SVG, and the history as CSV, each aside and then renamed.
+    """Writes a figure as PNG and SVG, and the history as CSV, each written whole or not at all.
 
     The table has a row for each measurement and a column for each name, empty where a measurement has none.
 
@@ -98,7 +102,8 @@ def save_training(figure: Figure, history: History, path_stem: str | Path) -> li
 
 def _points(history: History, *names: str) -> tuple[list[float], ...]:
     """Steps and values of the measurements that have all of the names."""
-    found = [[each["step"], *(each[name] for name in names)] for each in history if all(name in each for name in names)]
+    complete = [measurement for measurement in history if all(name in measurement for name in names)]
+    found = [[measurement["step"], *(measurement[name] for name in names)] for measurement in complete]
     return tuple(map(list, zip(*found, strict=True))) if found else tuple([] for _ in range(1 + len(names)))
 
 
@@ -167,7 +172,7 @@ def _legend(figure: Figure, columns: int) -> None:
 
 
 def _write_table(path: Path, history: History) -> None:
-    names = list(dict.fromkeys(name for each in history for name in each))
+    names = list(dict.fromkeys(name for measurement in history for name in measurement))
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, names)
         table.writeheader()

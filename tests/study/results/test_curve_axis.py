@@ -19,7 +19,6 @@ from PIL import Image
 from pytorch_metric_learning import losses as pml_losses
 from torch import nn
 
-from lightning_dml.commands.study import report
 from lightning_dml.errors import InputError
 from lightning_dml.losses import (
     Context,
@@ -37,6 +36,7 @@ from lightning_dml.study.plan.loss_axis import chooses_the_loss
 from lightning_dml.study.plan.study_file import StudyFile
 from lightning_dml.study.results.curve_axis import BASELINE, BLACK, GREY, curve_axis_figure
 from lightning_dml.study.results.loss_curves import SIMILARITY, curves_of
+from lightning_dml.study.results.report import report
 from lightning_dml.study.results.statistics import mean_of
 from lightning_dml.study.results.summary import Row, rows_of
 from lightning_dml.study.running.ledger import Entry

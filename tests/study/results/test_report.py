@@ -17,12 +17,13 @@ import scipy.stats
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lightning_dml.commands.study import main, report
+from lightning_dml.commands.study import main
 from lightning_dml.errors import InputError
 from lightning_dml.files import write_whole
 from lightning_dml.study.plan.grid import Point, Run, points_of, runs_of
 from lightning_dml.study.plan.study_file import Axis, StudyFile
 from lightning_dml.study.results.figure import COLOURS, figure_of
+from lightning_dml.study.results.report import report
 from lightning_dml.study.results.statistics import Comparison, Mean, compare, holm, mean_of
 from lightning_dml.study.results.summary import Row, rows_of, seconds_of_one
 from lightning_dml.study.results.tables import markdown, points_csv, trials_csv
