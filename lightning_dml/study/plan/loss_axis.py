@@ -1,4 +1,4 @@
-"""Which axes of a study choose the loss, as the configs of the points tell; no torch."""
+"""The axes of a study that choose the loss, as the configs of the points tell; no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_dml.study.plan.study_file import Axis
 
 
 def loss_config(point: Point) -> Any:
-    """What the point's config has at `model.init_args.loss`; None if there is nothing."""
-    found: Any = point.config
+    """The part of the point's config at `model.init_args.loss`; None if there is nothing."""
+    config: Any = point.config
     for key in ("model", "init_args", "loss"):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
 def chooses_the_loss(axis: Axis, points: Sequence[Point]) -> bool:
@@ -28,7 +28,7 @@ def chooses_the_loss(axis: Axis, points: Sequence[Point]) -> bool:
     """
     losses: dict[str, dict[str, str]] = {}
     for point in points:
-        others = json.dumps({name: each for name, each in point.choice.items() if name != axis.name})
+        others = json.dumps({name: variant for name, variant in point.choice.items() if name != axis.name})
         loss = json.dumps(loss_config(point), sort_keys=True)
         losses.setdefault(point.choice[axis.name], {})[others] = loss
     pairs = list(itertools.combinations(losses, 2))

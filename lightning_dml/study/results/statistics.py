@@ -69,7 +69,7 @@ def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Compa
     differences = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
     difference = mean_of(differences)
     shared = values.keys() & baseline.keys()
-    size = max([abs(each[seed]) for each in (values, baseline) for seed in shared], default=0.0)
+    size = max([abs(by_seed[seed]) for by_seed in (values, baseline) for seed in shared], default=0.0)
     if difference.n < 2 or max(differences) - min(differences) <= ROUNDING * size:
         # Equal but for rounding: their spread tells nothing of the seeds.
         return Comparison(Mean(difference.n, difference.mean, math.nan, math.nan), math.nan)

@@ -71,7 +71,7 @@ class _Sign:
 
 def is_there(storage: BaseStorage, name: str) -> bool:
     """Whether the storage has the study, which is not made for the asking."""
-    return any(each.study_name == name for each in storage.get_all_studies())
+    return any(study.study_name == name for study in storage.get_all_studies())
 
 
 class Ledger:
@@ -229,16 +229,18 @@ class Ledger:
         for run in runs:
             for name, value in _parameters(run).items():
                 values[name][value] = None
-        wanted = {name: self._optuna.distributions.CategoricalDistribution([*each]) for name, each in values.items()}
+        wanted = {
+            name: self._optuna.distributions.CategoricalDistribution([*choices]) for name, choices in values.items()
+        }
         trials = self.storage.get_all_trials(self._study, deepcopy=False)
-        before = {name: each for trial in trials for name, each in trial.distributions.items()}
-        return {name: each for name, each in wanted.items() if before.get(name, each) == each}
+        before = {name: choices for trial in trials for name, choices in trial.distributions.items()}
+        return {name: choices for name, choices in wanted.items() if before.get(name, choices) == choices}
 
     def _counting(self) -> dict[tuple[str, int], tuple[Entry, list[FrozenTrial]]]:
         """By key and attempt, the trial that counts and those that do not."""
         counting: dict[tuple[str, int], tuple[Entry, list[FrozenTrial]]] = {}
         trials = self.storage.get_all_trials(self._study, deepcopy=False)
-        for trial in sorted(trials, key=lambda each: each.number):
+        for trial in sorted(trials, key=lambda trial: trial.number):
             attributes = trial.user_attrs
             if "key" not in attributes:
                 continue  # somebody else's, put in by hand
