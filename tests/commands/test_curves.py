@@ -68,7 +68,7 @@ def test_a_file_gives_names_settings_and_the_context(config: str, capsys: pytest
     )
     assert table("look.csv", loss="mixed", side="positive") == table("look.csv", loss="ms", side="positive")
     pushed = [each for each, weight in table("look.csv", loss="narrow", side="negative") if weight]
-    assert pushed == [each for each in similarity.tolist() if each > 0.4]
+    assert pushed == [value for value in similarity.tolist() if value > 0.4]
 
 
 def test_a_batch_is_held_against_the_bank_of_a_checkpoint(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +85,7 @@ def test_a_batch_is_held_against_the_bank_of_a_checkpoint(config: str, capsys: p
     state = torch.load(path, weights_only=True)["callbacks"]["MemoryBankCallback"]["bank"]
     bank = MemoryBank.from_state_dict(state)
     assert f"a batch of 6 against a memory bank of {len(bank)}." in printed
-    assert {each.name for each in set(Path().rglob("*")) - before} == {"curves.png", "curves.svg", "curves.csv"}
+    assert {path.name for path in set(Path().rglob("*")) - before} == {"curves.png", "curves.svg", "curves.csv"}
     for side in ("positive", "negative"):
         assert 0 < len(table(loss="MultiSimilarityLoss", kind="pair", side=side)) <= 50
         assert len(table(loss="MultiSimilarityLoss", kind="curve", side=side)) == 401
@@ -117,7 +117,7 @@ def test_a_bank_from_a_file_and_no_bank(config: str, capsys: pytest.CaptureFixtu
 def test_a_loss_without_a_curve_is_drawn_by_its_pairs(
     config: str, scale: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What has no curve still has weights in a batch, which is what one wants to see of it, to any scale."""
+    """A loss without a curve still has weights in a batch, and one wants to see these, to any scale."""
     losses = f"[{ORIGINAL}, {OURS}ContrastiveLoss]"
     with pytest.warns(UserWarning, match="curves runs without"):
         main(["curves", "--training", config, "--losses", losses, "--relative", scale])
@@ -254,7 +254,7 @@ def test_one_of_several_banks_is_not_taken_in_silence(config: str, capsys: pytes
     """A figure of the wrong bank looks like one of the right one."""
     bank = MemoryBank(size=4, dim=16)
     bank.enqueue(F.normalize(torch.randn(4, 16), dim=1), torch.arange(4))
-    names = [f"MemoryBankCallback{{'attribute': '{each}'}}" for each in "ab"]
+    names = [f"MemoryBankCallback{{'attribute': '{letter}'}}" for letter in "ab"]
     torch.save({"callbacks": {name: {"bank": bank.state_dict()} for name in names}}, "two.ckpt")
     with pytest.raises(SystemExit):
         main(["curves", "--training", config, "--ckpt_path", "two.ckpt"])

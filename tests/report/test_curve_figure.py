@@ -46,7 +46,7 @@ def drawn() -> dict[str, DrawnCurve]:
 
 
 def seen() -> dict[str, ObservedWeights]:
-    """What two of the losses do to a batch against a bank."""
+    """The weights that two of the losses give a batch against a bank."""
     rows = F.normalize(torch.randn(72, 6), dim=1)
     labels = torch.arange(72) % 4
     return {

@@ -21,7 +21,7 @@ def loss_config(point: Point) -> Any:
 
 
 def chooses_the_loss(axis: Axis, points: Sequence[Point]) -> bool:
-    """Whether any two variants of the axis have different losses at the same variants of the other axes.
+    """True when any two variants of the axis have different losses at the same variants of the other axes.
 
     Raises:
         InputError: if some variants have the same loss and some do not.

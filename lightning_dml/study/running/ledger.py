@@ -70,7 +70,7 @@ class _Sign:
 
 
 def is_there(storage: BaseStorage, name: str) -> bool:
-    """Whether the storage has the study, which is not made for the asking."""
+    """True if the storage has the study; asking does not make it."""
     return any(study.study_name == name for study in storage.get_all_studies())
 
 
@@ -224,7 +224,7 @@ class Ledger:
             raise Lost
 
     def _distributions(self, runs: Sequence[Run]) -> dict[str, Any]:
-        """What the trials' parameters are out of, without those that the study has had otherwise, as Optuna refuses."""
+        """The choices of the trials' parameters, without those that the study has had otherwise, as Optuna refuses."""
         values: dict[str, dict[Any, None]] = defaultdict(dict)
         for run in runs:
             for name, value in _parameters(run).items():
@@ -237,7 +237,7 @@ class Ledger:
         return {name: choices for name, choices in wanted.items() if before.get(name, choices) == choices}
 
     def _counting(self) -> dict[tuple[str, int], tuple[Entry, list[FrozenTrial]]]:
-        """By key and attempt, the trial that counts and those that do not."""
+        """The trials by key and attempt: the one that counts and those that do not."""
         counting: dict[tuple[str, int], tuple[Entry, list[FrozenTrial]]] = {}
         trials = self.storage.get_all_trials(self._study, deepcopy=False)
         for trial in sorted(trials, key=lambda trial: trial.number):
@@ -272,7 +272,7 @@ class Ledger:
                     self._end(entry, self._optuna.trial.TrialState.FAIL)
 
     def _verdict(self, entry: Entry) -> bool | None:
-        """Whether the worker of a running trial lives; None while that cannot be told."""
+        """True if the worker of a running trial lives; None while that cannot be told."""
         owner, beat = entry.attributes.get("owner"), entry.attributes.get("beat")
         verdict = is_alive(owner)
         if verdict is not None:
@@ -300,7 +300,7 @@ class Ledger:
 
 
 def _parameters(run: Run) -> dict[str, Any]:
-    """What Optuna's own tools are to know of a training."""
+    """The parameters that Optuna's own tools show of a training."""
     return {"seed": run.seed, **run.point.choice}
 
 

@@ -60,7 +60,7 @@ def run_workers(command: Sequence[str], workers: int, first: Sequence[str] = ())
 
 
 def _environment(place: int, workers: int) -> dict[str, str]:
-    """Of one local worker: a GPU of its own as long as there are some, and its share of the processor's cores."""
+    """The environment of one local worker: a GPU of its own while there are some, and its share of the cores."""
     import torch  # takes seconds, which only the process that starts the others needs to spend
 
     from lightning_dml.cores import cores

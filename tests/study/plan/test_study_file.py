@@ -139,8 +139,8 @@ def test_few_configs_show_every_variant(tmp_path: Path) -> None:
     points = points_of(study(tmp_path))
     few = covering(points)
     assert len(few) == 2
-    assert {each for point in few for each in point.choice.items()} == {
-        each for point in points for each in point.choice.items()
+    assert {variant for point in few for variant in point.choice.items()} == {
+        variant for point in points for variant in point.choice.items()
     }
 
     def parse(config: dict[str, Any]) -> None:

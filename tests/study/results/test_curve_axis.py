@@ -56,7 +56,7 @@ class Proxies(nn.Module):
 
 
 def value_of(run: Run, metric: str) -> float:
-    """What a training brings: another value for each point, seed and metric."""
+    """The result of a training: another value for each point, seed and metric."""
     return 0.5 + int(run.point.key, 16) % 89 / 300 + 0.01 * math.sin(7 * run.seed) - 0.1 * len(metric) / 20
 
 
@@ -116,7 +116,7 @@ def dots(panel: Axes) -> dict[str, tuple[float, float]]:
 
 
 def baselines(panel: Axes) -> list[float]:
-    """Where the lines of baselines stand, over the whole height of a row's panel."""
+    """The places of the baselines' lines, which stand over the whole height of a row's panel."""
     lines = [line for line in panel.lines if to_hex(line.get_color()) == to_hex(BASELINE)]
     assert all(np.asarray(line.get_ydata()).tolist() == [0, 1] for line in lines)
     return [float(np.asarray(line.get_xdata())[0]) for line in lines]
@@ -403,7 +403,7 @@ def test_a_report_has_the_figure_or_says_why_not(
     names = {"table.md", "table.csv", "trials.csv", "loss.png", "loss.svg", "size.png", "size.svg"}
     names |= {"loss-curves.png", "loss-curves.svg"} if said is None else set()
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    refused = [each for each in printed if "is not drawn" in each]
+    refused = [text for text in printed if "is not drawn" in text]
     assert len(refused) == (said is not None)
     if said is None:
         assert "loss-curves.png, loss-curves.svg" in printed[-1]
@@ -430,7 +430,7 @@ def test_a_loss_of_another_library_has_its_curve(tmp_path: Path) -> None:
     )
     first, second = (curves_of(points_of(study))[point.key] for point in points_of(study))
     made = pml_losses.ContrastiveLoss(**settings)
-    assert [each.tolist() for each in (second.positive, second.negative)] == [
-        each.tolist() for each in weight_curve(made, SIMILARITY)
+    assert [weights.tolist() for weights in (second.positive, second.negative)] == [
+        weights.tolist() for weights in weight_curve(made, SIMILARITY)
     ]
     assert second.positive.any() and first.positive.tolist() != second.positive.tolist()
