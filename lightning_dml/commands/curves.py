@@ -51,15 +51,15 @@ def parser() -> argparse.ArgumentParser:
     """The options by the docstring of `curves`, for the help; what they hold is read by jsonargparse."""
     about, _, listed = str(curves.__doc__).partition("\n\n    Args:\n")
     first, _, rest = about.partition("\n\n")
-    made = argparse.ArgumentParser("lightning-dml curves", USAGE, first, " ".join(rest.split()))
-    made.add_argument("-c", "--config", help="a YAML file with the arguments below")
+    reader = argparse.ArgumentParser("lightning-dml curves", USAGE, first, " ".join(rest.split()))
+    reader.add_argument("-c", "--config", help="a YAML file with the arguments below")
     defaults = inspect.signature(curves).parameters
     for name, text in re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", listed, re.MULTILINE):
         if name != "read_training":
             default = defaults[name].default
             note = "" if default is None else f" (default: {default})"
-            made.add_argument(f"--{name}", help=" ".join(text.split()) + note)
-    return made
+            reader.add_argument(f"--{name}", help=" ".join(text.split()) + note)
+    return reader
 
 
 def curves(
@@ -135,8 +135,8 @@ def curves(
         shown = f"Points and density: a batch of {len(batch.labels)} against {against}."
     caption = "\n".join([*_lines(contexts), *([shown] if shown else [])])
     figure = curve_figure(drawn, observed, relative=relative, caption=caption or None)
-    for name, seen in observed.items():
-        sides = (("positive", seen.positives), ("negative", seen.negatives))
+    for name, weights in observed.items():
+        sides = (("positive", weights.positives), ("negative", weights.negatives))
         print(f"{name}: " + ", ".join(f"{own.pairs:,} {side}s of total force {own.force:.6g}" for side, own in sides))
     print(f"{caption}\n" if caption else "", end="")
     print(", ".join(str(path) for path in save_curves(figure, drawn, stem, observed)))
@@ -272,10 +272,10 @@ def _refuse(error: Exception) -> NoReturn:
         if nested := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", value):  # of --losses.KEY VALUE
             value = f"{nested[2]} for losses.{nested[1]}"
         # Of all the types that were tried, only a class's own complaint tells what is wrong.
-        told = re.search(r"Problem with given class_path '(?!torch\.nn\.Module)([\w.]+)': (.*?)(?= - |$)", text)
-        if told:
-            why = re.split(r" Errors:| Given value", told[2])[0]
-            raise InputError(f"losses: {told[1]}: {why}") from error
+        complaint = re.search(r"Problem with given class_path '(?!torch\.nn\.Module)([\w.]+)': (.*?)(?= - |$)", text)
+        if complaint:
+            why = re.split(r" Errors:| Given value", complaint[2])[0]
+            raise InputError(f"losses: {complaint[1]}: {why}") from error
         raise InputError(
             f"losses must be classes with their init_args, or a mapping of names to these, got {value}: classes of "
             "lightning_dml.losses go by their names, others by their full paths"

@@ -107,10 +107,10 @@ def curve_figure(
                 _density(axes[f"{side} density"], side, _of(first, side), first.edges)
             tops: list[float] = [0.0]
             for name, (colour, style, mark) in looks.items():
-                curve, seen = curves.get(name), observed.get(name)
-                scale = _scale(curve, seen, side) if relative else 1.0
-                if seen is not None:
-                    tops += _points(axes[side], seen, side, name, colour, mark, scale)
+                curve, weights = curves.get(name), observed.get(name)
+                scale = _scale(curve, weights, side) if relative else 1.0
+                if weights is not None:
+                    tops += _points(axes[side], weights, side, name, colour, mark, scale)
                 if curve is not None:
                     tops += _line(axes[side], curve, side, name, colour, style, scale)
             _frame(axes[side], side, relative, min(tops), max(tops))
@@ -146,14 +146,14 @@ def save_curves(
     return save_figure(figure, path_stem, lambda path: _write_table(path, curves, observed or {}))
 
 
-def _scale(curve: DrawnCurve | None, seen: ObservedWeights | None, side: Side) -> float:
+def _scale(curve: DrawnCurve | None, observed: ObservedWeights | None, side: Side) -> float:
     """The factor by which the largest weight that is shown of a loss on a side, curve and marks alike, becomes 1."""
     shown = []
     if curve is not None:
         shown.append(_inner(curve.similarity, curve.positive if side == "positive" else curve.negative))
-    if seen is not None:
-        pairs = _of(seen, side)
-        shown.append(_inner(pairs.similarity, pairs.weight * seen.anchors))
+    if observed is not None:
+        pairs = _of(observed, side)
+        shown.append(_inner(pairs.similarity, pairs.weight * observed.anchors))
     largest = max((float(weights.abs().max()) for weights in shown if len(weights)), default=0.0)
     return 1 / largest if largest else 1.0
 
@@ -194,10 +194,10 @@ def _line(
 def _points(
     panel: Axes, observed: ObservedWeights, side: Side, name: str, colour: str, mark: str, scale: float
 ) -> list[float]:
-    seen = _of(observed, side)
-    weights = seen.weight * observed.anchors * scale
+    pairs = _of(observed, side)
+    weights = pairs.weight * observed.anchors * scale
     panel.scatter(
-        seen.similarity.numpy(),
+        pairs.similarity.numpy(),
         weights.numpy(),
         s=16,
         color=colour,
@@ -208,17 +208,17 @@ def _points(
         rasterized=True,  # thousands of points are slow to draw in an SVG
         zorder=3,
     )
-    inner = _inner(seen.similarity, weights)
+    inner = _inner(pairs.similarity, weights)
     return [float(inner.min()), float(inner.max())] if len(inner) else []
 
 
-def _heights(seen: ObservedSide, edges: Tensor) -> Tensor:
+def _heights(pairs: ObservedSide, edges: Tensor) -> Tensor:
     """Share of the side's pairs per unit of similarity, in each bin."""
-    return seen.counts.double() / max(1, seen.pairs) / (edges[1] - edges[0])
+    return pairs.counts.double() / max(1, pairs.pairs) / (edges[1] - edges[0])
 
 
-def _density(strip: Axes, side: Side, seen: ObservedSide, edges: Tensor) -> None:
-    heights = _heights(seen, edges)
+def _density(strip: Axes, side: Side, pairs: ObservedSide, edges: Tensor) -> None:
+    heights = _heights(pairs, edges)
     strip.stairs(heights.numpy(), edges.numpy(), fill=True, color="0.75")
     strip.set(xlim=(-1, 1), xticks=[-1, -0.5, 0, 0.5, 1], ylim=(0, max(1e-9, float(heights.max())) * 1.1))
     strip.tick_params(labelbottom=False)
@@ -286,9 +286,9 @@ def _write_table(path: Path, curves: Mapping[str, DrawnCurve], observed: Mapping
             heights = _heights(_of(first, side), first.edges)
             for similarity, height in zip(middles.tolist(), heights.tolist(), strict=True):
                 table.writerow(("", "density", side, similarity, "", height))
-        for name, seen in observed.items():
+        for name, weights_of_loss in observed.items():
             for side in SIDES:
-                pairs = _of(seen, side)
-                weights = (pairs.weight * seen.anchors).tolist()
+                pairs = _of(weights_of_loss, side)
+                weights = (pairs.weight * weights_of_loss.anchors).tolist()
                 for similarity, weight in zip(pairs.similarity.tolist(), weights, strict=True):
                     table.writerow((name, "pair", side, similarity, weight, ""))

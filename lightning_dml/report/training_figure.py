@@ -103,8 +103,8 @@ def save_training(figure: Figure, history: History, path_stem: str | Path) -> li
 def _points(history: History, *names: str) -> tuple[list[float], ...]:
     """Steps and values of the measurements that have all of the names."""
     complete = [measurement for measurement in history if all(name in measurement for name in names)]
-    found = [[measurement["step"], *(measurement[name] for name in names)] for measurement in complete]
-    return tuple(map(list, zip(*found, strict=True))) if found else tuple([] for _ in range(1 + len(names)))
+    rows = [[measurement["step"], *(measurement[name] for name in names)] for measurement in complete]
+    return tuple(map(list, zip(*rows, strict=True))) if rows else tuple([] for _ in range(1 + len(names)))
 
 
 def _similarities(panel: Axes, history: History, name: str, side: str) -> None:
@@ -154,15 +154,15 @@ def _finite(line: Line2D) -> list[float]:
 
 
 def _legend(figure: Figure, columns: int) -> None:
-    found: dict[str, Any] = {}
+    by_label: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
-        found.update(zip(labels, handles, strict=True))
+        by_label.update(zip(labels, handles, strict=True))
     # Lines above their bands.
-    labels = sorted(found, key=lambda label: ("5 %" in label, label.startswith("negative")))
+    labels = sorted(by_label, key=lambda label: ("5 %" in label, label.startswith("negative")))
     labels = [label for side in LOOKS for label in labels if label.startswith(side)]
     figure.legend(
-        [found[label] for label in labels],
+        [by_label[label] for label in labels],
         labels,
         loc="outside upper center",
         ncols=columns,

@@ -79,8 +79,8 @@ def state_of(run: Run, entries: Mapping[str, Entry]) -> str:
 def count_states(runs: Sequence[Run], entries: Mapping[str, Entry]) -> str:
     """The counts of the states, such as "12 trainings: 9 finished, 1 running, 2 waiting"."""
     counts = Counter(state_of(run, entries) for run in runs)
-    found = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    return f"{len(runs)} training{'s' if len(runs) != 1 else ''}: {found}"
+    text = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    return f"{len(runs)} training{'s' if len(runs) != 1 else ''}: {text}"
 
 
 def seconds_of_one(runs: Sequence[Run], entries: Mapping[str, Entry]) -> float:

@@ -124,8 +124,8 @@ class Ledger:
         """The entry that counts of each training that has been entered."""
         latest: dict[str, Entry] = {}
         for entry, _ in self._counting().values():
-            held = latest.get(entry.key)
-            if held is None or (held.state != "finished" and entry.attempt > held.attempt):
+            newest = latest.get(entry.key)
+            if newest is None or (newest.state != "finished" and entry.attempt > newest.attempt):
                 latest[entry.key] = entry
         return latest
 
@@ -133,7 +133,7 @@ class Ledger:
         """Enters each training that is not there, and the next attempt at each that was lost (or has failed)."""
         again = {"lost", "failed"} if retry_failed else {"lost"}
         entries = self.entries()
-        due = [run for run in runs if (held := entries.get(run.key)) is None or held.state in again]
+        due = [run for run in runs if (entry := entries.get(run.key)) is None or entry.state in again]
         distributions = self._distributions(runs) if due else {}
         for run in due:
             attributes = {
@@ -279,12 +279,12 @@ class Ledger:
             return verdict
         # By this host's own clock, as clocks of hosts differ: what counts is how long the sign of life is the same.
         now, sign = time.monotonic(), (owner, beat)
-        seen = self._seen.setdefault(entry.number, _Sign(sign, now))
-        if seen.sign != sign:
-            seen = self._seen[entry.number] = _Sign(sign, now, renewed=True)
-        if now - seen.since > self.lease:
+        last = self._seen.setdefault(entry.number, _Sign(sign, now))
+        if last.sign != sign:
+            last = self._seen[entry.number] = _Sign(sign, now, renewed=True)
+        if now - last.since > self.lease:
             return False
-        return True if seen.renewed else None
+        return True if last.renewed else None
 
     def _note(self, entry: Entry, key: str, value: Any) -> None:
         try:
@@ -308,8 +308,8 @@ def _difference(old: Any, new: Any, where: str = "") -> str:
     """Dotted path of one place at which two configs differ, with both values; empty when there is none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            found = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-            if found:
-                return found
+            difference = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            if difference:
+                return difference
         return ""
     return "" if old == new else f"{where} (was {old!r}, is {new!r})"

@@ -69,12 +69,12 @@ def write_config(run: Run, folder: Path, course: Course = NO_COURSE) -> Path:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole, if there is one."""
-    found = sorted(
+    newest_first = sorted(
         (path for path in folder.rglob("*.ckpt") if path.is_file()),  # not so a link to what is gone
         key=lambda path: path.stat().st_mtime,
         reverse=True,
     )
-    return next((path for path in found if zipfile.is_zipfile(path)), None)
+    return next((path for path in newest_first if zipfile.is_zipfile(path)), None)
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -98,8 +98,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def metric_value(result: Mapping[str, Any], name: str, mode: str, value: str) -> float:
     """The last value of a metric or its best; not a number where it is missing or was not finite."""
     key = mode if value == "best" else "last"
-    found = result.get("metrics", {}).get(name, {}).get(key)
-    return math.nan if found is None else float(found)
+    number = result.get("metrics", {}).get(name, {}).get(key)
+    return math.nan if number is None else float(number)
 
 
 def set_aside(folder: Path, suffix: str) -> Path:
@@ -144,10 +144,10 @@ def _has_save_dir(name: str) -> bool:
         return True
     module, _, short = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), short)
+        logger_class = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), short)
     except (ImportError, AttributeError, ValueError):
         return False
-    for base in (base for base in getattr(found, "__mro__", ()) if "__init__" in vars(base)):
+    for base in (base for base in getattr(logger_class, "__mro__", ()) if "__init__" in vars(base)):
         options = inspect.signature(base.__init__).parameters
         if "save_dir" in options:
             return True

@@ -257,7 +257,7 @@ def _complaint(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    said = max((place for place, line in enumerate(lines) if COMPLAINT.match(line)), default=-1)
-    if any(line.startswith("Traceback (most recent") for line in lines[said + 1 :]):
-        said = -1
-    return " ".join(lines[said:])[:500] or "it printed nothing"
+    start = max((place for place, line in enumerate(lines) if COMPLAINT.match(line)), default=-1)
+    if any(line.startswith("Traceback (most recent") for line in lines[start + 1 :]):
+        start = -1
+    return " ".join(lines[start:])[:500] or "it printed nothing"
