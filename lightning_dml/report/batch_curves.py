@@ -128,7 +128,7 @@ def curve_on_the_batch(loss: nn.Module, similarity: Tensor, context: AnchorConte
 
 def _parts(loss: nn.Module, similarity: Tensor, context: Context) -> Iterable[Tensor]:
     row = (1 + len(context.positives) + len(context.negatives)) * (DRAWS if draws_pairs(loss) else 1)
-    return similarity.split(max(1, ENTRIES // row))
+    return torch.split(similarity, max(1, ENTRIES // row))
 
 
 def _less_median(values: list[float]) -> list[float]:

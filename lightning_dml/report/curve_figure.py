@@ -98,9 +98,9 @@ def curve_figure(
     looks = dict(zip(names, zip(cycle(PALETTE), cycle(STYLES), cycle(MARKERS), strict=False), strict=False))
     with matplotlib.rc_context({**FONTS, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 6.8 if observed else 5.6), layout="constrained")
-        strips, panels = [f"{side} density" for side in SIDES], list(SIDES)
-        rows = {"height_ratios": [1, 3]} if observed else {}
-        axes = figure.subplot_mosaic([strips, panels] if observed else [panels], **rows)  # type: ignore[arg-type]
+        strips: list[list[str]] = [[f"{side} density" for side in SIDES]] if observed else []
+        rows: Any = {"height_ratios": [1, 3]} if observed else {}
+        axes = figure.subplot_mosaic([*strips, list(SIDES)], **rows)
         for side in SIDES:
             if observed:
                 first = next(iter(observed.values()))
@@ -289,6 +289,6 @@ def _write_table(path: Path, curves: Mapping[str, DrawnCurve], observed: Mapping
         for name, weights_of_loss in observed.items():
             for side in SIDES:
                 pairs = _of(weights_of_loss, side)
-                weights = (pairs.weight * weights_of_loss.anchors).tolist()
-                for similarity, weight in zip(pairs.similarity.tolist(), weights, strict=True):
+                per_anchor = (pairs.weight * weights_of_loss.anchors).tolist()
+                for similarity, weight in zip(pairs.similarity.tolist(), per_anchor, strict=True):
                     table.writerow((name, "pair", side, similarity, weight, ""))

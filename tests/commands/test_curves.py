@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_a_loss_without_a_curve_is_drawn_by_its_pairs(
 def test_points_and_curve_are_on_one_scale(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With a mean over pairs the points lay far below the curve, as if the batch had next to no weights."""
     smooth = {"class_path": f"{OURS}curves.Sigmoid", "init_args": {"rate": 3.0, "threshold": 0.2}}
-    losses = {
+    losses: dict[str | float, Any] = {
         **{
             reduction: {
                 "class_path": f"{OURS}DirectWeightingLoss",

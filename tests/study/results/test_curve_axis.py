@@ -112,7 +112,8 @@ def line(panel: Axes, label: str) -> tuple[NDArray[np.float64], str]:
 def dots(panel: Axes) -> dict[str, tuple[float, float]]:
     """Value and height of each series that has a dot in a row's panel of a metric."""
     containers: Any = panel.containers
-    return {bar.get_label(): tuple(map(float, bar[0].get_xydata()[0])) for bar in containers}
+    dots_of = {bar.get_label(): bar[0].get_xydata()[0].tolist() for bar in containers}
+    return {label: (value, height) for label, (value, height) in dots_of.items()}
 
 
 def baselines(panel: Axes) -> list[float]:
@@ -159,8 +160,8 @@ def test_the_curves_are_those_of_the_losses_and_the_dots_the_means() -> None:
         assert heights.tolist() == pull.tolist() and colour == PALETTE[0]
         heights, colour = line(panel, "negative")
         assert heights.tolist() == push.tolist() and colour == to_hex(GREY).upper()
-        frame, name = panel.get_window_extent(), panel.yaxis.label.get_window_extent()
-        assert (name.y0 + name.y1) / 2 == pytest.approx((frame.y0 + frame.y1) / 2, abs=2)
+        frame, label = panel.get_window_extent(), panel.yaxis.label.get_window_extent()
+        assert (label.y0 + label.y1) / 2 == pytest.approx((frame.y0 + frame.y1) / 2, abs=2)
     by_name = {row.point.choice["positive"]: row for row in rows}
     runs = runs_of(study, points_of(study))
     for panels, metric in zip(large, study.metrics, strict=True):
@@ -196,7 +197,7 @@ def test_no_text_is_cut_or_lies_on_another(tmp_path: Path, names: Iterable[str])
     figure = curve_axis_figure(study, study.axes[0], rows_in(study))
     assert not overlaps(figure)
     assert texts_in_the_way(figure) == []
-    assert min(text.get_fontsize() for text in texts_of(figure)) >= 13
+    assert min(float(text.get_fontsize()) for text in texts_of(figure)) >= 13
     assert all(panel.get_window_extent().width > 1.8 * figure.dpi for panel in figure.axes)
     assert all(panel.get_window_extent().height > 0.4 * figure.dpi for panel in figure.axes)
 
@@ -253,14 +254,14 @@ def test_losses_on_two_axes_have_curves_in_the_colours_of_their_dots(tmp_path: P
             assert heights.tolist() == wanted[1].tolist() and colour == PALETTE[number]
             assert line(of_positives, "positive")[0].tolist() == wanted[0].tolist()
     means = {row.point.label: row.means["val/recall@1"].mean for row in rows}
-    for panel, pull in zip(panels, ("constant", "rising"), strict=True):
+    for panel, variant in zip(panels, ("constant", "rising"), strict=True):
         drawn: Any = {bar.get_label(): bar[0] for bar in panel.containers}
         assert list(drawn) == ["push=0.1", "push=0.5"]  # the third has no result
         for number, (name, (value, _)) in enumerate(dots(panel).items()):
-            assert value == means[f"pull={pull}, {name}"]
+            assert value == means[f"pull={variant}, {name}"]
             assert to_hex(drawn[name].get_color()).upper() == PALETTE[number]
-        heights = {height for _, height in dots(panel).values()}
-        assert len(heights) == 2 and min(panel.get_ylim()) < min(heights) < max(heights) < max(panel.get_ylim())
+        places = {height for _, height in dots(panel).values()}
+        assert len(places) == 2 and min(panel.get_ylim()) < min(places) < max(places) < max(panel.get_ylim())
 
 
 def test_a_baseline_beside_the_losses_stands_at_the_height_of_each(tmp_path: Path) -> None:
