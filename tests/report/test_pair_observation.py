@@ -12,7 +12,8 @@ from lightning_dml.losses import (
     MultiSimilarityLoss,
     ObservedWeights,
 )
-from lightning_dml.losses.inspection.observed import ObservedSide, Rows, thinned
+from lightning_dml.losses.calling import Rows
+from lightning_dml.losses.inspection.observed import ObservedSide, thinned
 from lightning_dml.report.pair_observation import drawn_from, figures_of, observe
 
 

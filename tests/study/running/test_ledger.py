@@ -92,7 +92,7 @@ def test_asking_for_a_study_does_not_make_it(ledgers: Callable[[float], Ledger])
     """On a server that many studies share, a dry run left an empty one behind, and its report was an empty table."""
     storage = ledgers(1).storage
     assert is_there(storage, "ledger") and not is_there(storage, "other")
-    assert [each.study_name for each in storage.get_all_studies()] == ["ledger"]
+    assert [study.study_name for study in storage.get_all_studies()] == ["ledger"]
 
 
 def test_optunas_own_tools_see_the_variants(ledgers: Callable[[float], Ledger], tmp_path: Path) -> None:
