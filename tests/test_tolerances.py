@@ -19,7 +19,7 @@ def test_the_examples_are_true() -> None:
 
 @pytest.mark.parametrize("terms", [2, 9, 100, 3000])
 def test_orders_of_a_sum_lie_within_the_bound(terms: int) -> None:
-    """One after another, in lanes as vector units add, and in blocks: none may leave the bound, and a missing term must."""
+    """One after another, or in lanes as vector units add: none may leave the bound, and a missing term must."""
     values = torch.randn(50, terms)
     magnitude = values.abs().sum(dim=1).max()
     lanes = torch.nn.functional.pad(values, (0, -terms % 16)).unflatten(1, (-1, 16))

@@ -244,7 +244,12 @@ def _distinct_rows(rows: Tensor) -> tuple[NDArray[np.float32], Tensor, NDArray[n
     """The distinct rows (M, D), scaled and centred; which of them each row is (N,); how often each occurs (M,)."""
     # + 0.0 makes -0.0 the same bytes as 0.0.
     values = (rows + 0.0).numpy()
-    as_bytes = values.view(np.dtype((np.void, values.itemsize * values.shape[1]))).ravel()
+    # Sorted by value, first column first: a last digit that another processor, or another batch size, rounds the other
+    # way then leaves nearly all rows in their places, and so the first centroids. Numbers whose bytes sort like the
+    # floats have the sign bit turned, of negative ones all bits, and the highest byte first.
+    keys = values.view(np.uint32)
+    keys = (keys ^ np.where(keys >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))).astype(">u4")
+    as_bytes = keys.view(np.dtype((np.void, values.itemsize * values.shape[1]))).ravel()
     _, example, point_of_row, counts = np.unique(as_bytes, return_index=True, return_inverse=True, return_counts=True)
     points = values[example]
     # Neither moves a border between clusters. Squares then stay within float32 and keep their digits far from 0.
