@@ -26,6 +26,7 @@ from lightning_dml.retrieval import (
     scoring,
 )
 from lightning_dml.retrieval.averaging import AverageName, bootstrap_interval
+from lightning_dml.retrieval.search import unit_rows
 from tests.retrieval.test_expansion import slow_expansion
 from tests.retrieval.test_k_reciprocal import clear, slow_distances
 from tests.retrieval.test_retrieval_options import LIST_METRICS, allowed, averages, evaluated, query_values
