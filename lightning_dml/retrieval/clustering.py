@@ -40,9 +40,10 @@ def kmeans_labels(
     centroids; global random states have no part in it. As in all k-means from random rows, the end may be a local
     optimum.
 
-    What faiss gets are the distinct rows, sorted, weighted by how often each occurs, scaled and centred: so the
-    answer does not depend on the order of the rows, and equal rows always share a cluster. A collapsed model has
-    one cluster, where rounding would otherwise deal its rows out. With as many clusters as distinct rows, or more,
+    What faiss gets are the distinct rows, sorted by value, weighted by how often each occurs, scaled and centred: so
+    the answer does not depend on the order of the rows, and equal rows always share a cluster. Last digits that another
+    processor rounds otherwise leave the first centroids where they are, but may lead to another optimum where a row is
+    as near to two centroids. A collapsed model has one cluster, where rounding would otherwise deal its rows out. With as many clusters as distinct rows, or more,
     each distinct row is a cluster and the rest are empty.
 
     Under DDP let rank 0 call this and let `after_iteration` join a small collective that the other ranks run
