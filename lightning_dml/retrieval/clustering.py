@@ -43,8 +43,8 @@ def kmeans_labels(
     What faiss gets are the distinct rows, sorted by value, weighted by how often each occurs, scaled and centred: so
     the answer does not depend on the order of the rows, and equal rows always share a cluster. Last digits that another
     processor rounds otherwise leave the first centroids where they are, but may lead to another optimum where a row is
-    as near to two centroids. A collapsed model has one cluster, where rounding would otherwise deal its rows out. With as many clusters as distinct rows, or more,
-    each distinct row is a cluster and the rest are empty.
+    as near to two centroids. A collapsed model has one cluster, where rounding would otherwise deal its rows out. With
+    as many clusters as distinct rows, or more, each distinct row is a cluster and the rest are empty.
 
     Under DDP let rank 0 call this and let `after_iteration` join a small collective that the other ranks run
     `iterations` times; none of them then has to wait longer than an iteration.
