@@ -40,10 +40,11 @@ def kmeans_labels(
     centroids; global random states have no part in it. As in all k-means from random rows, the end may be a local
     optimum.
 
-    What faiss gets are the distinct rows, sorted, weighted by how often each occurs, scaled and centred: so the
-    answer does not depend on the order of the rows, and equal rows always share a cluster. A collapsed model has
-    one cluster, where rounding would otherwise deal its rows out. With as many clusters as distinct rows, or more,
-    each distinct row is a cluster and the rest are empty.
+    What faiss gets are the distinct rows, sorted by value, weighted by how often each occurs, scaled and centred: so
+    the answer does not depend on the order of the rows, and equal rows always share a cluster. Last digits that another
+    processor rounds otherwise leave the first centroids where they are, but may lead to another optimum where a row is
+    as near to two centroids. A collapsed model has one cluster, where rounding would otherwise deal its rows out. With
+    as many clusters as distinct rows, or more, each distinct row is a cluster and the rest are empty.
 
     Under DDP let rank 0 call this and let `after_iteration` join a small collective that the other ranks run
     `iterations` times; none of them then has to wait longer than an iteration.
@@ -243,7 +244,12 @@ def _distinct_rows(rows: Tensor) -> tuple[NDArray[np.float32], Tensor, NDArray[n
     """Distinct rows (M, D), scaled and centred; the number of each row's one (N,); the count of each (M,)."""
     # + 0.0 makes -0.0 the same bytes as 0.0.
     values = (rows + 0.0).numpy()
-    as_bytes = values.view(np.dtype((np.void, values.itemsize * values.shape[1]))).ravel()
+    # Sorted by value, first column first: a last digit that another processor, or another batch size, rounds the other
+    # way then leaves nearly all rows in their places, and so the first centroids. Numbers whose bytes sort like the
+    # floats have the sign bit turned, of negative ones all bits, and the highest byte first.
+    keys = values.view(np.uint32)
+    keys = (keys ^ np.where(keys >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))).astype(">u4")
+    as_bytes = keys.view(np.dtype((np.void, values.itemsize * values.shape[1]))).ravel()
     _, example, point_of_row, counts = np.unique(as_bytes, return_index=True, return_inverse=True, return_counts=True)
     points = values[example]
     # Neither moves a border between clusters. Squares then stay within float32 and keep their digits far from 0.

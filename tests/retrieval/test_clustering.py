@@ -216,11 +216,32 @@ def test_kmeans_does_not_depend_on_the_order_of_the_rows() -> None:
     assert torch.equal(kmeans_labels(rows[order], 20), kmeans_labels(rows, 20)[order])
 
 
+def test_a_last_digit_hardly_moves_the_first_centroids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another processor or batch size rounds embeddings otherwise; other centroids would be another score."""
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    rounded = rows * (1 + torch.finfo(rows.dtype).eps * torch.randint(-1, 2, rows.shape))
+    assert (rows != rounded).float().mean() > 0.5
+    starts: list[Any] = []
+    train = faiss.Kmeans.train
+
+    def recording(self: Any, x: Any, weights: Any, init_centroids: Any) -> Any:
+        starts.append(init_centroids.copy())
+        return train(self, x, weights=weights, init_centroids=init_centroids)
+
+    monkeypatch.setattr(faiss.Kmeans, "train", recording)
+    for each in (rows, rounded):
+        kmeans_labels(each, 20, iterations=1)
+    # Only rows whose first columns agree to the last digits can change places, and those are few.
+    assert (np.abs(starts[0] - starts[1]).max(axis=1) < 1e-5).sum() >= 18
+
+
 def test_single_iterations_equal_one_run_of_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls between the iterations must not cost quality, nor where clusters run empty."""
     generator = torch.Generator().manual_seed(0)
-    # Distinct rows, many of them nearer to each other than float32 tells: some of the first centroids get no rows.
-    rows = torch.randn(600, 4, generator=generator).round() + 1e-6 * torch.randn(600, 4, generator=generator)
+    # Distinct rows, of which many are one point to float32: what tells them apart vanishes in every sum of squares,
+    # on any processor. So several of the first centroids are at one place, and all but one of them get no rows.
+    points, names = torch.randn(600, 4, generator=generator).round(), torch.arange(600.0)[:, None]
+    rows = torch.cat([points, 1e-20 * names], dim=1)
     runs: list[dict[str, Any]] = []
     train = faiss.Kmeans.train
 
@@ -231,7 +252,7 @@ def test_single_iterations_equal_one_run_of_faiss(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(faiss.Kmeans, "train", recording)
         kmeans_labels(rows, 100, iterations=12)
-    one_run = faiss.Kmeans(4, 100, niter=11, min_points_per_centroid=1, max_points_per_centroid=600)
+    one_run = faiss.Kmeans(5, 100, niter=11, min_points_per_centroid=1, max_points_per_centroid=600)
     one_run.train(**runs[0])
     assert sum(stats["nsplit"] for stats in one_run.iteration_stats or []) > 0
     np.testing.assert_array_equal(runs[11]["init_centroids"], one_run.centroids)
@@ -240,15 +261,17 @@ def test_single_iterations_equal_one_run_of_faiss(monkeypatch: pytest.MonkeyPatc
 def test_kmeans_is_as_good_as_faiss() -> None:
     """The field's NMI is that of faiss's k-means: a weaker one would report lower numbers for the same model."""
     ratios, early = [], []
-    for seed in range(5):
+    for seed in range(12):
         rows = torch.randn(800, 16, generator=torch.Generator().manual_seed(seed)) + 3
         peer = faiss.Kmeans(16, 30, niter=20, seed=seed, min_points_per_centroid=1, max_points_per_centroid=800)
         peer.train(rows.numpy())
         reached = within_clusters(rows, torch.from_numpy(peer.assign(rows.numpy())[1]))
         ratios.append(within_clusters(rows, kmeans_labels(rows, 30, seed=seed)) / reached)
         early.append(within_clusters(rows, kmeans_labels(rows, 30, seed=seed, iterations=1)) / reached)
+    # Over 40 seeds a ratio scatters by 0.0084, so the mean of twelve by 0.0024, of which 0.01 is four. After a single
+    # iteration it is 1.054 and scatters by 0.0102, the mean by 0.003.
     assert np.mean(ratios) == pytest.approx(1, abs=0.01)
-    assert min(early) > 1.04
+    assert np.mean(early) > 1.04
 
 
 @pytest.mark.parametrize("clusters", [1, 2, 5, 39, 40])

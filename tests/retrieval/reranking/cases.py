@@ -6,7 +6,10 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+from tests.tolerances import gap, rounding
 
 Matrix = npt.NDArray[np.float64]
 
@@ -56,3 +59,12 @@ def slow_distances(rows: Tensor, k1: int, k2: int, weight: float) -> Matrix:
     jaccard = 1 - np.minimum(*pairs).sum(axis=2) / np.maximum(*pairs).sum(axis=2)
     final: Matrix = (1 - weight) * jaccard + weight * original
     return final
+
+
+def clear(rows: Tensor) -> bool:
+    """Whether rounding cannot exchange two neighbours of a row, which would change the sets of neighbours.
+
+    A squared distance of unit rows is 2 - 2 s, and so has twice the rounding of their similarity s.
+    """
+    distances = torch.cdist(rows.double(), rows.double()).square()
+    return gap(distances) > 2 * rounding(rows.shape[1] + 3)
