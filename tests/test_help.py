@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -124,7 +124,7 @@ def parsers() -> dict[str, DMLParser]:
             pass
 
     cli = ParsersAlone(LightningModule, LightningDataModule, **SETTINGS, parser_class=DMLParser)
-    return dict(cli._subcommand_parsers)
+    return {name: cast(DMLParser, parser) for name, parser in cli._subcommand_parsers.items()}
 
 
 @pytest.fixture(scope="module")

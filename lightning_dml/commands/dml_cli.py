@@ -57,7 +57,9 @@ class DMLParser(LightningArgumentParser):
         options.setdefault("formatter_class", self.help_formatter)
         super().__init__(*args, description=str(description), **options)
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Any:
         """Parses arguments; the word `all` behind a request for help has done its work and goes."""
         words = sys.argv[1:] if args is None else list(args)
         return super().parse_args(words[:-1] if asks_for_all(words) else words, *others, **options)

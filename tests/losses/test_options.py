@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_dml import losses
-from lightning_dml.cli import DMLCLI
+from lightning_dml.commands.dml_cli import DMLCLI
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss, PairWeightingLoss, RankedListLoss, RankedListMiner
 from lightning_dml.losses.weighting import ContrastiveWeighting
