@@ -98,7 +98,7 @@ def curve_figure(
     looks = dict(zip(names, zip(cycle(PALETTE), cycle(STYLES), cycle(MARKERS), strict=False), strict=False))
     with matplotlib.rc_context({**FONTS, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 6.8 if observed else 5.6), layout="constrained")
-        strips: list[list[str]] = [[f"{side} density" for side in SIDES]] if observed else []
+        strips: list[Any] = [[f"{side} density" for side in SIDES]] if observed else []
         rows: Any = {"height_ratios": [1, 3]} if observed else {}
         axes = figure.subplot_mosaic([*strips, list(SIDES)], **rows)
         for side in SIDES:
