@@ -16,12 +16,12 @@ from lightning_dml.errors import InputError, near_names
 
 
 def is_integer(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
-    """Whether `value` is an integer, no bool, within [`least`, `most`]."""
+    """Returns True for an integer within [`least`, `most`]; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number, no bool."""
+    """Returns True for a finite number; a bool is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

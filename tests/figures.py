@@ -9,7 +9,7 @@ from matplotlib.text import Text
 
 
 def overlaps(figure: Figure) -> bool:
-    """Whether the figure's legend covers any part of a panel or of the title, or leaves the figure."""
+    """True where the figure's legend covers any part of a panel or of the title, or leaves the figure."""
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     within = legend.x0 >= 0 and legend.x1 <= figure.bbox.x1 and legend.y0 >= 0 and legend.y1 <= figure.bbox.y1

@@ -140,7 +140,7 @@ with locked(Path(sys.argv[1])):
 
 
 def test_a_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
-    """Of several ranks one builds a cache; the others would build it a second time."""
+    """One of several ranks builds a cache; the others would build it a second time."""
     lock, done = tmp_path / "new/.lock", tmp_path / "done"
     command = [sys.executable, "-c", HOLD, str(lock), str(done)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

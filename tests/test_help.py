@@ -172,7 +172,7 @@ def test_the_help_of_a_class_leaves_out_the_modules_of_torch(folder: Path, capsy
 
 
 def test_all_of_a_training_is_lightnings_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the short help leaves out stands behind one word."""
+    """All that the short help leaves out stands behind one word."""
     printed = printed_help(capsys, "fit", "--help", "all")
     assert "--trainer.accumulate_grad_batches" in printed and "--ckpt_path" in printed
 

@@ -39,7 +39,7 @@ def test_orders_of_a_sum_lie_within_the_bound(terms: int) -> None:
 
 
 def test_whole_rows_have_products_that_nothing_rounds() -> None:
-    """What tests of searches rest on: the same bits from any order of sums, and in float64."""
+    """Tests of searches rest on this: the same bits from any order of sums, and in float64."""
     rows, others = whole_rows(40, 16, 500), whole_rows(30, 16, 500, seed=1)
     exact = rows.double() @ others.double().T
     assert torch.equal((rows @ others.T).double(), exact)

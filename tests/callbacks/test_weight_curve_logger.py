@@ -252,7 +252,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     for step in (4, 10):
         its_module, its_logger = resumable(tmp_path / str(step), tmp_path / f"whole/step={step}.ckpt")
         assert its_logger.history == logger.history
-        assert all(torch.equal(its_module.state_dict()[name], each) for name, each in module.state_dict().items())
+        assert all(torch.equal(its_module.state_dict()[name], value) for name, value in module.state_dict().items())
         with (tmp_path / f"{step}/weight_curves/over_time.csv").open() as file:
             assert [float(row["step"]) for row in csv.DictReader(file)] == [3, 6, 9, 12]
 

@@ -231,7 +231,7 @@ def test_another_seed_is_another_batch(config: str) -> None:
     similarities = []
     for seed in ("0", "1", "0"):
         main(["curves", "--training", config, "--losses", f"{OURS}ContrastiveLoss", "--seed", seed])
-        similarities.append(sorted(each for each, _ in table(kind="pair")))
+        similarities.append(sorted(similarity for similarity, _ in table(kind="pair")))
     assert similarities[0] == pytest.approx(similarities[2]) and similarities[0] != pytest.approx(similarities[1])
 
 

@@ -129,7 +129,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def names(folder: Path) -> set[str]:
-    """What stands in a folder, hidden or not."""
+    """Names of the entries of a folder, hidden ones too."""
     return {path.name for path in folder.iterdir()}
 
 

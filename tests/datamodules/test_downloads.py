@@ -135,7 +135,7 @@ def test_the_attempts_are_spaced(web: Remote, tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_other_bytes_are_refused(change: Callable[[bytes], bytes], match: str, web: Remote, tmp_path: Path) -> None:
-    """What was changed on its way must not be used, nor fetched again: the server would send the same."""
+    """Bytes that changed on their way must not be used, nor fetched again: the server would send the same."""
     archive = archive_of(web.data, web.url)
     web.data = change(web.data)
     assert "put it at" in fails(archive, tmp_path, match)
@@ -180,7 +180,7 @@ def test_pooch_is_asked_for_by_its_extra(web: Remote, tmp_path: Path, monkeypatc
 
 
 def test_an_archive_that_is_there_is_verified_and_used(web: Remote, tmp_path: Path) -> None:
-    """Where a host lets no script in, people fetch the archive by hand; what is not the archive is theirs to remove."""
+    """A host may let no script in; people then fetch the archive by hand; what is not the archive is theirs to remove."""
     archive, path = archive_of(web.data, web.url), tmp_path / "set.tgz"
     for data, match in [
         (web.data[:1000], f"it has 1,000 bytes, expected {len(web.data):,}; delete it"),

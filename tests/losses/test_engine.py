@@ -23,7 +23,7 @@ CHAIN = 10 * 6 + 50 + 21
 
 
 def bound(name: str, right: Tensor) -> float:
-    """How far apart two orders of the same sums may lie.
+    """The distance at which two orders of the same sums may lie.
 
     The sum over an anchor's triplets, up to 400 of similarities up to 1, is a difference of sums at most four times
     as large as itself.

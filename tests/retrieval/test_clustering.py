@@ -229,8 +229,8 @@ def test_a_last_digit_hardly_moves_the_first_centroids(monkeypatch: pytest.Monke
         return train(self, x, weights=weights, init_centroids=init_centroids)
 
     monkeypatch.setattr(faiss.Kmeans, "train", recording)
-    for each in (rows, rounded):
-        kmeans_labels(each, 20, iterations=1)
+    for embeddings in (rows, rounded):
+        kmeans_labels(embeddings, 20, iterations=1)
     # Only rows whose first columns agree to the last digits can change places, and those are few.
     assert (np.abs(starts[0] - starts[1]).max(axis=1) < 1e-5).sum() >= 18
 

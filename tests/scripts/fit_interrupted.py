@@ -190,7 +190,7 @@ def fit(run: Run) -> None:
         "weights": module.state_dict(),
         "bank": {} if memory.bank is None else memory.bank.state_dict(),
         "encoder": {} if encoder is None else encoder.state_dict(),
-        "optimizer": {str(key): each["momentum_buffer"] for key, each in optimizer["state"].items()},
+        "optimizer": {str(key): state["momentum_buffer"] for key, state in optimizer["state"].items()},
         "ended": {"step": trainer.global_step, "epoch": trainer.current_epoch},
     }
     torch.save(state, folder / f"{run.name}-{rank}.pt")

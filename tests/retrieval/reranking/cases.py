@@ -62,7 +62,7 @@ def slow_distances(rows: Tensor, k1: int, k2: int, weight: float) -> Matrix:
 
 
 def clear(rows: Tensor) -> bool:
-    """Whether rounding cannot exchange two neighbours of a row, which would change the sets of neighbours.
+    """True where rounding cannot exchange two neighbours of a row, which would change the sets of neighbours.
 
     A squared distance of unit rows is 2 - 2 s, and so has twice the rounding of their similarity s.
     """

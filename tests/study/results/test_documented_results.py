@@ -62,7 +62,7 @@ def test_the_page_says_what_was_measured(path: Path) -> None:
         own = by_metric[study.metric]
         cells = [*choice, f"{len(own)} of {len(study.seeds)}"]
         cells += [interval(list(by_metric[metric].values())) for metric in study.metrics if by_metric[metric]]
-        base = tuple(study.baseline.get(axis, each) for axis, each in zip(axes, choice, strict=True))
+        base = tuple(study.baseline.get(axis, variant) for axis, variant in zip(axes, choice, strict=True))
         if base == choice:
             cells.append("baseline")
         else:

@@ -1,4 +1,4 @@
-"""What a study reports: intervals, paired tests, tables and figures, from results that are known."""
+"""Reports of a study: intervals, paired tests, tables and figures, from results that are known."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ def test_holm_is_the_sequential_rule() -> None:
         assert math.isnan(found[-1])
         for level in (0.01, 0.05, 0.1, 0.2):
             rejected = []
-            for rank, (each, place) in enumerate(sorted(zip(p, range(6), strict=True))):
-                if each > level / (6 - rank):
+            for rank, (value, place) in enumerate(sorted(zip(p, range(6), strict=True))):
+                if value > level / (6 - rank):
                     break
                 rejected.append(place)
             assert [place for place in range(6) if found[place] <= level * (1 + 1e-12)] == sorted(rejected)
