@@ -180,7 +180,7 @@ def test_pooch_is_asked_for_by_its_extra(web: Remote, tmp_path: Path, monkeypatc
 
 
 def test_an_archive_that_is_there_is_verified_and_used(web: Remote, tmp_path: Path) -> None:
-    """A host may let no script in; people then fetch the archive by hand; what is not the archive is theirs to remove."""
+    """A host may let no script in, so people fetch the archive by hand; what is not the archive is theirs to remove."""
     archive, path = archive_of(web.data, web.url), tmp_path / "set.tgz"
     for data, match in [
         (web.data[:1000], f"it has 1,000 bytes, expected {len(web.data):,}; delete it"),
