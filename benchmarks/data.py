@@ -1,4 +1,4 @@
-"""Loading images: how many per second, and what a worker holds in memory, against torchvision's ImageFolder.
+"""Images loaded per second and memory of the workers, against torchvision's ImageFolder.
 
     python benchmarks/data.py                                     # some five minutes on two cores
     python benchmarks/data.py --images 6000 --workers 4 --rounds 5
@@ -41,7 +41,7 @@ from torchvision.datasets.folder import default_loader
 
 from lightning_dml.datamodules import PKBatchSampler, ResumableLoader
 from lightning_dml.datamodules.images.cache import ImageCache
-from lightning_dml.datamodules.images.datasets import ImageFileDataset
+from lightning_dml.datamodules.images.file_dataset import ImageFileDataset
 from lightning_dml.datamodules.images.transforms import image_settings, train_transform
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def print_rates(folder: Path, args: argparse.Namespace) -> None:
-    """Images per second of each loader."""
+    """Prints the images per second of each loader."""
     table = make_images(folder / "images", args.images)
     size = sum(table.path(row).stat().st_size for row in range(len(table)))
     print(f"{len(table):,} JPEGs of 600 x 450, {size / len(table) / 1024:.0f} KiB each; batches of {args.classes} x")
@@ -81,9 +81,9 @@ def print_rates(folder: Path, args: argparse.Namespace) -> None:
 
     caches, built = {}, {}
     for encoding in ("raw", "jpeg"):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         caches[encoding] = build_cache(table, folder / "caches", encoding)
-        built[encoding] = time.perf_counter() - begun
+        built[encoding] = time.perf_counter() - start
     pictures = ImageFolder(folder / "images", transform)
     loaders: dict[str, Iterable[Any]] = {
         "ImageFolder, shuffled": DataLoader(pictures, batch, shuffle=True, drop_last=True, **options),
@@ -99,19 +99,19 @@ def print_rates(folder: Path, args: argparse.Namespace) -> None:
     bare = statistics.median(rates["ImageFolder, shuffled"])
     print("| loader | images/s | of ImageFolder's | slowest - fastest round | built in, s | on disk, MiB |")
     print("|---|---|---|---|---|---|")
-    for name, taken in rates.items():
-        rate = statistics.median(taken)
+    for name, rounds in rates.items():
+        rate = statistics.median(rounds)
         cells = ["", f"{size / MIB:.0f}"]
         for encoding, cache in caches.items():
             if encoding in name:
                 cells = [f"{built[encoding]:.1f}", f"{cache.nbytes / MIB:.0f}"]
-        spread = f"{min(taken):.0f} - {max(taken):.0f}"
+        spread = f"{min(rounds):.0f} - {max(rounds):.0f}"
         print(f"| {name} | {rate:.0f} | {rate / bare:.2f} | {spread} | {' | '.join(cells)} |")
     print(flush=True)
 
 
 def print_memory(folder: Path, args: argparse.Namespace) -> None:
-    """Memory of each worker, by the way it is started and what its data set keeps."""
+    """Prints the memory of a worker, by the way it is started and by the data set."""
     make_images(folder, FILES)
     print(f"{args.rows:,} rows, {args.workers} workers, MiB of each worker\n")
     print("| started by | data set | private | more than without rows | share (PSS) | start, s |")
@@ -122,11 +122,11 @@ def print_memory(folder: Path, args: argparse.Namespace) -> None:
             task = partial(worker_memory, folder, kind, start, args.rows, max(1, args.workers), args.every)
             # A process of its own: what another data set has left on the heap would count for this one.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                found = pool.submit(task).result()
-            base = found.private if kind == "none" else base
-            more = "" if kind == "none" else f"{(found.private - base) / MIB:.0f}"
+                memory = pool.submit(task).result()
+            base = memory.private if kind == "none" else base
+            more = "" if kind == "none" else f"{(memory.private - base) / MIB:.0f}"
             name = {"none": f"{FILES} rows", "list": "list of tuples, as ImageFolder", "table": "ours"}[kind]
-            cells = [f"{found.private / MIB:.0f}", more, f"{found.share / MIB:.0f}", f"{found.start:.1f}"]
+            cells = [f"{memory.private / MIB:.0f}", more, f"{memory.share / MIB:.0f}", f"{memory.start:.1f}"]
             print(f"| {start} | {name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -161,14 +161,20 @@ def make_images(folder: Path, count: int) -> ImageTable:
 
 
 def build_cache(table: ImageTable, folder: Path, encoding: Literal["raw", "jpeg"]) -> ImageCache:
-    """A cache of the pictures as the recipe's first step makes them."""
+    """Builds a cache of the pictures as the recipe's first step makes them."""
     return ImageCache.build(
-        table, folder, SETTINGS.resize, SETTINGS.interpolation, encoding, stem=encoding, progress=False
+        table,
+        folder,
+        resize=SETTINGS.resize,
+        interpolation=SETTINGS.interpolation,
+        encoding=encoding,
+        stem=encoding,
+        progress=False,
     )
 
 
 def images_per_second(loader: Iterable[Any], batch: int, skip: int) -> float:
-    """Of an epoch, after the first `skip` batches, which the workers prepare while nobody waits."""
+    """Rate over an epoch, after the first `skip` batches, which the workers prepare while nobody waits."""
     batches = iter(loader)
     for _ in range(skip + 1):
         next(batches)
@@ -181,15 +187,15 @@ def images_per_second(loader: Iterable[Any], batch: int, skip: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a worker, in bytes (means over the workers), and the seconds until the first batch."""
+    """Memory of a worker in bytes (means over the workers), and the seconds until the first batch."""
 
     private: float
     share: float
     start: float
 
 
-class Listed(Dataset[tuple[Any, int]]):
-    """What ImageFolder keeps, a list of (path, label), without the walk over as many files."""
+class ListOfTuples(Dataset[tuple[Any, int]]):
+    """A list of (path, label) as ImageFolder keeps it, without the walk over as many files."""
 
     def __init__(self, samples: list[tuple[str, int]], transform: Callable[[Any], Any]) -> None:
         self.samples = samples
@@ -201,12 +207,12 @@ class Listed(Dataset[tuple[Any, int]]):
         return self.transform(default_loader(path)), label
 
     def visit(self, row: int) -> int:
-        """Reads what a sample needs of the row, less the picture."""
+        """Reads the path and the label of a row, without the picture."""
         path, label = self.samples[row]
         return len(path) + label
 
 
-class Visited(Dataset[int]):
+class RowVisits(Dataset[int]):
     """Visits rows, and makes one sample in so many.
 
     Args:
@@ -215,7 +221,7 @@ class Visited(Dataset[int]):
         every: rows for one sample.
     """
 
-    def __init__(self, data: Listed | ImageFileDataset, rows: int, every: int) -> None:
+    def __init__(self, data: ListOfTuples | ImageFileDataset, rows: int, every: int) -> None:
         self.data = data
         self.rows = rows
         self.every = every
@@ -224,10 +230,10 @@ class Visited(Dataset[int]):
         return self.rows
 
     def __getitem__(self, row: int) -> int:
-        """Something of the row, so that nothing is left out."""
+        """Reads the row, or makes a sample of it; returns a number that depends on both."""
         if row % self.every == 0:
             return len(self.data[row])
-        if isinstance(self.data, Listed):
+        if isinstance(self.data, ListOfTuples):
             return self.data.visit(row)
         return len(str(self.data.table.path(row))) + int(self.data.labels[row])
 
@@ -238,30 +244,30 @@ def worker_memory(folder: Path, kind: str, start: str, rows: int, workers: int, 
     transform = train_transform(SETTINGS)
     rows = FILES if kind == "none" else rows
     names = (f"{row % FILES // PER_CLASS:06d}/{row % FILES:08d}.jpg" for row in range(rows))
-    data: Listed | ImageFileDataset
+    data: ListOfTuples | ImageFileDataset
     if kind == "table":
         labels = np.arange(rows) // PER_CLASS
         data = ImageFileDataset(ImageTable(folder, Texts(names), labels), transform)
     else:
-        data = Listed([(str(folder / name), row // PER_CLASS) for row, name in enumerate(names)], transform)
+        data = ListOfTuples([(str(folder / name), row // PER_CLASS) for row, name in enumerate(names)], transform)
     batches = BatchSampler(RandomSampler(range(rows)), max(1, min(1000, rows // (4 * workers))), drop_last=False)
     loader = DataLoader(
-        Visited(data, rows, min(every, rows // 8)),
+        RowVisits(data, rows, min(every, rows // 8)),
         batch_sampler=batches,
         num_workers=workers,
         multiprocessing_context=start,
         persistent_workers=True,  # they live until they were looked at
         collate_fn=sum,
     )
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     iterator: Any = iter(loader)
     next(iterator)
-    first = time.perf_counter() - begun
+    first = time.perf_counter() - begin
     for _ in iterator:
         pass
-    found = [_rollup(process.pid) for process in iterator._workers]
-    private = statistics.mean(each["Private_Clean"] + each["Private_Dirty"] for each in found)
-    return Memory(private, statistics.mean(each["Pss"] for each in found), first)
+    sums = [_rollup(process.pid) for process in iterator._workers]
+    private = statistics.mean(worker["Private_Clean"] + worker["Private_Dirty"] for worker in sums)
+    return Memory(private, statistics.mean(worker["Pss"] for worker in sums), first)
 
 
 def _rollup(process: int) -> dict[str, int]:

@@ -1,33 +1,22 @@
-"""`DriftMonitor`: how fast embeddings move, and how stale that makes the memory bank."""
+"""`DriftMonitor`: the speed at which embeddings move, and how stale that makes the memory bank."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dml import distributed
 from lightning_dml.callbacks.memory_bank import MemoryBankCallback
+from lightning_dml.checks import check_count
 from lightning_dml.errors import InputError
 from lightning_dml.memory import MemoryBank
-from lightning_dml.memory.contents import BankContents, bank_figures, pair_figures, precise
-from lightning_dml.modules.sample_encoding import (
-    BatchPlan,
-    encode_images,
-    encode_samples,
-    load_batches,
-    training_loader,
-    undisturbed,
-)
+from lightning_dml.memory.contents import bank_figures, pair_figures
+from lightning_dml.modules.drift import Probes, bank_drift
 from lightning_dml.modules.training_batches import outputs_of, warn_of_missed_steps
 from lightning_dml.seeds import mixed_seed
-
-_LAGS = (1, 10)
-_PROBE_BATCH = 64
 
 
 class DriftMonitor(Callback):
@@ -88,6 +77,7 @@ class DriftMonitor(Callback):
     def __init__(
         self,
         every_n_steps: int = 100,
+        *,
         probes: int = 256,
         entries: int = 256,
         attribute: str = "memory_bank",
@@ -97,15 +87,12 @@ class DriftMonitor(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise InputError(f"every_n_steps must be at least 1, got {every_n_steps}; leave the callback out instead")
+        check_count("every_n_steps", every_n_steps, hint="to measure nothing, leave the callback out")
         for name, count in (("probes", probes), ("entries", entries)):
-            if count < 0:
-                raise InputError(f"{name} must not be negative, got {count}; 0 leaves that part out")
+            check_count(name, count, least=0, hint="0 leaves that part out")
         if not stale_above > 0:
             raise InputError(f"stale_above must be positive, got {stale_above}; float('inf') never warns")
-        if seed < 0:
-            raise InputError(f"seed must not be negative, got {seed}")
+        check_count("seed", seed, least=0)
         self.every_n_steps = every_n_steps
         self.probes = probes
         self.entries = entries
@@ -115,10 +102,7 @@ class DriftMonitor(Callback):
         self.hard_above = hard_above
         self.seed = seed
         self.history: list[dict[str, float]] = []
-        self._past: list[Tensor] = []  # embeddings of the probes, the newest last
-        self._positions = torch.empty(0, dtype=torch.int64)
-        self._images: list[tuple[int, Tensor]] = []  # this rank's batches of the probes
-        self._plan: BatchPlan | None = None
+        self._probes = Probes(probes, seed)
         self._warned = False
         self._last_step = 0
         self._fitting = False
@@ -130,7 +114,7 @@ class DriftMonitor(Callback):
         return self._generate_state_key(attribute=self.attribute)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns whether a checkpoint's state will be of use."""
+        """Notes whether this is a fit, the only stage in which a checkpoint's state is of use."""
         self._fitting, self._restored = stage == "fit", None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,16 +126,15 @@ class DriftMonitor(Callback):
         """Takes the probes, and their first embeddings unless a checkpoint brought those."""
         state, self._restored = self._restored, None
         if state is not None:
-            self.history, self._past = [dict(each) for each in state["history"]], list(state["past"])
-            self._positions, self._warned = state["positions"], state["warned"]
+            self.history = [dict(figures) for figures in state["history"]]
+            self._probes.past, self._probes.positions = list(state["past"]), state["positions"]
+            self._warned = state["warned"]
         elif trainer.global_step == 0:  # a second fit of the same trainer goes on
-            self.history, self._past, self._warned = [], [], False
+            self.history, self._probes.past, self._warned = [], [], False
         self._last_step = trainer.global_step
         warn_of_missed_steps(trainer, "DriftMonitor", self.every_n_steps)
         if self.probes:
-            self._take_probes(trainer, pl_module)
-            if not self._past:
-                self._past = [self._encode_probes(trainer, pl_module)]
+            self._probes.start(trainer, pl_module, self._encoder(pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -161,14 +144,22 @@ class DriftMonitor(Callback):
         self._last_step = step
         if step // self.every_n_steps == previous // self.every_n_steps:
             return
-        figures = self._probe_drift(trainer, pl_module) if self.probes else {}
+        figures = self._probes.drift(trainer, pl_module, self._encoder(pl_module)) if self.probes else {}
         bank: MemoryBank | None = getattr(pl_module, self.attribute, None)
-        if bank is not None and int(bank.filled):
+        if bank is not None and int(bank.store.labelled):
             purpose = "DriftMonitor to compare the batch with the memory bank"
             embeddings, labels, indices = outputs_of(outputs, purpose)
             if self.entries:
-                rows = max(distributed.row_counts(len(labels), labels.device))
-                figures |= self._bank_drift(trainer, pl_module, bank, step, rows)
+                figures |= bank_drift(
+                    trainer,
+                    pl_module,
+                    bank,
+                    self._key_encoder(trainer, pl_module),
+                    self._encoder(pl_module),
+                    entries=self.entries,
+                    batch_size=max(distributed.row_counts(len(labels), labels.device)),
+                    seed=mixed_seed(self.seed, step),
+                )
             figures |= {f"memory/{name}": value for name, value in bank_figures(bank, step).items()}
             pairs = pair_figures(bank, embeddings.detach(), labels, indices, self.hard_above)
             figures |= {f"memory/{name}": value for name, value in pairs.items()}
@@ -182,85 +173,15 @@ class DriftMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """History and the probes' past embeddings, the same on every rank; needs no collective."""
         return {
-            "history": [dict(each) for each in self.history],
-            "past": list(self._past),
-            "positions": self._positions,
+            "history": [dict(figures) for figures in self.history],
+            "past": list(self._probes.past),
+            "positions": self._probes.positions,
             "warned": self._warned,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until the training starts."""
         self._restored = state_dict if self._fitting else None
-
-    def _take_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        dataset: Any = training_loader(trainer).dataset
-        generator = torch.Generator().manual_seed(self.seed)
-        positions = torch.randperm(len(dataset), generator=generator)[: self.probes]
-        if not torch.equal(positions, self._positions):  # a checkpoint of other probes or data
-            self._past = []
-        self._positions, self._plan = positions, BatchPlan(len(positions), _PROBE_BATCH)
-        with undisturbed(self._encoder(pl_module), pl_module.device):
-            batches = load_batches(trainer, pl_module, positions, self._plan, self.seed)
-            self._images = [(number, batch["image"].cpu()) for number, batch in batches]
-
-    def _encode_probes(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        assert self._plan is not None
-        with undisturbed(self._encoder(pl_module), pl_module.device) as encoder:
-            encoder.eval()
-            parts = [
-                encode_images(trainer, encoder, images.to(pl_module.device), self.seed, number)
-                for number, images in self._images
-            ]
-        return precise(self._plan.gather(parts)).cpu()
-
-    def _probe_drift(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        now = self._encode_probes(trainer, pl_module)
-        figures = {
-            "drift/probe" if lag == 1 else f"drift/probe_lag{lag}": float(_distances(now, self._past[-lag]).mean())
-            for lag in _LAGS
-            if lag <= len(self._past)
-        }
-        self._past = [*self._past, now][-max(_LAGS) :]
-        return figures
-
-    def _bank_drift(
-        self, trainer: Trainer, pl_module: LightningModule, bank: MemoryBank, step: int, batch_size: int
-    ) -> dict[str, float]:
-        """The drift of drawn entries; `batch_size` is what the training's own forward passes have on a rank."""
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, step))
-        contents = BankContents(bank)
-        drawn = contents.draw(self.entries, generator)
-        rows = torch.cat(drawn)
-        if len(rows) < 2:  # batch norm can do nothing with one
-            return {}
-        samples = contents.indices[rows]
-        encoder, keys = self._encoder(pl_module), self._key_encoder(trainer, pl_module)
-        encoded = []
-        for each in (keys, keys) if keys is encoder else (keys, keys, encoder):
-            # In a new order each time, for batch norm sees the company in a batch.
-            order = torch.randperm(len(rows), generator=generator)
-            seed = int(torch.randint(2**31, (), generator=generator))
-            embeddings, _, found = encode_samples(trainer, pl_module, each, samples[order], batch_size, seed)
-            if not torch.equal(found.cpu(), samples[order]):
-                raise InputError(
-                    "batch['index'] must be the position in the training set for entries of the memory bank to be "
-                    "encoded anew, but the sample at one position has another index; let the data set return the "
-                    "position that it is asked for, or set entries=0"
-                )
-            encoded.append(precise(embeddings).cpu()[order.argsort()])
-        now, again = encoded[:2]
-        stored = contents.embeddings_of(rows)
-        distances = _distances(now, stored)
-        bounds = list(itertools.accumulate(len(each) for each in drawn))
-        quarters = distances.tensor_split(bounds[:-1])
-        figures = {
-            "drift/bank": float(distances.mean()),
-            **{f"drift/bank_age_q{number}": float(q.mean()) for number, q in enumerate(quarters, 1) if len(q)},
-            "drift/floor": float(_distances(now, again).mean()),
-        }
-        if len(encoded) > 2:
-            figures["drift/online"] = float(_distances(encoded[2], stored).mean())
-        return figures
 
     def _warn_if_stale(self, bank: float | None, floor: float | None, step: int) -> None:
         if self._warned or bank is None or floor is None or bank - floor <= self.stale_above:
@@ -275,11 +196,11 @@ class DriftMonitor(Callback):
         )
 
     def _key_encoder(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
-        """What makes the bank's keys: the momentum encoder of the callback that owns the bank, or the embedder."""
+        """The maker of the bank's keys: the momentum encoder of the callback that owns the bank, or the embedder."""
         callbacks: list[Any] = getattr(trainer, "callbacks", [])
-        for each in callbacks:
-            if isinstance(each, MemoryBankCallback) and each.attribute == self.attribute and each.momentum_encoder:
-                return each.momentum_encoder.encoder
+        for owner in callbacks:
+            if isinstance(owner, MemoryBankCallback) and owner.attribute == self.attribute and owner.momentum_encoder:
+                return owner.momentum_encoder.encoder
         return self._encoder(pl_module)
 
     def _encoder(self, pl_module: LightningModule) -> nn.Module:
@@ -290,7 +211,3 @@ class DriftMonitor(Callback):
                 "encoder to the attribute that maps images to embeddings, or probes=0 and entries=0"
             )
         return encoder
-
-
-def _distances(left: Tensor, right: Tensor) -> Tensor:
-    return (left - right).square().sum(dim=1)

@@ -1,4 +1,4 @@
-"""`MemoryBankCallback`: feeds a memory bank from any LightningModule, the same on every rank."""
+"""`MemoryBankCallback`: a memory bank fed by any LightningModule, the same on every rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_dml.memory.encoder_watch import EncoderWatch
 from lightning_dml.memory.feed import BankFeed, BankSchedule
 from lightning_dml.memory.momentum import check_precision
 from lightning_dml.modules.sample_encoding import encode_samples
-from lightning_dml.modules.training_batches import check_slots, identity_of, mask_of, outputs_of, training_samples
+from lightning_dml.modules.training_batches import bank_entries, identity_of, mask_of, outputs_of, training_samples
 
 
 class MemoryBankCallback(Callback):
@@ -90,6 +90,7 @@ class MemoryBankCallback(Callback):
     def __init__(
         self,
         size: int | float = 8192,
+        *,
         start_step: int = 0,
         momentum: float | None = 0.99,
         encoder: str = "embedder",
@@ -133,7 +134,7 @@ class MemoryBankCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self._unused: dict[str, Any] | None = None
         self._watch: EncoderWatch | None = None
-        self._held: tuple[Tensor, Tensor, Tensor] | None = None  # keys that enter after the loss
+        self._keys: tuple[Tensor, Tensor, Tensor] | None = None  # those that enter after the loss, with their identity
 
     @property
     def bank(self) -> MemoryBank | None:
@@ -179,15 +180,10 @@ class MemoryBankCallback(Callback):
             self._watch = EncoderWatch(self._embedder(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learns the step that it starts from, and the size of the training set where the bank is a share of it."""
+        """Learns the step that it starts from, and the entries of a bank that is a share of the training set."""
         self._restore(pl_module)  # some strategies load a checkpoint only now
         self._last_step = trainer.global_step  # in on_fit_start a resumed run's steps are not restored yet
-        entries = int(self.size)
-        if isinstance(self.size, float):
-            entries = max(1, round(self.size * training_samples(trainer, self.size)))
-        elif self.feed.policy == "samples":
-            check_slots(trainer, entries)
-        self.feed.start(entries, pl_module.device)
+        self.feed.start(bank_entries(trainer, self.size, self.feed.policy), pl_module.device)
         if self.schedule.momentum_end is not None:
             self._final_step = trainer.estimated_stepping_batches
             if math.isinf(self._final_step):
@@ -211,7 +207,7 @@ class MemoryBankCallback(Callback):
             if self.enqueue == "before":
                 self._write(keys, labels, indices, mask, step, pl_module)
             else:
-                self._held = keys, labels, indices
+                self._keys = keys, labels, indices
         elif self._watch is not None:
             labels, indices, mask = identity_of(batch)
             self._watch.arm(lambda keys: self._write(keys, labels, indices, mask, step, pl_module))
@@ -225,9 +221,9 @@ class MemoryBankCallback(Callback):
             self.momentum_encoder.momentum = self.schedule.momentum_at(step, self._final_step)
             self.momentum_encoder.update(self._embedder(pl_module))
         self._last_step = step
-        found = outputs if isinstance(outputs, Mapping) else {}
-        if found.get("loss") is None and pl_module.automatic_optimization:  # training_step left the batch out
-            self._held = None
+        returned = outputs if isinstance(outputs, Mapping) else {}
+        if returned.get("loss") is None and pl_module.automatic_optimization:  # training_step left the batch out
+            self._keys = None
             if self._watch is not None:
                 self._watch.disarm()
             return
@@ -239,15 +235,15 @@ class MemoryBankCallback(Callback):
             )
         if self.enqueue == "before" or previous < self.schedule.start_step:
             return
-        held, self._held = self._held, None
+        rows, self._keys = self._keys, None
         if self.momentum is None:
-            held = outputs_of(outputs, "the memory bank to read", self.output)
-        assert held is not None
-        mask = found.get("enqueue", mask_of(batch))
-        self._write(*held, mask, previous, pl_module)
+            rows = outputs_of(outputs, "the memory bank to read", self.output)
+        assert rows is not None
+        mask = returned.get("enqueue", mask_of(batch))
+        self._write(*rows, mask, previous, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so if embeddings were not finite."""
+        """Warns if embeddings were not finite."""
         if self.bank is not None and (refused := int(self.bank.refused)):
             rank_zero_warn(
                 f"{refused} embeddings were NaN or infinite and did not enter the memory bank: the training is "
@@ -320,10 +316,10 @@ class MemoryBankCallback(Callback):
         samples = training_samples(trainer, "initial_fill")
         # What seed_everything has set, the same on every rank and after a resume.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        chosen = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[: self.feed.entries]
-        keys, labels, indices = encode_samples(trainer, pl_module, encoder, chosen, rows, seed % 2**31)
-        wanted = labels != UNLABELLED
-        self.feed.write(keys[wanted], labels[wanted], indices[wanted], trainer.global_step, gathered=True)
+        positions = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[: self.feed.entries]
+        keys, labels, indices = encode_samples(trainer, pl_module, encoder, positions, rows, seed % 2**31)
+        labelled = labels != UNLABELLED
+        self.feed.write(keys[labelled], labels[labelled], indices[labelled], trainer.global_step, gathered=True)
         self._hand_over(pl_module, trainer.global_step)
 
     def _write(

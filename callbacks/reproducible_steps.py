@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_count
+from lightning_dml.lightning_repairs import move_callback
 from lightning_dml.seeds import mixed_seed
 
 
@@ -23,10 +24,10 @@ class ReproducibleSteps(Callback):
     made reproducible by it; the data modules here draw from generators of their own.
 
     Args:
-        seed: another one, other draws; not negative.
+        seed: of the draws, at least 0; another seed gives other draws.
 
     Raises:
-        InputError: for a negative seed.
+        InputError: for a seed that is no integer of at least 0.
 
     Examples:
         >>> trainer = Trainer(callbacks=[ReproducibleSteps(seed=3)], logger=False, enable_checkpointing=False)
@@ -34,17 +35,12 @@ class ReproducibleSteps(Callback):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        if seed < 0:
-            raise InputError(f"seed must not be negative, got {seed}")
+        check_count("seed", seed, least=0)
         self.seed = seed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves before all other callbacks: a momentum encoder draws as well.
-
-        The list is replaced and not changed, as Lightning is going through it.
-        """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [self, *(each for each in callbacks if each is not self)]  # type: ignore[attr-defined]
+        """Moves before all other callbacks: a momentum encoder draws as well."""
+        move_callback(trainer, self, first=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds for the batch that begins."""

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.trainer.connectors.signal_connector import _HandlersCompose
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_dml import distributed
+from lightning_dml.lightning_repairs import add_callback, is_handler_of_lightning, move_callback
 
 _SAME_SIGNAL = 30.0  # seconds in which SLURM's signal to other tasks, steps later, is the one that was handled
 
@@ -47,31 +47,25 @@ class StepEndSignals(Callback):
     Examples:
         >>> trainer = Trainer(callbacks=[StepEndSignals()], logger=False, enable_checkpointing=False)
         >>> StepEndSignals.add_to(trainer)  # there is one already
-        >>> sum(isinstance(each, StepEndSignals) for each in trainer.callbacks)
+        >>> sum(isinstance(callback, StepEndSignals) for callback in trainer.callbacks)
         1
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._deferred: dict[int, Any] = {}  # Lightning's type for a handler is not that of signal.signal
-        self._noted: set[int] = set()
+        self._pending: set[int] = set()
         self._deaf_until: dict[int, float] = {}
         self._last_step = 0
 
     @classmethod
     def add_to(cls, trainer: Trainer) -> None:
-        """Gives `trainer` one of these unless it has one; for the `setup` of another callback."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(each, cls) for each in callbacks):
-            callbacks.append(cls())
+        """Adds this callback to a trainer without one; for the `setup` of another callback."""
+        add_callback(trainer, cls)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves behind all other callbacks, ModelCheckpoint too: what that saves in a step is then in our checkpoint.
-
-        The list is replaced and not changed, as Lightning is going through it.
-        """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [each for each in callbacks if each is not self] + [self]  # type: ignore[attr-defined]
+        """Moves behind all other callbacks: what ModelCheckpoint saves in a step is then in our checkpoint."""
+        move_callback(trainer, self, first=False)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the handlers, the first hook after Lightning registers them."""
@@ -85,7 +79,7 @@ class StepEndSignals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Handles what was noted, unless gradients are being accumulated, which no checkpoint holds."""
+        """Handles pending signals, unless gradients are being accumulated, which no checkpoint holds."""
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         if stepped or trainer.is_last_batch:
@@ -100,7 +94,7 @@ class StepEndSignals(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Handles what was noted in one process.
+        """Handles pending signals in one process.
 
         Not at once: Lightning takes a checkpoint from the middle of a validation step for a validation to finish, and
         then measures a part of the images only (observed with 2.6).
@@ -109,12 +103,12 @@ class StepEndSignals(Callback):
             self._handle(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles what was noted; the ranks may have come here by different numbers of batches."""
+        """Handles pending signals; the ranks may have come here by different numbers of batches."""
         if not trainer.sanity_checking:
             self._handle(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles what came after the last step, and gives the handlers back."""
+        """Handles signals that came after the last step, and gives the handlers back."""
         while self._handle(trainer):
             pass
         self._restore()
@@ -122,12 +116,12 @@ class StepEndSignals(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the handlers back.
 
-        What was noted is handled in one process that SIGTERM has stopped between two steps. After any other exception
+        Pending signals are handled in one process that SIGTERM has stopped between two steps. After any other exception
         the state may be half of a step's, and other ranks may be elsewhere.
         """
         if isinstance(exception, SIGTERMException) and not distributed.is_distributed():
             self._handle(trainer)
-        names = ", ".join(signal.Signals(each).name for each in sorted(self._noted))
+        names = ", ".join(signal.Signals(signum).name for signum in sorted(self._pending))
         self._restore()
         if names:
             rank_zero_warn(f"{names} came in a training step that ended in {type(exception).__name__}: not handled")
@@ -141,39 +135,39 @@ class StepEndSignals(Callback):
         in_main_thread = threading.current_thread() is threading.main_thread()
         if self._deferred or several or not in_main_thread or sys.platform == "win32":
             return
-        self._noted, self._deaf_until = set(), {}
+        self._pending, self._deaf_until = set(), {}
         # SIGTERM comes last: what saves must not come after what ends the training.
-        for signum in sorted(signal.valid_signals(), key=lambda each: (each == signal.SIGTERM, each)):
+        for signum in sorted(signal.valid_signals(), key=lambda number: (number == signal.SIGTERM, number)):
             handler = signal.getsignal(signum)
-            if isinstance(handler, _HandlersCompose):
+            if is_handler_of_lightning(handler):
                 self._deferred[signum] = handler
                 signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame: object) -> None:
         if time.monotonic() >= self._deaf_until.get(signum, 0.0):
-            self._noted.add(signum)
+            self._pending.add(signum)
 
     def _handle(self, trainer: Trainer) -> bool:
-        """Calls the handlers of what any rank has noted; returns whether there was any."""
+        """Calls the handlers of the signals that are pending on any rank; returns True if there are any."""
         if not self._deferred:
             return False
         signums = list(self._deferred)
-        noted = [signum in self._noted for signum in signums]
+        flags = [signum in self._pending for signum in signums]
         if distributed.is_distributed():
-            flags = torch.tensor(noted, dtype=torch.int64, device=trainer.strategy.root_device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-            noted = [bool(flag) for flag in flags.tolist()]
-        for signum, pending in zip(signums, noted, strict=True):
+            everywhere = torch.tensor(flags, dtype=torch.int64, device=trainer.strategy.root_device)
+            dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+            flags = [bool(flag) for flag in everywhere.tolist()]
+        for signum, pending in zip(signums, flags, strict=True):
             if pending:
                 # SIGTERM comes once: Lightning's handler passes it on to the ranks that it launched, which know by now.
                 again = math.inf if signum == signal.SIGTERM else time.monotonic() + _SAME_SIGNAL
                 self._deaf_until[signum] = again
-                self._noted.discard(signum)
+                self._pending.discard(signum)
                 self._deferred[signum](signum, inspect.currentframe())
-        return any(noted)
+        return any(flags)
 
     def _restore(self) -> None:
         for signum, handler in self._deferred.items():
             if signal.getsignal(signum) == self._note:  # Lightning, or the user, may have been here before
                 signal.signal(signum, handler)
-        self._deferred, self._noted = {}, set()
+        self._deferred, self._pending = {}, set()

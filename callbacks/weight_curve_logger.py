@@ -1,4 +1,4 @@
-"""`WeightCurveLogger`: how the pairs' similarities, and the forces on them, move over a training."""
+"""`WeightCurveLogger`: the pairs' similarities, and the forces on them, over a training."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_count
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ObservedWeights
-from lightning_dml.losses.inspection.observed import Rows, thinned
 from lightning_dml.memory import MemoryBank
 from lightning_dml.modules.training_batches import batch_of, warn_of_missed_steps
-from lightning_dml.report import curve_figure, save_curves, save_training, training_figure
+from lightning_dml.report import save_training, training_figure
 from lightning_dml.report.figure_logging import log_figure
+from lightning_dml.report.pair_figure import pair_figure
 from lightning_dml.report.pair_observation import (
     FIGURES,
     drawn_from,
-    exact_curve,
     factor_of,
-    figures_of,
-    gathered,
+    gather_batch,
     loss_of,
-    observe,
+    observed_figures,
 )
 from lightning_dml.seeds import mixed_seed
 
@@ -41,7 +40,7 @@ _LOGGED = frozenset(name for name in FIGURES if "_q" not in name) | {
     "positive_similarity_q05",
     "negative_similarity_q95",
 }
-SKIPPED, UNFIT = -1, -2  # in place of a number of rows
+_SKIPPED, _UNFIT = -1, -2  # in place of a number of rows
 
 
 class WeightCurveLogger(Callback):
@@ -110,6 +109,7 @@ class WeightCurveLogger(Callback):
     def __init__(
         self,
         every_n_steps: int = 100,
+        *,
         figure_every_n_steps: int | None = None,
         loss: str = "loss",
         memory_loss: str = "memory_loss",
@@ -121,8 +121,7 @@ class WeightCurveLogger(Callback):
         files: bool = True,
     ) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise InputError(f"every_n_steps must be at least 1, got {every_n_steps}; leave the callback out instead")
+        check_count("every_n_steps", every_n_steps, hint="to measure nothing, leave the callback out")
         if figure_every_n_steps is None:
             figure_every_n_steps = 10 * every_n_steps
         if figure_every_n_steps < 1 or figure_every_n_steps % every_n_steps:
@@ -130,11 +129,9 @@ class WeightCurveLogger(Callback):
                 f"figure_every_n_steps must be a multiple of every_n_steps={every_n_steps}, as figures are of "
                 f"measurements, got {figure_every_n_steps}; figures=False draws none"
             )
-        for name, count in (("references", references), ("points", points)):
-            if count < 1:
-                raise InputError(f"{name} must be at least 1, got {count}")
-        if seed < 0:
-            raise InputError(f"seed must not be negative, got {seed}")
+        check_count("references", references)
+        check_count("points", points)
+        check_count("seed", seed, least=0)
         for name, value in (("loss", loss), ("memory_loss", memory_loss), ("attribute", attribute)):
             if not value.isidentifier():
                 raise InputError(f"{name} must be the name of an attribute of the LightningModule, got {value!r}")
@@ -150,7 +147,7 @@ class WeightCurveLogger(Callback):
         self.files = files
         self.history: list[dict[str, float]] = []
         self._stopped: set[str] = set()
-        self._told: set[str] = set()
+        self._warnings: set[str] = set()
         self._folder = Path()
         self._last_step = 0
         self._fitting = False
@@ -162,7 +159,7 @@ class WeightCurveLogger(Callback):
         return self._generate_state_key(loss=self.loss, memory_loss=self.memory_loss, attribute=self.attribute)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns whether a checkpoint's state will be of use."""
+        """Notes whether this is a fit, the only stage in which a checkpoint's state is of use."""
         self._fitting, self._restored = stage == "fit", None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,10 +171,10 @@ class WeightCurveLogger(Callback):
         """Takes over a checkpoint's history, and finds the folder for the figures."""
         state, self._restored = self._restored, None
         if state is not None:
-            self.history = [dict(each) for each in state["history"]]
+            self.history = [dict(figures) for figures in state["history"]]
         elif trainer.global_step == 0:  # a second fit of the same trainer goes on
             self.history = []
-        self._stopped, self._told, self._last_step = set(), set(), trainer.global_step
+        self._stopped, self._warnings, self._last_step = set(), set(), trainer.global_step
         # Asking the trainer for its folder is a collective, so every rank asks.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir, _FOLDER, self._prefix)
         warn_of_missed_steps(trainer, "WeightCurveLogger", self.every_n_steps)
@@ -207,7 +204,7 @@ class WeightCurveLogger(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The history, the same on every rank; needs no collective."""
-        return {"history": [dict(each) for each in self.history]}
+        return {"history": [dict(figures) for figures in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until the training starts."""
@@ -227,13 +224,13 @@ class WeightCurveLogger(Callback):
     ) -> dict[str, float]:
         """The figures of both parts by their names, the same on every rank; collectives."""
         batch, problem = batch_of(outputs, pl_module.automatic_optimization)
-        own = len(batch.labels) if batch is not None else UNFIT if problem else SKIPPED
+        own = len(batch.labels) if batch is not None else _UNFIT if problem else _SKIPPED
         counts = distributed.row_counts(own, distributed.collective_device())
-        if UNFIT in counts:
-            self._say("measure the pairs of a step", problem or f"rank {counts.index(UNFIT)} returned other outputs")
+        if _UNFIT in counts:
+            self._say("measure the pairs of a step", problem or f"rank {counts.index(_UNFIT)} returned other outputs")
         if batch is None or min(counts) < 0:
             return {}
-        batch = gathered(batch, counts)
+        batch = gather_batch(batch, counts)
         figures: dict[str, float] = {}
         for part, factor in self._factors(pl_module).items():
             try:
@@ -241,18 +238,17 @@ class WeightCurveLogger(Callback):
                 if part == "memory":
                     bank: MemoryBank = getattr(pl_module, self.attribute)
                     references = drawn_from(bank, self.references, self.seed, step, batch.labels.device)
-                seen: list[ObservedWeights | None] = []
-                found = distributed.on_first_rank(_look(seen, loss, batch, references, counts, factor))
+                values, observed = observed_figures(loss, batch, references, counts, factor)
             except Exception as error:
                 self._stopped.add(part)
                 self._say(f"measure the pairs of the {part} under {self._name_of_loss(pl_module, part)}", error)
                 continue
-            values = zip(FIGURES, found.tolist(), strict=True)
-            figures |= {f"{self._prefix}pairs/{part}/{name}": value for name, value in values if not math.isnan(value)}
-            if draws and seen and seen[0] is not None:
+            values = {name: value for name, value in values.items() if not math.isnan(value)}
+            figures |= {f"{self._prefix}pairs/{part}/{name}": value for name, value in values.items()}
+            if draws and observed is not None:
                 against = "each other" if references is None else f"{len(references.labels)} entries of the memory"
                 caption = f"optimizer step {step}: {len(batch.labels)} anchors against {against}"
-                draw = partial(self._draw_weights, trainer, part, step, loss, seen[0], caption)
+                draw = partial(self._draw_weights, trainer, part, step, loss, observed, caption)
                 self._attempt(f"draw the pairs of the {part}", draw)
         return figures
 
@@ -260,22 +256,17 @@ class WeightCurveLogger(Callback):
         """The parts that take part in the training now, each with the factor of its loss."""
         factors = {"batch": factor_of(pl_module, "batch_weight")}
         bank = getattr(pl_module, self.attribute, None)
-        if isinstance(bank, MemoryBank) and int(bank.filled):
+        if isinstance(bank, MemoryBank) and int(bank.store.labelled):
             factors["memory"] = factor_of(pl_module, "memory_weight") * bank.weight
         return {part: factor for part, factor in factors.items() if factor > 0 and part not in self._stopped}
 
     def _draw_weights(
-        self, trainer: Trainer, part: str, step: int, loss: nn.Module, seen: ObservedWeights, caption: str
+        self, trainer: Trainer, part: str, step: int, loss: nn.Module, observed: ObservedWeights, caption: str
     ) -> None:
-        name = type(loss).__name__
-        observed = {name: thinned(seen, self.points, mixed_seed(self.seed, step))}
-        curve = exact_curve(loss)
-        curves = {} if curve is None else {name: curve}
-        figure = curve_figure(curves, observed, caption=caption)
+        drawn = pair_figure(loss, observed, points=self.points, seed=mixed_seed(self.seed, step), caption=caption)
         if self.files:
-            path = self._folder / f"step_{step:06d}_{part}"
-            self._attempt("write figures", lambda: save_curves(figure, curves, path, observed))
-        self._hand_over(trainer, f"{self._prefix}pairs/{part}/weights", figure, step)
+            self._attempt("write figures", lambda: drawn.save(self._folder / f"step_{step:06d}_{part}"))
+        self._hand_over(trainer, f"{self._prefix}pairs/{part}/weights", drawn.figure, step)
 
     def _draw_history(self, trainer: Trainer) -> None:
         figure = training_figure(self.history, prefix=f"{self._prefix}pairs/")
@@ -289,34 +280,17 @@ class WeightCurveLogger(Callback):
             self._attempt(f"hand figures to {type(logger).__name__}", hand)
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
-        """Does what a training must not die of, on rank zero."""
+        """Runs an action on rank zero; its failure is told once and does not end the training."""
         try:
             action()
         except Exception as error:
             self._say(what, error)
 
     def _say(self, what: str, problem: object) -> None:
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._warnings:
+            self._warnings.add(what)
             rank_zero_warn(f"WeightCurveLogger could not {what}, and the training goes on without: {problem}")
 
     def _name_of_loss(self, pl_module: LightningModule, part: str) -> str:
         other = getattr(pl_module, self.memory_loss, None) if part == "memory" else None
         return type(getattr(pl_module, self.loss, None) if other is None else other).__name__
-
-
-def _look(
-    seen: list[ObservedWeights | None],
-    loss: nn.Module,
-    batch: Rows,
-    references: Rows | None,
-    counts: list[int],
-    factor: float,
-) -> Callable[[Callable[[], None]], Tensor]:
-    """Puts what there is to see into `seen`, and returns its figures in the order of `FIGURES`."""
-
-    def look(_: Callable[[], None]) -> Tensor:
-        seen.append(observe(loss, batch, references, counts))
-        return torch.tensor(list(figures_of(seen[0], factor).values()), dtype=torch.float64)
-
-    return look

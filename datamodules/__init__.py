@@ -1,4 +1,4 @@
-"""Data modules for retrieval, and the samplers and loaders that they are made of."""
+"""Data modules for retrieval, with their samplers and loaders."""
 
 from lightning_dml.datamodules.base import RetrievalDataModule
 from lightning_dml.datamodules.folder import FolderDataModule
@@ -11,9 +11,11 @@ from lightning_dml.datamodules.official.in_shop import InShopDataModule
 from lightning_dml.datamodules.official.inaturalist import INaturalistDataModule
 from lightning_dml.datamodules.official.sop import SOPDataModule
 from lightning_dml.datamodules.official.vehicle_id import VehicleIDDataModule
-from lightning_dml.datamodules.samplers.evaluation import UnpaddedDistributedSampler
-from lightning_dml.datamodules.samplers.hierarchical import HierarchicalPKBatchSampler
-from lightning_dml.datamodules.samplers.pk import PKBatchSampler
+from lightning_dml.datamodules.samplers import (
+    HierarchicalPKBatchSampler,
+    PKBatchSampler,
+    UnpaddedDistributedSampler,
+)
 from lightning_dml.datamodules.table import TableDataModule
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What every retrieval data module shares: its loaders, and the checks that come before the first batch."""
+"""The base of every data module: class-balanced loaders, and checks of the data before the first batch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_count
 from lightning_dml.cores import cores
 from lightning_dml.datamodules.images.datasets import LabelledImages
 from lightning_dml.datamodules.loading import ResumableLoader
-from lightning_dml.datamodules.samplers.evaluation import UnpaddedDistributedSampler
-from lightning_dml.datamodules.samplers.hierarchical import HierarchicalPKBatchSampler
-from lightning_dml.datamodules.samplers.pk import PKBatchSampler
+from lightning_dml.datamodules.samplers import (
+    HierarchicalPKBatchSampler,
+    PKBatchSampler,
+    UnpaddedDistributedSampler,
+)
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
-from lightning_dml.lightning_repairs import CountResumedEpoch
+from lightning_dml.lightning_repairs import CountResumedEpoch, add_callback, replaces_samplers
 
 EvaluationSets = LabelledImages | Mapping[str, LabelledImages]
 
@@ -37,8 +40,8 @@ class RetrievalDataModule(LightningDataModule):
         classes_per_batch: P, classes in a training batch on each rank.
         samples_per_class: K, images of each of them; at least 2.
         eval_batch_size: images in an evaluation batch on each rank.
-        num_workers: processes that load images; 0 loads in the main process, None means one for each core that a rank
-            has, at most 8.
+        num_workers: processes that load images; 0 loads in the main process. None means one for each core that a rank
+            has, at most 8, where images are files, and 0 where they are in memory already.
         seed: of the batches and of their augmentation.
         drop_small_classes: leave out training classes with one image instead of raising.
         batches_per_epoch: length of an epoch; None means about one pass over the training set.
@@ -61,10 +64,11 @@ class RetrievalDataModule(LightningDataModule):
 
     def __init__(
         self,
+        *,
         classes_per_batch: int = 16,
         samples_per_class: int = 4,
         eval_batch_size: int = 256,
-        num_workers: int | None = 0,
+        num_workers: int | None = None,
         seed: int = 0,
         drop_small_classes: bool = False,
         batches_per_epoch: int | None = None,
@@ -73,10 +77,9 @@ class RetrievalDataModule(LightningDataModule):
     ) -> None:
         """Checks the options; see the class."""
         super().__init__()
-        if eval_batch_size < 1:
-            raise InputError(f"eval_batch_size must be at least 1, got {eval_batch_size}")
-        if num_workers is not None and num_workers < 0:
-            raise InputError(f"num_workers must not be negative, got {num_workers}")
+        check_count("eval_batch_size", eval_batch_size)
+        if num_workers is not None:
+            check_count("num_workers", num_workers, 0, hint="None chooses by the images and the cores")
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
         self.eval_batch_size = eval_batch_size
@@ -88,12 +91,12 @@ class RetrievalDataModule(LightningDataModule):
         self.super_classes_per_batch = super_classes_per_batch
 
     def setup(self, stage: str | None = None) -> None:
-        """Checks what the subclass has set, so that a mistake shows before training and not at the first batch."""
+        """Checks the sets that the subclass has made, so that a mistake shows before the first batch."""
         self._check_trainer()
         if stage in (None, "fit"):
             self._train_sampler(self._training())
-            if self.trainer and not any(isinstance(each, CountResumedEpoch) for each in self.trainer.callbacks):  # type: ignore[attr-defined]
-                self.trainer.callbacks.append(CountResumedEpoch())  # type: ignore[attr-defined]
+            if self.trainer:
+                add_callback(self.trainer, CountResumedEpoch)
             # A fit may do without validation, if it says so.
             if self.trainer is None or self.trainer.limit_val_batches != 0:
                 self._evaluation(self.val_set, "validation")
@@ -107,21 +110,21 @@ class RetrievalDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Batches of P classes x K images; its place in the epoch goes into checkpoints."""
         train_set = self._training()
-        return ResumableLoader(train_set, self._train_sampler(train_set), **self._options())
+        return ResumableLoader(train_set, self._train_sampler(train_set), **self._options(train_set))
 
     def val_dataloader(self) -> Any:
-        """Every validation image over all ranks: a DataLoader, or a dict of them where `val_set` is a dict.
+        """Loader of the validation images, shared out over all ranks; a dict of loaders where `val_set` is a dict.
 
         With fewer images than ranks, the ranks that would have none repeat one each; its index tells.
         """
         return self._eval_loaders(self._evaluation(self.val_set, "validation"))
 
     def test_dataloader(self) -> Any:
-        """Every test image over all ranks, as `val_dataloader`."""
+        """Loader of the test images, as `val_dataloader`."""
         return self._eval_loaders(self._evaluation(self.test_set, "test"))
 
     def predict_dataloader(self) -> Any:
-        """The test images, once over all ranks: a DataLoader, or a dict of them where `test_set` is a dict."""
+        """Loader that gives every test image once over all ranks; a dict of loaders where `test_set` is a dict."""
         return self._eval_loaders(self._prediction(), at_least_one=False)
 
     def eval_image(self, position: int) -> NDArray[np.uint8]:
@@ -139,14 +142,12 @@ class RetrievalDataModule(LightningDataModule):
         images = next(iter(_by_name(self.val_set).values()), None)
         if images is None:
             raise InputError("no validation images to show: call setup('validate') first")
-        if not 0 <= position < len(images):
-            raise InputError(f"position must be at least 0 and less than {len(images)}, got {position}")
+        check_count("position", position, 0, len(images) - 1, hint="it counts the images of the first validation set")
         return images.picture(position)
 
     def _check_trainer(self) -> None:
         trainer = self.trainer
-        connector = getattr(trainer, "_accelerator_connector", None)
-        if trainer and trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", False):
+        if trainer and trainer.world_size > 1 and replaces_samplers(trainer):
             raise InputError(
                 f"use_distributed_sampler is true on {trainer.world_size} ranks: Lightning would re-wrap the samplers, "
                 "break K images per class and repeat evaluation images; set Trainer(use_distributed_sampler=False), "
@@ -169,22 +170,22 @@ class RetrievalDataModule(LightningDataModule):
         return self.train_set
 
     def _evaluation(self, images: EvaluationSets | None, role: str) -> EvaluationSets:
-        """The set, or the sets, that are evaluated, checked."""
+        """Checks the set, or the sets, of an evaluation, and returns them."""
         named = _by_name(images)
         if images is None or not named:
             raise self._without_images(role)
-        for name, each in named.items():
+        for name, one_set in named.items():
             which = f" {name!r}" if isinstance(images, Mapping) else ""
-            if not len(each):
+            if not len(one_set):
                 raise self._without_images(role + which)
-            labelled = each.labels[each.labels != UNLABELLED]  # others are distractors, which match nothing
+            labelled = one_set.labels[one_set.labels != UNLABELLED]  # the others are distractors, which match nothing
             if np.unique(labelled, return_counts=True)[1].max(initial=0) < 2:
                 raise InputError(
                     f"no class of the {role} set{which} has two images, so no query has a match to find: add images, "
                     "or split by class"
                 )
             for column in ("is_query", "is_gallery"):
-                roles = getattr(getattr(each, "table", None), column, None)
+                roles = getattr(getattr(one_set, "table", None), column, None)
                 if roles is not None and not roles.any():
                     raise InputError(
                         f"{column} is false for every image of the {role} set{which}: there is nothing to evaluate"
@@ -199,10 +200,10 @@ class RetrievalDataModule(LightningDataModule):
 
     def _prediction(self) -> EvaluationSets:
         images = self._evaluation(self.test_set, "test")
-        for each in _by_name(images).values():
-            if len(each) < distributed.world_size():
+        for one_set in _by_name(images).values():
+            if len(one_set) < distributed.world_size():
                 raise InputError(
-                    f"the test set has {len(each)} image(s) for {distributed.world_size()} ranks, and predict takes "
+                    f"the test set has {len(one_set)} image(s) for {distributed.world_size()} ranks, and predict takes "
                     "each image once: use fewer ranks"
                 )
         return images
@@ -233,34 +234,36 @@ class RetrievalDataModule(LightningDataModule):
         )
 
     def _weights_by_label(self, trained: set[int]) -> Any:
-        """`class_weights` with labels for names."""
+        """Class weights by label, where the option has them by name."""
         if not isinstance(self.class_weights, Mapping):
             return self.class_weights
         labels = {name: label for label, name in enumerate(self.class_names or ())}
-        found = {}
+        weights = {}
         for name, weight in self.class_weights.items():
             label = labels.get(str(name)) if self.class_names is not None else _whole_number(name)
             if label not in trained:
                 raise InputError(
                     f"class_weights names {name!r}, which is no training class: check the name, or take it out"
                 )
-            found[label] = weight
-        return found
+            weights[label] = weight
+        return weights
 
     def _eval_loaders(self, images: EvaluationSets, at_least_one: bool = True) -> Any:
         if isinstance(images, Mapping):
             # The workers of many sets would stand idle beside those of the training.
-            return {name: self._eval_loader(each, at_least_one, len(images) == 1) for name, each in images.items()}
+            return {
+                name: self._eval_loader(one_set, at_least_one, len(images) == 1) for name, one_set in images.items()
+            }
         return self._eval_loader(images, at_least_one, True)
 
     def _eval_loader(self, images: LabelledImages, at_least_one: bool, persistent: bool) -> DataLoader[Any]:
         sampler = UnpaddedDistributedSampler(len(images), at_least_one=at_least_one)
-        options = self._options()
+        options = self._options(images)
         options["persistent_workers"] &= persistent
         return DataLoader(images, batch_size=self.eval_batch_size, sampler=sampler, **options)
 
-    def _options(self) -> dict[str, Any]:
-        workers = self._workers() if self.num_workers is None else self.num_workers
+    def _options(self, images: LabelledImages) -> dict[str, Any]:
+        workers = self._workers(images) if self.num_workers is None else self.num_workers
         return {
             "num_workers": workers,
             "persistent_workers": workers > 0,
@@ -270,8 +273,10 @@ class RetrievalDataModule(LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
-    def _workers(self) -> int:
-        """One for each core that this rank has: the ranks of a machine share its cores."""
+    def _workers(self, images: LabelledImages) -> int:
+        """Default of `num_workers`; the ranks of a machine share its cores."""
+        if images.in_memory:
+            return 0
         ranks = self.trainer.num_devices if self.trainer else 1
         return min(8, max(1, cores() // ranks))
 
@@ -285,7 +290,7 @@ def _whole_number(name: object) -> int | None:
 
 
 def _by_name(images: EvaluationSets | None) -> dict[str, LabelledImages]:
-    """The sets by name; a single one has none."""
+    """Evaluation sets by name; a single one is called by the empty text."""
     if isinstance(images, Mapping):
         return dict(images)
     return {} if images is None else {"": images}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dml.datamodules.image_files import OWN, ImagesDataModule
+from lightning_dml.datamodules.image_files import OWN_SET, ImagesDataModule
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
@@ -48,6 +48,7 @@ class FolderDataModule(ImagesDataModule):
     def __init__(
         self,
         root: str | Path,
+        *,
         val_fraction: float = 0.5,
         allow_shared_classes: bool = False,
         val_roots: Mapping[str, str] | None = None,
@@ -62,12 +63,12 @@ class FolderDataModule(ImagesDataModule):
         self.val_roots = {name: Path(folder) for name, folder in (val_roots or {}).items()}
 
     def read(self) -> Splits:
-        """Lists the files of every split and checks the classes; opens none."""
+        """Lists the files of every split and checks the classes; opens no file."""
         if not self.root.is_dir():
             raise InputError(f"root {self.root} is not a folder: give the folder that holds the class folders")
         # A folder of images may be a class that is called train, so a split is known by the folders in it.
-        given = any(_folders(self.root / split) for split in ("train", "val"))
-        splits = self._splits() if given else {"train": _scan(self.root)}
+        in_splits = any(_folders(self.root / split) for split in ("train", "val"))
+        splits = self._splits() if in_splits else {"train": _scan(self.root)}
         if not any(splits.values()):
             raise InputError(
                 f"root {self.root} has no class folders with images: expected root/<class>/*.jpg or "
@@ -78,21 +79,21 @@ class FolderDataModule(ImagesDataModule):
         rest = sorted({name for classes in (*splits.values(), *others.values()) for name in classes} - set(first))
         label = {name: number for number, name in enumerate(first + rest)}
         tables = {
-            split: _table(self.root / split if given else self.root, classes, label)
+            split: _table(self.root / split if in_splits else self.root, classes, label)
             for split, classes in splits.items()
         }
-        made = Splits(
+        result = Splits(
             train=tables["train"],
             test=tables.get("test"),
             class_names=first + rest,
             val=tables.get("val"),
             further={name: _table(self.val_roots[name], classes, label) for name, classes in others.items()},
         )
-        self._check_others(made, others)
-        return made
+        self._check_others(result, others)
+        return result
 
     def _splits(self) -> dict[str, Classes]:
-        """Split -> class -> files; `val` and `test` only where there are any."""
+        """Images by class, by split; `val` and `test` only where they have any."""
         splits = {split: _scan(self.root / split) for split in ("train", "val", "test")}
         for split in ("val", "test"):
             if not splits[split]:
@@ -102,7 +103,7 @@ class FolderDataModule(ImagesDataModule):
         return splits
 
     def _val_root(self, name: str) -> Classes:
-        """Class -> files of one of `val_roots`."""
+        """Images by class of one of `val_roots`."""
         folder = self.val_roots[name]
         if not folder.is_dir():
             raise InputError(f"val_roots[{name!r}] {folder} is not a folder: give the folder that holds class folders")
@@ -112,9 +113,9 @@ class FolderDataModule(ImagesDataModule):
         return classes
 
     def _check_others(self, splits: Splits, others: Mapping[str, Classes]) -> None:
-        """Classes that are held out of training may be in `val_roots` as well."""
-        left = self.hold_out(splits)
-        training = {left.class_names[label] for label in np.unique(left.train.labels)}
+        """Raises for a class that trains and is in `val_roots`; one that is held out of training may be there."""
+        remaining = self.hold_out(splits)
+        training = {remaining.class_names[label] for label in np.unique(remaining.train.labels)}
         for name, classes in others.items():
             self._check_unseen(training, classes, self.val_roots[name])
 
@@ -137,9 +138,9 @@ def _check_val_roots(val_roots: Any) -> None:
             f"val_roots must map names to folders, such as {{night: data/night}}, got {val_roots!r}; give each folder "
             "a name"
         )
-    if wrong := {"", OWN} & set(val_roots):
+    if wrong := {"", OWN_SET} & set(val_roots):
         raise InputError(
-            f"val_roots must not have a set called {wrong.pop()!r}: {OWN!r} is the set of root, choose another name"
+            f"val_roots must not have a set called {wrong.pop()!r}: {OWN_SET!r} is the set of root, choose another name"
         )
 
 
@@ -155,15 +156,17 @@ def _table(folder: Path, classes: Classes, label: Mapping[str, int]) -> ImageTab
 
 
 def _scan(folder: Path) -> Classes:
-    """Class -> its images in sorted order."""
-    found: Classes = {}
+    """Names of the images in each class folder, in sorted order."""
+    classes: Classes = {}
     for name in _folders(folder):
-        found[name] = [each for each in _visible(folder / name) if os.path.splitext(each)[1].lower() in IMAGE_SUFFIXES]
-        if not found[name]:
+        classes[name] = [
+            file for file in _visible(folder / name) if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        ]
+        if not classes[name]:
             raise InputError(
                 f"class folder {folder / name} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}): remove it"
             )
-    return found
+    return classes
 
 
 def _folders(folder: Path) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
-import uuid
 import warnings
 import zipfile
 import zlib
@@ -21,11 +19,13 @@ from PIL import ImageFont, features
 from PIL import __version__ as pillow_version
 from torchvision.transforms import v2
 
+from lightning_dml.checks import check_count
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.base import RetrievalDataModule
 from lightning_dml.datamodules.images.datasets import ArrayDataset, LabelledImages
 from lightning_dml.datamodules.user_cache import user_cache
 from lightning_dml.errors import InputError
+from lightning_dml.files import delete_parts, locked, write_whole
 
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -37,7 +37,7 @@ CHARACTERS = 1200
 DRAWINGS = 8
 SIDE = 28
 
-_VERSION = 1  # of the drawing; raise it with any change to what draw_glyphs returns
+_VERSION = 1  # of the drawing; raise it with any change to the result of draw_glyphs
 _EM = 20  # pixels
 _ALIKE = 0.95  # cosine of two drawings in one face; from here on they are one shape
 _REFERENCE_FACES = ("DejaVuSans", "DejaVuSerif")
@@ -66,12 +66,11 @@ class GlyphsDataModule(RetrievalDataModule):
     val_set: LabelledImages | None = None
 
     def __init__(
-        self, root: str | Path | None = None, image_size: int = SIDE, augment: bool = True, **options: Any
+        self, root: str | Path | None = None, *, image_size: int = SIDE, augment: bool = True, **options: Any
     ) -> None:
         """Builds the transforms; see the class for the options."""
         super().__init__(**options)
-        if image_size < 1:
-            raise InputError(f"image_size must be at least 1, got {image_size}")
+        check_count("image_size", image_size)
         self.root = Path(root) if root is not None else user_cache()
         scale = [] if image_size == SIDE else [v2.Resize(image_size)]
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
@@ -81,14 +80,18 @@ class GlyphsDataModule(RetrievalDataModule):
         self.eval_transform = v2.Compose([*scale, *to_float])
 
     def prepare_data(self) -> None:
-        """Draws the cache file where there is none that can be read."""
+        """Draws the cache file where there is none that can be read; of several processes, one draws."""
         path = self.root / _cache_name()
-        if _read(path) is None:
-            try:
-                _write(path, *draw_glyphs())
-            except OSError as error:
-                # Not worth stopping for: every process then draws for itself.
-                warnings.warn(f"cannot keep the drawings in root {self.root}: {error}", stacklevel=2)
+        if _read(path) is not None:
+            return
+        try:
+            with locked(path.with_name(f".{path.stem}.lock")):
+                delete_parts(path)
+                if _read(path) is None:
+                    _write(path, *draw_glyphs())
+        except OSError as error:
+            # Not worth stopping for: every process then draws for itself.
+            warnings.warn(f"cannot keep the drawings in root {self.root}: {error}", stacklevel=2)
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the drawings and splits the characters, always in the same way."""
@@ -98,10 +101,10 @@ class GlyphsDataModule(RetrievalDataModule):
         order = np.concatenate([np.sort(order[:half]), np.sort(order[half:])])
         images = images.reshape(CHARACTERS, DRAWINGS, SIDE, SIDE)[order].reshape(-1, SIDE, SIDE)
         labels = np.repeat(np.arange(CHARACTERS), DRAWINGS)
-        seen = half * DRAWINGS
+        boundary = half * DRAWINGS
         self.class_names = [characters[place] for place in order]
-        self.train_set = ArrayDataset(images[:seen], labels[:seen], self.train_transform)
-        self.val_set = ArrayDataset(images[seen:], labels[seen:], self.eval_transform)
+        self.train_set = ArrayDataset(images[:boundary], labels[:boundary], self.train_transform)
+        self.val_set = ArrayDataset(images[boundary:], labels[boundary:], self.eval_transform)
         self.test_set = self.val_set
         super().setup(stage)
 
@@ -120,9 +123,9 @@ def draw_glyphs() -> tuple[NDArray[np.uint8], IntArray, list[str]]:
     Raises:
         InputError: if fewer than 1,200 characters qualify.
     """
-    points, drawings, drawn = _draw_all()
-    unlike = ~_look_alikes(drawings, drawn)
-    chosen, spread = _farthest(drawings, drawn)
+    points, drawings, has_drawing = _draw_all()
+    unlike = ~_look_alikes(drawings, has_drawing)
+    faces, spread = _farthest(drawings, has_drawing)
     good = np.flatnonzero(unlike & (spread > _DIFFERENT))
     if len(good) < CHARACTERS:
         raise InputError(
@@ -130,13 +133,13 @@ def draw_glyphs() -> tuple[NDArray[np.uint8], IntArray, list[str]]:
             f"{DRAWINGS} different drawings, and the glyph data set takes {CHARACTERS}: reinstall matplotlib"
         )
     good = np.sort(good[np.argsort(-spread[good], kind="stable")[:CHARACTERS]])
-    images = drawings[good[:, None], chosen[good]].reshape(-1, SIDE, SIDE)
+    images = drawings[good[:, None], faces[good]].reshape(-1, SIDE, SIDE)
     labels = np.repeat(np.arange(CHARACTERS), DRAWINGS)
     return images, labels, [chr(points[place]) for place in good]
 
 
 def _draw_all() -> tuple[list[int], NDArray[np.uint8], NDArray[np.bool_]]:
-    """Code points (n,), their drawings (n, faces, 28, 28), and whether each face has one (n, faces)."""
+    """Draws n characters in every face: code points (n,), drawings (n, faces, 28, 28), and their mask (n, faces)."""
     folder = _font_folder()
     maps = [set(FT2Font(folder / f"{face}.ttf").get_charmap()) for face in FACES]
     faces_with = Counter(point for known in maps for point in known)
@@ -159,16 +162,16 @@ def _draw_all() -> tuple[list[int], NDArray[np.uint8], NDArray[np.bool_]]:
                 left, top = (SIDE - width) // 2, (SIDE - height) // 2
                 ink = np.frombuffer(bytes(mask), np.uint8).reshape(height, width)
                 drawings[row, column, top : top + height, left : left + width] = ink
-    drawn: NDArray[np.bool_] = drawings.max(axis=(2, 3)) > 0
-    return points, drawings, drawn
+    has_drawing: NDArray[np.bool_] = drawings.max(axis=(2, 3)) > 0
+    return points, drawings, has_drawing
 
 
-def _look_alikes(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(n,) whether a character that is kept and comes earlier has the same shape in a reference face."""
+def _look_alikes(drawings: NDArray[np.uint8], has_drawing: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Mask (n,) of the characters that look like one that comes earlier and is kept, in a reference face."""
     alike = np.zeros(len(drawings), bool)
     for face in _REFERENCE_FACES:
         column = FACES.index(face)
-        rows = np.flatnonzero(drawn[:, column])
+        rows = np.flatnonzero(has_drawing[:, column])
         # float64 holds these sums of products exactly, so the outcome is the same whatever the BLAS.
         pixels = drawings[rows, column].reshape(len(rows), -1).astype(np.float64)
         dots = pixels @ pixels.T
@@ -181,25 +184,25 @@ def _look_alikes(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> NDArr
     return alike
 
 
-def _farthest(drawings: NDArray[np.uint8], drawn: NDArray[np.bool_]) -> tuple[IntArray, NDArray[np.float64]]:
-    """For each character the faces of its 8 drawings, (n, 8), each the farthest from those before.
+def _farthest(drawings: NDArray[np.uint8], has_drawing: NDArray[np.bool_]) -> tuple[IntArray, NDArray[np.float64]]:
+    """Chooses 8 faces for each character, (n, 8), each the face whose drawing is the farthest from those before it.
 
-    And the squared distance of the last one from the others, (n,); -1 where there are not 8.
+    The second array is the squared distance of the last drawing from the others, (n,); -1 where there are not 8.
     """
-    chosen = np.zeros((len(drawings), DRAWINGS), np.int64)
+    faces = np.zeros((len(drawings), DRAWINGS), np.int64)
     spread = np.empty(len(drawings))
     for row in range(len(drawings)):
         pixels = drawings[row].reshape(len(FACES), -1).astype(np.float64)
         dots = pixels @ pixels.T
         norms = np.diag(dots)
-        distances = np.where(drawn[row], norms[:, None] + norms - 2 * dots, -1.0)
-        chosen[row, 0] = drawn[row].argmax()
-        nearest = distances[chosen[row, 0]].copy()
+        distances = np.where(has_drawing[row], norms[:, None] + norms - 2 * dots, -1.0)
+        faces[row, 0] = has_drawing[row].argmax()
+        nearest = distances[faces[row, 0]].copy()
         for turn in range(1, DRAWINGS):
-            chosen[row, turn] = nearest.argmax()
+            faces[row, turn] = nearest.argmax()
             spread[row] = nearest.max()
-            nearest = np.minimum(nearest, distances[chosen[row, turn]])
-    return chosen, spread
+            nearest = np.minimum(nearest, distances[faces[row, turn]])
+    return faces, spread
 
 
 def _font_folder() -> Path:
@@ -207,13 +210,13 @@ def _font_folder() -> Path:
 
 
 def _cache_name() -> str:
-    """Names all that a drawing depends on, so that an upgrade draws anew."""
+    """Name of the cache file, with all that a drawing depends on, so that an upgrade draws anew."""
     freetype = features.version("freetype2")
     return f"glyphs-{_VERSION}-matplotlib-{matplotlib.__version__}-pillow-{pillow_version}-freetype-{freetype}.npz"
 
 
 def _read(path: Path) -> tuple[NDArray[np.uint8], IntArray, list[str]] | None:
-    """The cache, or None where there is none or it is damaged."""
+    """Images, labels and characters from the cache file; None where there is none or it is damaged."""
     try:
         with np.load(path) as stored:
             images, labels, points = stored["images"], stored["labels"], stored["points"]
@@ -226,11 +229,5 @@ def _read(path: Path) -> tuple[NDArray[np.uint8], IntArray, list[str]] | None:
 
 
 def _write(path: Path, images: NDArray[np.uint8], labels: IntArray, characters: list[str]) -> None:
-    """Writes aside and renames, so that another process never reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{uuid.uuid4().hex}.npz")
-    try:
-        np.savez(aside, images=images, labels=labels, points=np.array([ord(each) for each in characters]))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    points = np.array([ord(character) for character in characters])
+    write_whole(path, lambda aside: np.savez(aside, images=images, labels=labels, points=points))

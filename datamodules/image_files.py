@@ -13,10 +13,11 @@ import numpy as np
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_choice
 from lightning_dml.datamodules.base import RetrievalDataModule
 from lightning_dml.datamodules.images.cache import ImageCache
 from lightning_dml.datamodules.images.check import check_images, raise_unreadable
-from lightning_dml.datamodules.images.datasets import ImageFileDataset
+from lightning_dml.datamodules.images.file_dataset import ImageFileDataset
 from lightning_dml.datamodules.images.timm_config import module_config
 from lightning_dml.datamodules.images.transforms import (
     ImageSettings,
@@ -30,7 +31,7 @@ from lightning_dml.datamodules.tables.splits import HoldOut, Splits, Tables, by_
 from lightning_dml.datamodules.user_cache import user_cache
 from lightning_dml.errors import InputError
 
-OWN = "val"  # what the validation set is called where there are others
+OWN_SET = "val"  # name of the validation set beside others
 
 
 class ImagesDataModule(RetrievalDataModule):
@@ -71,7 +72,6 @@ class ImagesDataModule(RetrievalDataModule):
             in its place later is not looked at again.
         unreadable: `raise`, or `skip` to leave out images that cannot be read, with a warning that counts them; it
             reads them all, as `decode` does.
-        num_workers: processes that load images; None means one for each core that a rank has, at most 8.
         options: of `RetrievalDataModule`.
 
     Raises:
@@ -82,6 +82,7 @@ class ImagesDataModule(RetrievalDataModule):
     def __init__(
         self,
         root: str | Path,
+        *,
         recipe: str = "standard",
         model_name: str | None = None,
         image_size: int | None = None,
@@ -100,22 +101,18 @@ class ImagesDataModule(RetrievalDataModule):
         cache_encoding: Literal["raw", "jpeg"] = "raw",
         check_images: Literal["none", "headers", "decode"] = "headers",
         unreadable: Literal["raise", "skip"] = "raise",
-        num_workers: int | None = None,
         **options: Any,
     ) -> None:
         """Checks the options; see the class."""
-        super().__init__(num_workers=num_workers, **options)
-        if check_images not in ("none", "headers", "decode"):
-            raise InputError(f"check_images must be 'none', 'headers' or 'decode', got {check_images!r}")
-        if unreadable not in ("raise", "skip"):
-            raise InputError(f"unreadable must be 'raise' or 'skip', got {unreadable!r}")
+        super().__init__(**options)
+        check_choice("check_images", check_images, ("none", "headers", "decode"))
+        check_choice("unreadable", unreadable, ("raise", "skip"))
         if unreadable == "skip" and check_images == "none":
             raise InputError(
                 "unreadable='skip' needs to know which images cannot be read, and check_images is 'none': set it to "
                 "'decode'"
             )
-        if cache_encoding not in ("raw", "jpeg"):
-            raise InputError(f"cache_encoding must be 'raw' or 'jpeg', got {cache_encoding!r}")
+        check_choice("cache_encoding", cache_encoding, ("raw", "jpeg"))
         if cache is not None and resize is None and (train_transform is not None or eval_transform is not None):
             raise InputError(
                 "cache scales the images before a transform of your own sees them: set resize to the shorter side, in "
@@ -143,20 +140,20 @@ class ImagesDataModule(RetrievalDataModule):
         self._prepared: Splits | None = None
 
     def read(self) -> Splits:
-        """The tables of the data set, as its files say; opens no image."""
+        """Reads the tables of the data set from its files; opens no image."""
         raise NotImplementedError
 
     def fetch(self) -> None:
-        """Downloads what is missing, where a subclass can; called in one process of each machine."""
+        """Downloads missing files, where a subclass can; called in one process of each machine."""
 
     def image_settings(self) -> ImageSettings:
-        """Sizes, normalisation and interpolation as they come out of the options and the model."""
+        """Sizes, normalisation and interpolation by the options, the model and the recipe."""
         module = None if self.trainer is None else self.trainer.lightning_module
         config = None if module is None or self.model_name is not None else module_config(module)
         return image_settings(model_name=self.model_name, config=config, **self._recipe)
 
     def prepare_data(self) -> None:
-        """Fetches, checks and caches what the coming stage needs, in one process of each machine."""
+        """Fetches, checks and caches the images that the coming stage needs, in one process of each machine."""
         self.fetch()
         splits = self.read()
         for name, table in self._needed(splits, self._stage()).items():
@@ -164,29 +161,29 @@ class ImagesDataModule(RetrievalDataModule):
         self._prepared = splits  # not to read it all again in this process
 
     def setup(self, stage: str | None = None) -> None:
-        """Makes the data sets of every split, and checks them."""
-        splits, made, caches = distributed.together(partial(self._tables, stage))
-        self._check_ranks(made)
+        """Makes the data sets of every split and checks them."""
+        splits, final, caches = distributed.together(partial(self._tables, stage))
+        self._check_ranks(final)
         settings = self.image_settings()
         train = self._own_train or train_transform(settings)
         evaluate = self._own_eval or eval_transform(settings)
-        held_out = splits.val is None and made.val is not None
-        self.class_names = made.class_names
-        self.train_set = ImageFileDataset(made.train, train, caches.get("train"))
-        tests = _data_sets(made.test, evaluate, caches, "test")
-        vals = _data_sets(made.val, evaluate, {"val": caches.get("train")} if held_out else caches, "val")
-        if vals is None and not made.further:
+        held_out = splits.val is None and final.val is not None
+        self.class_names = final.class_names
+        self.train_set = ImageFileDataset(final.train, train, caches.get("train"))
+        tests = _data_sets(final.test, evaluate, caches, "test")
+        vals = _data_sets(final.val, evaluate, {"val": caches.get("train")} if held_out else caches, "val")
+        if vals is None and not final.further:
             vals = tests
-        others = _data_sets(made.further, evaluate, caches, "further")
+        others = _data_sets(final.further, evaluate, caches, "further")
         if isinstance(others, dict) and others:
-            own = vals if isinstance(vals, Mapping) else {OWN: vals} if vals is not None and len(vals) else {}
+            own = vals if isinstance(vals, Mapping) else {OWN_SET: vals} if vals is not None and len(vals) else {}
             vals = {**own, **others}
         self.val_set = vals
         self.test_set = tests if tests is not None else vals
         super().setup(stage)
 
     def _tables(self, stage: str | None) -> tuple[Splits, Splits, dict[str, ImageCache | None]]:
-        """The tables as they were read, those that are used in the end, and the caches by name of the former."""
+        """Reads the tables; returns them, the final ones less unreadable and held-out rows, and the caches by table."""
         splits, self._prepared = self._prepared or self.read(), None
         needed = self._needed(splits, stage)
         caches: dict[str, ImageCache | None] = {}
@@ -195,7 +192,7 @@ class ImagesDataModule(RetrievalDataModule):
         return splits, self.hold_out(_replaced(splits, needed), np.unique(splits.train.labels)), caches
 
     def _needed(self, splits: Splits, stage: str | None) -> dict[str, ImageTable]:
-        """The tables that a stage looks at, by name."""
+        """Tables that a stage looks at, by name."""
         train = {"train": splits.train}
         test = by_name(splits.test, "test")
         val = by_name(splits.val, "val")
@@ -212,7 +209,7 @@ class ImagesDataModule(RetrievalDataModule):
         return train if self.trainer is not None and self.trainer.limit_val_batches == 0 else {**train, **val}
 
     def _usable(self, name: str, table: ImageTable, quiet: bool = False) -> tuple[ImageTable, ImageCache | None]:
-        """The rows of a table whose images can be read, and the cache of them."""
+        """Rows of a table whose images can be read, and their cache."""
         if self.check_images != "none" and len(table):
             how = "decode" if self.unreadable == "skip" else self.check_images
             bad = check_images(table, how, user_cache() / "checked")
@@ -228,27 +225,32 @@ class ImagesDataModule(RetrievalDataModule):
         if self.cache is None or not len(table):
             return table, None
         settings = self.image_settings()
-        made = ImageCache.build(
-            table, self.cache, settings.resize, settings.interpolation, self.cache_encoding, stem=name
+        cache = ImageCache.build(
+            table,
+            self.cache,
+            resize=settings.resize,
+            interpolation=settings.interpolation,
+            encoding=self.cache_encoding,
+            stem=name,
         )
-        return replace(table, rows=np.arange(len(table))), made
+        return replace(table, rows=np.arange(len(table))), cache
 
     def _stage(self) -> str | None:
-        """What the trainer is about to do with this data."""
+        """The stage that the trainer is about to run with this data."""
         trainer = self.trainer
         if trainer is None or trainer.state.fn is None:
             return None
         own = getattr(trainer, "datamodule", None) is self
-        return str(trainer.state.fn.value) if own else "fit"  # another module shows our training set, as `bank` does
+        return str(trainer.state.fn.value) if own else "fit"  # `bank` takes the training set without a datamodule
 
     def _check_ranks(self, splits: Splits) -> None:
-        """Every rank plans the batches of all, from what it has read itself."""
+        """Raises where ranks have read different tables: each plans the batches of all from its own."""
         if distributed.world_size() == 1:
             return
         digest = hashlib.blake2b(digest_size=7)  # fits an int64
         for role, tables in vars(splits).items():
-            for name, each in by_name(None if role == "class_names" else tables, role).items():
-                digest.update(f"{name} {each.digest()}".encode())
+            for name, table in by_name(None if role == "class_names" else tables, role).items():
+                digest.update(f"{name} {table.digest()}".encode())
         by_rank = distributed.gather_numbers([int(digest.hexdigest(), 16)], distributed.collective_device())
         for rank, theirs in enumerate(by_rank):
             if theirs != by_rank[0]:
@@ -259,19 +261,19 @@ class ImagesDataModule(RetrievalDataModule):
 
 
 def _replaced(splits: Splits, tables: Mapping[str, ImageTable]) -> Splits:
-    """The splits with some tables exchanged, by name."""
+    """Splits with some tables exchanged, by name."""
 
-    def exchanged(each: Tables | None, role: str) -> Tables | None:
-        if isinstance(each, Mapping):
-            return {name: tables.get(f"{role}/{name}", one) for name, one in each.items()}
-        return None if each is None else tables.get(role, each)
+    def exchanged(role_tables: Tables | None, role: str) -> Tables | None:
+        if isinstance(role_tables, Mapping):
+            return {name: tables.get(f"{role}/{name}", table) for name, table in role_tables.items()}
+        return None if role_tables is None else tables.get(role, role_tables)
 
     return replace(
         splits,
         train=tables.get("train", splits.train),
         test=exchanged(splits.test, "test"),
         val=exchanged(splits.val, "val"),
-        further={name: tables.get(f"further/{name}", each) for name, each in splits.further.items()},
+        further={name: tables.get(f"further/{name}", table) for name, table in splits.further.items()},
     )
 
 
@@ -279,5 +281,7 @@ def _data_sets(
     tables: Tables | None, transform: Callable[[Any], Any], caches: Mapping[str, Any], role: str
 ) -> ImageFileDataset | dict[str, ImageFileDataset] | None:
     if isinstance(tables, Mapping):
-        return {name: ImageFileDataset(each, transform, caches.get(f"{role}/{name}")) for name, each in tables.items()}
+        return {
+            name: ImageFileDataset(table, transform, caches.get(f"{role}/{name}")) for name, table in tables.items()
+        }
     return None if tables is None else ImageFileDataset(tables, transform, caches.get(role))

@@ -1,4 +1,4 @@
-"""Training that a checkpoint can stop and start in the middle of an epoch."""
+"""A loader that a checkpoint can stop and start in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ResumableLoader(DataLoader[Any]):
         InputError: if `batch_sampler` cannot start an epoch late.
 
     Examples:
-        >>> from lightning_dml.datamodules.samplers.pk import PKBatchSampler
+        >>> from lightning_dml.datamodules import PKBatchSampler
         >>> sampler = PKBatchSampler([0, 0, 1, 1], classes_per_batch=1, samples_per_class=2)
         >>> loader = ResumableLoader(range(4), sampler)
         >>> batch = next(iter(loader))
@@ -53,7 +53,7 @@ class ResumableLoader(DataLoader[Any]):
         {'epoch': 0, 'batch': 1}
     """
 
-    # On the class, because DataLoader.__init__ must come first and Lightning records what is set after it.
+    # On the class, because DataLoader.__init__ must come first and Lightning records attributes that are set after it.
     _position: tuple[int, int] | None = None
 
     def __init__(self, dataset: Dataset[Any], batch_sampler: ResumableBatchSampler, **options: Any) -> None:
@@ -75,13 +75,13 @@ class ResumableLoader(DataLoader[Any]):
         state = self._resumable.state_dict()
         epoch, batch = state["epoch"], state["batch"]
         self._position = epoch, batch
-        for each in super().__iter__():
+        for samples in super().__iter__():
             batch += 1
             self._position = epoch, batch
-            yield each
+            yield samples
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch and how many of its batches were handed out."""
+        """State for a checkpoint: the epoch and the number of its batches that were handed out."""
         if self._position is None or self._position[0] != self._resumable.epoch:
             return self._resumable.state_dict()  # not begun since the epoch was set
         epoch, batch = self._position

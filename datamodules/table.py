@@ -38,6 +38,7 @@ class TableDataModule(ImagesDataModule):
         self,
         table: str | Path,
         root: str | Path | None = None,
+        *,
         columns: Mapping[str, str] | None = None,
         allow_shared_classes: bool = False,
         **options: Any,
@@ -52,8 +53,10 @@ class TableDataModule(ImagesDataModule):
         self.allow_shared_classes = allow_shared_classes
 
     def read(self) -> Splits:
-        """The rows of each split; opens no image."""
-        read = read_table(self.table, self.table_root, self.columns, self.allow_shared_classes)
+        """Reads the rows of each split; opens no image."""
+        read = read_table(
+            self.table, self.table_root, columns=self.columns, allow_shared_classes=self.allow_shared_classes
+        )
         splits = read.by_split()
         self.super_class_names = read.super_label_names
         return Splits(read.split("train"), splits.get("test"), read.label_names, splits.get("val"))

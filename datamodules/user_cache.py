@@ -1,4 +1,4 @@
-"""The folder for what can be made again."""
+"""The user's cache folder, for files that can be made again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """`lightning_dml` in `XDG_CACHE_HOME` or `~/.cache`; without a home, in the folder for temporary files."""
+    """The folder `lightning_dml` in `XDG_CACHE_HOME` or `~/.cache`; without a home, in the temporary folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(base).is_absolute():  # the XDG specification asks for relative paths to be passed over
+    if Path(base).is_absolute():  # the XDG specification says to ignore relative paths
         return Path(base) / "lightning_dml"
     try:
         return Path.home() / ".cache" / "lightning_dml"

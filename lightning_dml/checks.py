@@ -12,16 +12,16 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, near_names
 
 
 def is_integer(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
-    """Whether `value` is an integer, no bool, within [`least`, `most`]."""
+    """Returns True for an integer within [`least`, `most`]; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number, no bool."""
+    """Returns True for a finite number; a bool is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -73,10 +73,11 @@ def check_number(
 
 
 def check_choice(name: str, value: object, choices: Collection[object], hint: str = "") -> None:
-    """Raises InputError unless `value` is one of the choices."""
+    """Raises InputError unless `value` is one of the choices; of a misspelt word it names the nearest."""
     if value not in choices:
         known = ", ".join(str(choice) for choice in choices)
-        raise InputError(f"{name} must be one of {known}, got {value!r}{_after(hint)}")
+        near = near_names(value, map(str, choices)) if isinstance(value, str) else ""
+        raise InputError(f"{name} must be one of {known}, got {value!r}{near}{_after(hint)}")
 
 
 def check_counts(name: str, values: object, least: int = 1, hint: str = "") -> None:
@@ -105,6 +106,12 @@ def check_embeddings(name: str, tensor: object, dim: int | None = None) -> None:
             f"{name} must have shape (N, {dim}), got {tuple(tensor.shape)}; all embeddings must come from embedders of "
             "the same dimension"
         )
+
+
+def check_not_empty(name: str, tensor: Tensor) -> None:
+    """Raises InputError when `tensor` has no row."""
+    if len(tensor) == 0:
+        raise InputError(f"{name} is empty, got shape {tuple(tensor.shape)}; give at least one row")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Collectives over rows: gathers in rank order, with uneven row counts, with and without gradient; exchanges.
+"""Collectives over rows: gathers in rank order, with or without gradient, exchanges, and work shared among ranks.
 
 Every function is the identity when no process group is up, so callers need no branches.
 """
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
-    """Whether a process group of more than one rank is up."""
+    """True while a process group of more than one rank is up."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -41,19 +41,19 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def row_counts(count: int, device: torch.device) -> list[int]:
-    """How many rows each rank holds, in rank order."""
-    return [each for (each,) in gather_numbers([count], device)]
+    """The row counts of all ranks, in rank order; `count` is this rank's."""
+    return [rows for (rows,) in gather_numbers([count], device)]
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
     """The whole numbers of each rank, in rank order; every rank must have equally many."""
     if not is_distributed():
-        return [[int(each) for each in numbers]]
+        return [[int(number) for number in numbers]]
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     parts = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(parts, own)
-    everyone: list[list[int]] = torch.stack(parts).tolist()
-    return everyone
+    of_all_ranks: list[list[int]] = torch.stack(parts).tolist()
+    return of_all_ranks
 
 
 def gather_rows(tensor: Tensor, counts: list[int] | None = None) -> Tensor:
@@ -112,7 +112,7 @@ def gather_round_robin(share: Tensor, counts: list[int]) -> Tensor:
 
 
 def exchange(blocks: Tensor, out: Tensor | None = None) -> Tensor:
-    """Sends a block to each rank and returns the blocks that the ranks have sent to this one, without gradient.
+    """Sends a block to each rank and returns the blocks that the ranks sent to this one, without gradient.
 
     `all_to_all_single` with equal splits: both gloo and NCCL have it in every torch from 2.6 on, while gloo's
     reduce-scatter is newer and a loop of whole sums.
@@ -152,7 +152,7 @@ def reduce_rows(tensor: Tensor, counts: list[int]) -> Tensor:
 
 
 def collective_device() -> torch.device:
-    """Where the process group can carry tensors: NCCL the current CUDA device only, else the CPU."""
+    """The device on which the process group can carry tensors: with NCCL the current CUDA device, else the CPU."""
     if is_distributed() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -161,7 +161,7 @@ def collective_device() -> torch.device:
 def map_rows(count: int, function: Callable[[Tensor], tuple[Tensor, ...]], block: int) -> tuple[Tensor, ...]:
     """The results of `function` for all of `count` rows, of which every rank computes a share.
 
-    The ranks work block by block and wait for each other after each, so that none waits for longer than a block
+    The ranks work block by block and wait for each other after every block, so that none waits for longer than a block
     takes: a process group's time-out is for one collective, and a share may take many times as long. Where
     `function` raises on one rank, all ranks raise at the end of that block.
 
@@ -190,7 +190,7 @@ def map_rows(count: int, function: Callable[[Tensor], tuple[Tensor, ...]], block
 
 
 def on_first_rank(function: Callable[[Callable[[], None]], Tensor]) -> Tensor:
-    """What `function` returns on rank 0, which alone runs it, on every rank.
+    """The result of `function` on every rank; rank 0 alone runs it.
 
     Args:
         function: gets a callback to call every now and then, well within the time-out of the process group: the other
@@ -226,7 +226,7 @@ def on_first_rank(function: Callable[[Callable[[], None]], Tensor]) -> Tensor:
 
 
 def together(function: Callable[[], Result]) -> Result:
-    """What `function` returns; where it raises on one rank, all ranks raise, and none is left waiting for another.
+    """The result of `function`; where it raises on one rank, all ranks raise, and none is left waiting for another.
 
     Args:
         function: work of each rank without collectives in it.
@@ -253,7 +253,7 @@ def _fail_together(failure: Exception | None) -> None:
 
 
 class _GatherRowsWithGrad(torch.autograd.Function):
-    """Rows of all ranks; the backward sums every rank's gradient for the rows that are ours."""
+    """Rows of all ranks; the backward pass sums the gradients that all ranks have for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, counts: list[int]) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """A setting, a file or a tensor that the caller can put right.
@@ -25,6 +28,12 @@ def input_error_in(error: BaseException) -> InputError | None:
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The message of an error as one line of at most `limit` characters; its type where it has none."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """The end of a message that asks for the nearest of the known names; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 class NothingToEvaluate(InputError):

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and one process at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from lightning_dml.errors import InputError
 
@@ -64,13 +66,41 @@ def replacing(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def delete_parts(path: Path) -> None:
-    """Deletes what killed processes left of their attempts to write `path`; call it while no process may write it."""
+def delete_parts(path: Path, stems: str | None = None) -> None:
+    """Deletes what killed processes left of their attempts to write `path`; call it while no process may write it.
+
+    Args:
+        path: the file.
+        stems: regular expression of the stems of all files in the folder whose parts to delete; None is that of `path`.
+    """
     target = Path(os.path.realpath(path))
-    part = re.compile(rf"\.{re.escape(target.stem)}\.[0-9a-f]{{32}}\.part{re.escape(target.suffix)}")
+    part = re.compile(rf"\.({stems or re.escape(target.stem)})\.[0-9a-f]{{32}}\.part{re.escape(target.suffix)}")
     for entry in list(target.parent.iterdir()):
         if part.fullmatch(entry.name):
             entry.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process on this machine is in here with the same lock file.
+
+    On a file system without locks, or where the lock file cannot be written, nobody waits: the block must be safe, if
+    wasteful, in two processes at once, as `write_whole` is.
+
+    Args:
+        path: the lock file; its folder is made where it is missing.
+
+    Raises:
+        OSError: if that is impossible.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _flush(path: Path) -> None:

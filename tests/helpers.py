@@ -1,4 +1,4 @@
-"""Two or more real gloo processes for a test, and what a failing one printed; the largest tensor that was made."""
+"""Helpers of many tests: real gloo processes, commands, the largest tensor of a call, and comparisons."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation and looks at its results."""
         outcome = func(*args, **(kwargs or {}))
-        for each in outcome if isinstance(outcome, tuple | list) else (outcome,):
-            if isinstance(each, Tensor):
-                self.entries = max(self.entries, each.numel())
+        for result in outcome if isinstance(outcome, tuple | list) else (outcome,):
+            if isinstance(result, Tensor):
+                self.entries = max(self.entries, result.numel())
         return outcome
 
 

@@ -47,18 +47,18 @@ def expected_features(count: int) -> Numbers:
 CASES = [(count, block) for count in (0, 1, 2, 3, 7, 10, 23) for block in (1, 2, 5, 100)]
 
 
-def mapped(count: int, block: int) -> tuple[Numbers, Numbers, list[list[int]]]:
-    """The results as lists, what they are, and the rows that this rank was given, block by block."""
-    given: list[list[int]] = []
+def map_features(count: int, block: int) -> tuple[Numbers, Numbers, list[list[int]]]:
+    """The results as lists, their kinds, and the rows that this rank worked on, block by block."""
+    blocks: list[list[int]] = []
 
-    def recorded(rows: Tensor) -> tuple[Tensor, ...]:
+    def recording(rows: Tensor) -> tuple[Tensor, ...]:
         assert rows.dtype == torch.int64
-        given.append(rows.tolist())
+        blocks.append(rows.tolist())
         return features(rows)
 
-    results = map_rows(count, recorded, block)
-    kinds = [(str(each.dtype), str(each.device), each.ndim) for each in results]
-    return [each.tolist() for each in results], kinds, given
+    results = map_rows(count, recording, block)
+    kinds = [(str(result.dtype), str(result.device), result.ndim) for result in results]
+    return [result.tolist() for result in results], kinds, blocks
 
 
 def flat(parts: list[list[int]]) -> list[int]:
@@ -68,7 +68,7 @@ def flat(parts: list[list[int]]) -> list[int]:
 
 def on_rank(rank: int, ranks: int) -> list[Any]:
     """All cases in one process group, as starting the processes takes the longest."""
-    return [mapped(count, block) for count, block in CASES]
+    return [map_features(count, block) for count, block in CASES]
 
 
 KINDS = [(f"torch.{name}", "cpu", ndim) for name, ndim in (("float64", 1), ("int64", 2), ("bool", 1))]
@@ -77,11 +77,11 @@ KINDS += [("torch.float16", "cpu", 3), ("torch.int64", "cpu", 1), ("torch.int64"
 
 @pytest.mark.parametrize(("count", "block"), CASES)
 def test_one_process_maps_all_rows_by_blocks(count: int, block: int) -> None:
-    """What a block holds in memory is limited on one process as well."""
-    results, kinds, given = mapped(count, block)
+    """A block limits the memory of one process as well."""
+    results, kinds, blocks = map_features(count, block)
     assert results == expected_features(count) and kinds == KINDS
-    assert flat(given) == list(range(count))
-    assert max(map(len, given)) <= block and (len(given) == -(-count // block) or count == 0)
+    assert flat(blocks) == list(range(count))
+    assert max(map(len, blocks)) <= block and (len(blocks) == -(-count // block) or count == 0)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -90,20 +90,20 @@ def test_ranks_get_the_results_of_all_rows_in_their_order(ranks: int) -> None:
     by_rank = run_ranks(ranks, on_rank)
     for number, (count, block) in enumerate(CASES):
         shares: list[list[int]] = []
-        for results, kinds, given in (each[number] for each in by_rank):
+        for results, kinds, blocks in (cases[number] for cases in by_rank):
             assert results == expected_features(count) and kinds == KINDS
-            assert max(map(len, given)) <= block
-            shares.append(flat(given))
+            assert max(map(len, blocks)) <= block
+            shares.append(flat(blocks))
         assert flat(shares) == list(range(count))  # contiguous shares, none worked on twice
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 class BrokenError(Exception):
-    """What the tests raise."""
+    """The error that the tests raise."""
 
 
 def outcome(call: Callable[[], Any]) -> tuple[str, str]:
-    """What a call raised, and that the ranks are still in step afterwards."""
+    """The error of a call, and a sign that the ranks are still in step afterwards."""
     try:
         call()
     except Exception as error:
@@ -189,7 +189,7 @@ NAPS, NAP = 8, 0.7  # together nearly twice the time-out, each well within it
 
 
 def slow_share(rank: int, _ranks: int) -> tuple[float, list[int], list[float], str]:
-    """A share that is slow on rank 0 only, work of the first rank alone, and what a plain wait would come to."""
+    """A share that is slow on rank 0 only, work of the first rank alone, and the error of a plain wait."""
     begun = time.monotonic()
 
     def slow(rows: Tensor) -> tuple[Tensor]:
@@ -198,7 +198,7 @@ def slow_share(rank: int, _ranks: int) -> tuple[float, list[int], list[float], s
         return (rows,)
 
     (rows,) = map_rows(2 * NAPS, slow, 1)
-    taken = time.monotonic() - begun
+    seconds = time.monotonic() - begun
 
     def first(beat: Callable[[], None]) -> Tensor:
         assert rank == 0
@@ -207,8 +207,8 @@ def slow_share(rank: int, _ranks: int) -> tuple[float, list[int], list[float], s
             beat()
         return torch.tensor([0.25, 0.5], dtype=torch.float64)
 
-    found = on_first_rank(first)
-    assert found.dtype == torch.float64 and found.device.type == "cpu"
+    result = on_first_rank(first)
+    assert result.dtype == torch.float64 and result.device.type == "cpu"
 
     # The same without meeting after each block: the other rank waits for the whole share in one collective. In a
     # group of its own, because it is of no use afterwards.
@@ -218,20 +218,20 @@ def slow_share(rank: int, _ranks: int) -> tuple[float, list[int], list[float], s
         time.sleep(NAPS * NAP)
     try:
         dist.all_reduce(torch.ones(()), group=plain)
-        waited = ""
+        message = ""
     except RuntimeError as error:
-        waited = str(error)
+        message = str(error)
     time.sleep(max(0.0, NAPS * NAP + 0.5 - (time.monotonic() - begun)))
-    return taken, rows.tolist(), found.tolist(), waited
+    return seconds, rows.tolist(), result.tolist(), message
 
 
 @pytest.mark.slow
 def test_a_share_may_take_longer_than_the_time_out() -> None:
     """The search of a large gallery takes longer on one rank than another waits for a collective."""
     by_rank = run_ranks(2, slow_share, timeout=TIMEOUT)
-    for taken, rows, found, _ in by_rank:
-        assert taken > TIMEOUT + 1
-        assert rows == list(range(2 * NAPS)) and found == [0.25, 0.5]
+    for seconds, rows, result, _ in by_rank:
+        assert seconds > TIMEOUT + 1
+        assert rows == list(range(2 * NAPS)) and result == [0.25, 0.5]
     assert "timed out" in by_rank[1][3].lower(), by_rank[1][3]
 
 
@@ -246,18 +246,18 @@ def first_only(rank: int, _ranks: int) -> list[Numbers]:
         return result
 
     kinds = [torch.arange(6).reshape(2, 3), torch.empty(0, 4), torch.tensor(2.5, dtype=torch.float64)]
-    found = [on_first_rank(partial(function, result=kind, beats=beats)) for beats, kind in enumerate(kinds)]
+    results = [on_first_rank(partial(function, result=kind, beats=beats)) for beats, kind in enumerate(kinds)]
     assert calls == ([0, 0, 0] if rank == 0 else [])
-    return [[each.tolist(), str(each.dtype), list(each.shape)] for each in found]
+    return [[result.tolist(), str(result.dtype), list(result.shape)] for result in results]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_every_rank_gets_what_the_first_found(ranks: int) -> None:
+def test_every_rank_gets_the_result_of_the_first(ranks: int) -> None:
     """K-means need not come out the same on two machines, and NMI must."""
     right = [
         [[[0, 1, 2], [3, 4, 5]], "torch.int64", [2, 3]],
         [[], "torch.float32", [0, 4]],
         [2.5, "torch.float64", []],
     ]
-    found = run_ranks(ranks, first_only) if ranks > 1 else [first_only(0, 1)]
-    assert found == [right] * ranks
+    by_rank = run_ranks(ranks, first_only) if ranks > 1 else [first_only(0, 1)]
+    assert by_rank == [right] * ranks

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from lightning_dml.errors import InputError
-from lightning_dml.files import UnwritableFile, delete_parts, write_whole
+from lightning_dml.files import UnwritableFile, delete_parts, locked, write_whole
 
 
 def test_a_text_bytes_and_a_function_write_a_file(tmp_path: Path) -> None:
@@ -116,3 +117,50 @@ def test_parts_of_killed_processes_can_be_deleted(tmp_path: Path) -> None:
     assert not path.exists()
     delete_parts(path)
     assert [entry.name.startswith(".file2.") for entry in tmp_path.iterdir()] == [True]
+
+
+def test_parts_of_several_files_are_deleted_by_their_stems(tmp_path: Path) -> None:
+    """A cache has another name with every change of its settings, and an attempt at an older one is as large."""
+    names = [f".train-{key}.{'0' * 32}.part.images" for key in "ab"] + [f".test-a.{'0' * 32}.part.images"]
+    for name in names:
+        (tmp_path / name).touch()
+    delete_parts(tmp_path / "train-c.images", stems="train-[a-z]")
+    assert [entry.name for entry in tmp_path.iterdir()] == names[2:]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lightning_dml.files import locked
+with locked(Path(sys.argv[1])):
+    print("inside", flush=True)
+    time.sleep(1)
+    Path(sys.argv[2]).touch()
+"""
+
+
+def test_a_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
+    """One of several ranks builds a cache; the others would build it a second time."""
+    lock, done = tmp_path / "new/.lock", tmp_path / "done"
+    command = [sys.executable, "-c", HOLD, str(lock), str(done)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "inside\n"
+        with locked(lock):
+            assert done.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])
+def test_a_file_system_without_locks_stops_nobody(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network drives have none, and the training is what the user came for; an error of the block is its own."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with locked(tmp_path / ".lock"):
+        (tmp_path / "file").touch()
+    assert (tmp_path / "file").exists()
+    with pytest.raises(KeyError), locked(tmp_path / ".lock"):
+        raise KeyError

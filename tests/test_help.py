@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_the_program_lists_its_commands(folder: Path, capsys: pytest.CaptureFixt
     assert set(DMLCLI.subcommands()) <= set(BY_NAME)
 
 
-AT_ONCE = [["--help"], ["--help", "fit"], *([name, "-h"] for name in LIGHTNINGS), ["nope"], []]
+AT_ONCE = [["--help"], ["--help", "fit"], *([name, "-h"] for name in BY_NAME), ["nope"], []]
 
 
 @pytest.mark.parametrize("arguments", AT_ONCE, ids=" ".join)
@@ -125,7 +125,7 @@ def parsers() -> dict[str, LightningArgumentParser]:
             pass
 
     cli = ParsersAlone(LightningModule, LightningDataModule, **SETTINGS, parser_class=DMLParser)
-    return dict(cli._subcommand_parsers)
+    return {name: cast(DMLParser, parser) for name, parser in cli._subcommand_parsers.items()}
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_the_help_of_a_class_leaves_out_the_modules_of_torch(folder: Path, capsy
 
 
 def test_all_of_a_training_is_lightnings_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the short help leaves out stands behind one word."""
+    """All that the short help leaves out stands behind one word."""
     printed = printed_help(capsys, "fit", "--help", "all")
     assert "--trainer.accumulate_grad_batches" in printed and "--ckpt_path" in printed
 

@@ -78,13 +78,15 @@ def violations(sources: Sources) -> list[str]:
     """Every import that the layers forbid, and every module that has no layer, as a sentence."""
     unplaced = sorted(module for module in sources.modules if _part(module) not in HEIGHTS)
     found = [f"{module} has no layer: give it one in LAYERS" for module in unplaced]
-    for each in sources.imports:
-        top, where = each.target.partition(".")[0], f"{each.module}:{each.line} imports {each.target}"
+    for imported in sources.imports:
+        top, where = imported.target.partition(".")[0], f"{imported.module}:{imported.line} imports {imported.target}"
         if top in ONLY_IN_THE_REPOSITORY:
             found.append(f"{where}, which the wheel does not have")
-        elif top in LIGHTNING_AND_TIMM and _part(each.module) in WITHOUT_LIGHTNING:
-            found.append(f"{where}, which {_part(each.module)} must do without")
-        elif top == PACKAGE and HEIGHTS.get(_part(each.target), 0) > HEIGHTS.get(_part(each.module), len(LAYERS)):
+        elif top in LIGHTNING_AND_TIMM and _part(imported.module) in WITHOUT_LIGHTNING:
+            found.append(f"{where}, which {_part(imported.module)} must do without")
+        elif top == PACKAGE and HEIGHTS.get(_part(imported.target), 0) > HEIGHTS.get(
+            _part(imported.module), len(LAYERS)
+        ):
             found.append(f"{where}, which is above it")
     return found
 
@@ -92,9 +94,9 @@ def violations(sources: Sources) -> list[str]:
 def circle(sources: Sources) -> list[str]:
     """One circle of imports, first module again at its end; empty when there is none."""
     graph: dict[str, set[str]] = {module: set() for module in sources.modules}
-    for each in sources.imports:
-        if each.target in graph:
-            graph[each.module].add(each.target)
+    for imported in sources.imports:
+        if imported.target in graph:
+            graph[imported.module].add(imported.target)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -138,7 +140,7 @@ def _type_checking_imports(tree: ast.Module) -> list[ast.ImportFrom]:
 
 
 def _lazy_names(tree: ast.Module) -> dict[str, str]:
-    """Where the names live that the package's own __init__ offers without importing them."""
+    """The homes of the names that the package's own __init__ offers without importing them."""
     return {
         alias.asname or alias.name: node.module or "" for node in _type_checking_imports(tree) for alias in node.names
     }
@@ -163,7 +165,7 @@ def test_the_reader_sees_the_whole_library(library: Sources) -> None:
     """An empty reading would pass every other test here."""
     parts = {"losses", "memory", "retrieval", "modules", "callbacks", "datamodules"}
     assert parts <= {_part(module) for module in library.modules}
-    assert any(each.target == "torch" for each in library.imports)
+    assert any(imported.target == "torch" for imported in library.imports)
 
 
 def test_no_module_imports_upward(library: Sources) -> None:

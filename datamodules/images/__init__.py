@@ -1,1 +1,1 @@
-"""Images: opened, checked, cached, transformed, and as data sets."""
+"""Image files: opening, checks, a cache, transforms, and data sets of them."""

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import urllib.parse
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -24,11 +23,11 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_dml.checks import check_choice, check_count
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.images.cache_file import (
     FORMAT,
     delete_unused,
-    locked,
     map_cache,
     read_about,
     write_cache,
@@ -37,6 +36,7 @@ from lightning_dml.datamodules.images.opening import decode, explaining, in_orde
 from lightning_dml.datamodules.images.transforms import resize_image
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
+from lightning_dml.files import UnwritableFile, delete_parts, locked, replacing
 
 Encoding = Literal["raw", "jpeg"]
 
@@ -55,7 +55,7 @@ class ImageCache(Sequence[Image.Image]):
     """
 
     def __init__(self, path: Path) -> None:
-        """Maps the file; it is let go of when the object is."""
+        """Maps the file until the object is deleted."""
         self.path = Path(path)
         self._file = map_cache(self.path)
 
@@ -64,6 +64,7 @@ class ImageCache(Sequence[Image.Image]):
         cls,
         table: ImageTable,
         folder: Path,
+        *,
         resize: int,
         interpolation: str,
         encoding: Encoding = "raw",
@@ -93,12 +94,10 @@ class ImageCache(Sequence[Image.Image]):
             InputError: for an option out of range, an image that cannot be read (with its row), or a folder that
                 cannot be written to or has too little space. Nothing but an empty lock file is then left behind.
         """
-        if resize < 1:
-            raise InputError(f"resize must be at least 1, got {resize}")
-        if encoding not in get_args(Encoding):
-            raise InputError(f"encoding must be 'raw' or 'jpeg', got {encoding!r}")
-        if workers is not None and workers < 1:
-            raise InputError(f"workers must be at least 1, or None for one for each core, got {workers}")
+        check_count("resize", resize)
+        check_choice("encoding", encoding, get_args(Encoding))
+        if workers is not None:
+            check_count("workers", workers, hint="None takes one for each core")
         settings = {"resize": resize, "interpolation": str(interpolation), "encoding": encoding}
         key = _key(table, settings, workers)
         whose = {"root": str(table.root.absolute()), "paths": table.paths.digest()}
@@ -109,9 +108,8 @@ class ImageCache(Sequence[Image.Image]):
             return cls._fitting(path, key)
         pictures = in_order(partial(_picture, table, resize, interpolation, encoding), range(len(table)), workers)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f".{name}.lock")):
-                _delete_parts(path.parent, name)
+                _delete_parts(path, name)
                 if path.exists():
                     try:
                         return cls._fitting(path, key)
@@ -120,25 +118,26 @@ class ImageCache(Sequence[Image.Image]):
                 bar = tqdm(total=len(table), desc=f"caching {stem} images", disable=not progress, delay=1, leave=False)
                 with bar, closing(pictures):
                     _write(path, about, _watched(pictures, path.parent, len(table), bar.update))
-                made = cls(path)
+                cache = cls(path)
                 _delete_older(path, name, whose)
-                return made
+                return cache
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = error.__cause__ if isinstance(error, UnwritableFile) else error
+            if getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise _no_room(path.parent, len(table)) from error
             raise InputError(
-                f"cannot write an image cache to {path.parent}: {error}; give the cache another folder"
+                f"cannot write an image cache to {path.parent}: {reason}; give the cache another folder"
             ) from error
 
     @classmethod
     def _fitting(cls, path: Path, key: str) -> ImageCache:
-        made = cls(path)
-        if made._file.about.get("key") != key:
+        cache = cls(path)
+        if cache._file.about.get("key") != key:
             raise InputError(f"image cache {path} is not what its name says")
-        return made
+        return cache
 
     def __len__(self) -> int:
-        """How many pictures there are."""
+        """Number of pictures."""
         return len(self._file.sizes)
 
     def __getitem__(self, row: SupportsIndex) -> Image.Image:  # type: ignore[override]  # of no use in slices
@@ -170,26 +169,26 @@ _CHECKED = 256  # pictures between two looks at the free space
 
 def _key(table: ImageTable, settings: dict[str, Any], workers: int | None) -> str:
     # Another Pillow may decode or scale with other rounding.
-    made = hashlib.blake2b(json.dumps([FORMAT, pillow_version, settings]).encode(), digest_size=16)
-    made.update(table.paths.digest().encode())
+    digest = hashlib.blake2b(json.dumps([FORMAT, pillow_version, settings]).encode(), digest_size=16)
+    digest.update(table.paths.digest().encode())
     if table.boxes is not None:
-        made.update(np.ascontiguousarray(table.boxes, "<i4").data)
+        digest.update(np.ascontiguousarray(table.boxes, "<i4").data)
     chunks = (range(first, min(first + _CHUNK, len(table))) for first in range(0, len(table), _CHUNK))
     for states in in_order(partial(_states, table), chunks, workers):
-        made.update(states.data)
-    return made.hexdigest()
+        digest.update(states.data)
+    return digest.hexdigest()
 
 
 def _states(table: ImageTable, rows: range) -> IntArray:
-    """Size in bytes and time of change in nanoseconds of the files of some rows, (M, 2)."""
+    """Sizes in bytes and times of change in nanoseconds of the files of some rows, (M, 2)."""
     root = os.fspath(table.root)
-    found = np.empty((len(rows), 2), "<i8")
+    states = np.empty((len(rows), 2), "<i8")
     for place, row in enumerate(rows):
         path = os.path.join(root, table.paths[row])
         with explaining(path, row):
             state = os.stat(path)
-        found[place] = state.st_size, state.st_mtime_ns
-    return found
+        states[place] = state.st_size, state.st_mtime_ns
+    return states
 
 
 def _picture(
@@ -206,15 +205,15 @@ def _picture(
 def _watched(
     pictures: Iterator[tuple[bytes, tuple[int, int]]], folder: Path, rows: int, report: Callable[[], object]
 ) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """The same pictures, for as long as the rest of them seems to find room in the folder."""
-    written = 0
-    for done, picture in enumerate(pictures, start=1):
+    """Passes the pictures on for as long as the rest of them seems to find room in the folder."""
+    bytes_so_far = 0
+    for count, picture in enumerate(pictures, start=1):
         yield picture
         report()
-        written += len(picture[0])
-        # A tenth less than the estimate, so that a guess does not stop what would have fitted.
-        if done % _CHECKED == 0 and 0.9 * written * (rows / done - 1) > shutil.disk_usage(folder).free:
-            raise _no_room(folder, rows, written * rows // done)
+        bytes_so_far += len(picture[0])
+        # A tenth less than the estimate, so that a guess does not stop a cache that would have fitted.
+        if count % _CHECKED == 0 and 0.9 * bytes_so_far * (rows / count - 1) > shutil.disk_usage(folder).free:
+            raise _no_room(folder, rows, bytes_so_far * rows // count)
 
 
 def _no_room(folder: Path, rows: int, size: int | None = None) -> InputError:
@@ -227,29 +226,24 @@ def _no_room(folder: Path, rows: int, size: int | None = None) -> InputError:
 
 
 def _write(path: Path, about: dict[str, Any], pictures: Iterator[tuple[bytes, tuple[int, int]]]) -> None:
-    """Writes the file aside, and puts it in its place when it is complete and on the disk."""
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(aside, "xb") as file:
-            write_cache(file, about, pictures)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside, open(aside, "xb") as file:
+        write_cache(file, about, pictures)
 
 
-def _delete_parts(folder: Path, name: str) -> None:
-    """Deletes what a process that was killed has left; called under the lock, so that nobody is writing."""
-    for each in list(folder.iterdir()):
-        if re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{32}}\.images\.[0-9a-f]{{32}}\.part", each.name):
-            each.unlink(missing_ok=True)
+def _delete_parts(path: Path, name: str) -> None:
+    """Deletes parts that killed processes left of caches of this stem; under the lock, so that nobody is writing."""
+    keyed = rf"{re.escape(name)}-[0-9a-f]{{32}}"
+    delete_parts(path, keyed)
+    for entry in list(path.parent.iterdir()):
+        # Earlier versions called their parts so, and one may be as large as a data set.
+        if re.fullmatch(rf"{keyed}\.images\.[0-9a-f]{{32}}\.part", entry.name):
+            entry.unlink(missing_ok=True)
 
 
 def _delete_older(path: Path, name: str, whose: dict[str, str]) -> None:
     """Deletes the other caches of the same stem and files, and damaged ones of that stem, where nobody uses them."""
-    for each in list(path.parent.iterdir()):
-        if each != path and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{32}}\.images", each.name):
-            about = read_about(each)
+    for entry in list(path.parent.iterdir()):
+        if entry != path and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{32}}\.images", entry.name):
+            about = read_about(entry)
             if about is None or {**about, **whose} == about:
-                delete_unused(each)
+                delete_unused(entry)

@@ -1,4 +1,4 @@
-"""The file of an image cache: what is said of it first, then where each picture lies, then the pictures."""
+"""The file of an image cache: a description in JSON, then where each picture lies, then the pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ from lightning_dml.errors import InputError
 if sys.platform != "win32":
     import fcntl
 
-FORMAT = 1  # raise it with any change to the layout, or to what is drawn
+FORMAT = 1  # raise it with any change to the layout, or to the pixels
 
 _MAGIC = b"dml-imgs"
 _HEAD = struct.Struct("<8sII16s")  # magic, format, bytes of JSON, and a hash of the JSON and the tables
@@ -33,7 +33,7 @@ class CacheFile:
     """A cache file in memory: the arrays are views of the mapped file, so that rows cost no objects.
 
     Args:
-        about: what was said of it when it was written.
+        about: the description that it was written with.
         data: the whole file, uint8.
         offsets: (N + 1,) int64, where each picture begins in `data`; the last is the end of the file.
         sizes: (N, 2) int32, width and height of each.
@@ -57,7 +57,7 @@ def write_cache(file: BinaryIO, about: dict[str, Any], pictures: Iterator[tuple[
     offsets, sizes = np.zeros(rows + 1, "<i8"), np.zeros((rows, 2), "<i4")
     tables = _after_text(len(text))
     offsets[0] = tables + offsets.nbytes + sizes.nbytes
-    # The tables are known last; until then there are zeros in their place, and a file that is cut short shows.
+    # The tables are known last. Zeros stand in their place until then, so that a file that is cut short shows.
     file.seek(int(offsets[0]))
     for row, (data, size) in enumerate(pictures):
         file.write(data)
@@ -69,13 +69,14 @@ def write_cache(file: BinaryIO, about: dict[str, Any], pictures: Iterator[tuple[
 
 
 def map_cache(path: Path) -> CacheFile:
-    """Maps a cache file, and claims it against deletion by `delete_unused` for as long as the arrays live.
+    """Maps a cache file, and protects it from `delete_unused` for as long as the arrays live.
 
     Raises:
         InputError: if there is no such file, or it is of another format, cut off or damaged in its tables.
     """
     try:
         with open(path, "rb") as file:
+            # Not filelock's: this lock is shared, many processes map one cache, and it must end with the mapping.
             if sys.platform != "win32":
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -90,7 +91,7 @@ def map_cache(path: Path) -> CacheFile:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """What was said of a cache file of any format; None if it is damaged there or gone."""
+    """Reads the description in a cache file of any format; None if it is damaged there or gone."""
     try:
         with open(path, "rb") as file:
             magic, _, length, _ = _HEAD.unpack(file.read(_HEAD.size))
@@ -110,19 +111,9 @@ def delete_unused(path: Path) -> None:
             path.unlink()
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Waits until no other process on this machine is in here with the same lock file; it stays behind, empty."""
-    with open(path, "ab") as file:
-        if sys.platform != "win32":
-            with suppress(OSError):  # a file system without locks: two may then build, and the later one's file stays
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _mapped(data: NDArray[np.uint8]) -> CacheFile:
-    magic, made, length, expected = _HEAD.unpack(data[: _HEAD.size].tobytes())
-    if magic != _MAGIC or made != FORMAT:
+    magic, version, length, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())
+    if magic != _MAGIC or version != FORMAT:
         raise ValueError(f"it is not an image cache of format {FORMAT}")
     text = data[_HEAD.size : _HEAD.size + length].tobytes()
     about = json.loads(text)
@@ -131,7 +122,7 @@ def _mapped(data: NDArray[np.uint8]) -> CacheFile:
     if rows < 0 or end > len(data):
         raise ValueError("it is cut off")
     offsets, sizes = data[start:middle].view("<i8"), data[middle:end].view("<i4").reshape(rows, 2)
-    if _hash(text, offsets, sizes) != expected:
+    if _hash(text, offsets, sizes) != digest:
         raise ValueError("its tables do not match their hash")
     if offsets[-1] != len(data):
         raise ValueError(f"it has {len(data)} bytes instead of {offsets[-1]}")
@@ -139,12 +130,12 @@ def _mapped(data: NDArray[np.uint8]) -> CacheFile:
 
 
 def _after_text(length: int) -> int:
-    """Where the tables begin, in step with the size of their numbers."""
+    """Offset of the tables, a multiple of the size of their numbers."""
     return -(-(_HEAD.size + length) // _ALIGNED) * _ALIGNED
 
 
 def _hash(text: bytes, offsets: NDArray[Any], sizes: NDArray[Any]) -> bytes:
-    made = hashlib.blake2b(text, digest_size=16)
-    made.update(np.ascontiguousarray(offsets).data)
-    made.update(np.ascontiguousarray(sizes).data)
-    return made.digest()
+    digest = hashlib.blake2b(text, digest_size=16)
+    digest.update(np.ascontiguousarray(offsets).data)
+    digest.update(np.ascontiguousarray(sizes).data)
+    return digest.digest()

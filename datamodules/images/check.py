@@ -1,11 +1,10 @@
-"""Whether every image of a table can be opened, found out once and remembered."""
+"""A check that every image of a table can be opened, made once and remembered."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Literal, get_args
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_dml.checks import check_choice
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.images.opening import UnreadableImage, cut_box, image_size, in_order, open_image, row_box
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
+from lightning_dml.files import UnwritableFile, write_whole
 
 How = Literal["headers", "decode"]
 
@@ -35,11 +36,11 @@ class Unreadable:
     reasons: list[str]
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.rows)
 
 
-def check_images(table: ImageTable, how: How, folder: Path, progress: bool = True) -> Unreadable:
+def check_images(table: ImageTable, how: How, folder: Path, *, progress: bool = True) -> Unreadable:
     """Opens every image of a table, each file once, and lists those that cannot be read.
 
     The result is kept in `folder`, and the next call with the same paths and boxes opens only the files that were
@@ -58,63 +59,62 @@ def check_images(table: ImageTable, how: How, folder: Path, progress: bool = Tru
     Raises:
         InputError: if `how` is neither of the two.
     """
-    if how not in get_args(How):
-        raise InputError(f"how must be 'headers' or 'decode', got {how!r}")
+    check_choice("how", how, get_args(How))
     # Before the files are looked at, so that a change in the meantime shows at the next call.
     stamp = _stamp(table)
     at_least: tuple[How, ...] = ("decode",) if how == "decode" else ("decode", "headers")
-    for kept_how in at_least:
-        path = _result_path(table, kept_how, folder)
-        kept = _read(path, stamp, len(table))
-        if kept is not None:
-            now = _unreadable(table, kept.rows, kept_how, progress)
-            if now.rows.tolist() != kept.rows.tolist() or now.reasons != kept.reasons:
+    for earlier_how in at_least:
+        path = _result_path(table, earlier_how, folder)
+        earlier = _read(path, stamp, len(table))
+        if earlier is not None:
+            now = _unreadable(table, earlier.rows, earlier_how, progress)
+            if now.rows.tolist() != earlier.rows.tolist() or now.reasons != earlier.reasons:
                 _write(path, stamp, now)
             return now
-    found = _unreadable(table, np.arange(len(table)), how, progress)
-    _write(_result_path(table, how, folder), stamp, found)
-    return found
+    unreadable = _unreadable(table, np.arange(len(table)), how, progress)
+    _write(_result_path(table, how, folder), stamp, unreadable)
+    return unreadable
 
 
-def raise_unreadable(table: ImageTable, found: Unreadable, name: str = "data set") -> None:
-    """Says which image of a table is the first that cannot be read, and what to do; returns if all can.
+def raise_unreadable(table: ImageTable, unreadable: Unreadable, name: str = "data set") -> None:
+    """Raises an error that names the first image that cannot be read, and the way out; returns if all can.
 
     Raises:
-        InputError: if there are rows in `found`.
+        InputError: if there are rows in `unreadable`.
     """
-    if len(found):
-        row = int(found.rows[0])
+    if len(unreadable):
+        row = int(unreadable.rows[0])
         raise InputError(
-            f"{len(found)} of {len(table)} images cannot be read, the first is {table.path(row)} (row {row} of the "
-            f"{name}): {found.reasons[0]}; replace them, or set unreadable='skip' to leave them out"
+            f"{len(unreadable)} of {len(table)} images cannot be read, the first is {table.path(row)} (row {row} of "
+            f"the {name}): {unreadable.reasons[0]}; replace them, or set unreadable='skip' to leave them out"
         )
 
 
-_VERSION = 1  # of the kept results; raise it where an image that passed may no longer pass
+_VERSION = 1  # of the result files; raise it where an image that passed may no longer pass
 _CHUNK = 16  # files that a thread takes at a time
 
 
 def _unreadable(table: ImageTable, rows: IntArray, how: How, progress: bool) -> Unreadable:
-    """Those of some rows, (M,) ascending, that cannot be read."""
+    """Opens the files of some rows, (M,) ascending, and lists the rows that cannot be read."""
     by_file, starts = _by_file(table, rows)
     files = len(starts) - 1
-    found: list[tuple[int, str]] = []
+    unreadable: list[tuple[int, str]] = []
 
     def look(first: int) -> tuple[int, list[tuple[int, str]]]:
         last = min(first + _CHUNK, files)
         faults = [_faults(table, by_file[starts[f] : starts[f + 1]].tolist(), how) for f in range(first, last)]
-        return last - first, [fault for each in faults for fault in each]
+        return last - first, [fault for of_file in faults for fault in of_file]
 
     with tqdm(total=files, desc="checking images", unit=" files", disable=not progress, delay=1, leave=False) as bar:
-        for done, faults in in_order(look, range(0, files, _CHUNK)):
-            found += faults
-            bar.update(done)
-    found.sort()
-    return Unreadable(np.array([row for row, _ in found], np.int64), [reason for _, reason in found])
+        for files_done, faults in in_order(look, range(0, files, _CHUNK)):
+            unreadable += faults
+            bar.update(files_done)
+    unreadable.sort()
+    return Unreadable(np.array([row for row, _ in unreadable], np.int64), [reason for _, reason in unreadable])
 
 
 def _by_file(table: ImageTable, rows: IntArray) -> tuple[IntArray, IntArray]:
-    """The rows file after file, (M,), in the order in which the files come first, and where each begins, (F + 1,)."""
+    """Rows sorted by file, (M,), files in the order in which they come first, and where each file begins, (F + 1,)."""
     codes, names = table.paths.take(rows).codes()
     first = np.full(len(names), len(codes))
     np.minimum.at(first, codes, np.arange(len(codes)))
@@ -126,7 +126,7 @@ def _by_file(table: ImageTable, rows: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def _faults(table: ImageTable, rows: list[int], how: How) -> list[tuple[int, str]]:
-    """The rows of one file that cannot be read, and why."""
+    """Rows of one file that cannot be read, and the reasons."""
     path = table.path(rows[0])
     try:
         size = open_image(path).size if how == "decode" else image_size(path)
@@ -144,48 +144,43 @@ def _faults(table: ImageTable, rows: list[int], how: How) -> list[tuple[int, str
 
 
 def _result_path(table: ImageTable, how: How, folder: Path) -> Path:
-    """Labels and roles do not count: other splits of the same rows are as readable."""
-    made = hashlib.blake2b(f"{_VERSION} {how} {table.root.absolute()}".encode(errors="surrogateescape"), digest_size=16)
-    made.update(table.paths.digest().encode())
+    """File of a result. Labels and roles do not count: other splits of the same rows are as readable."""
+    digest = hashlib.blake2b(
+        f"{_VERSION} {how} {table.root.absolute()}".encode(errors="surrogateescape"), digest_size=16
+    )
+    digest.update(table.paths.digest().encode())
     if table.boxes is not None:
-        made.update(np.ascontiguousarray(table.boxes).tobytes())
-    return Path(folder) / f"{made.hexdigest()}.json"
+        digest.update(np.ascontiguousarray(table.boxes).tobytes())
+    return Path(folder) / f"{digest.hexdigest()}.json"
 
 
 def _stamp(table: ImageTable) -> str:
-    """A hash of when each folder that the images lie in has last changed: far fewer questions than files."""
-    made = hashlib.blake2b(digest_size=16)
+    """Hash of the times of change of the folders that the images lie in: far fewer questions than files."""
+    digest = hashlib.blake2b(digest_size=16)
     for folder in sorted({os.path.dirname(path) for path in table.paths}):
         try:
             changed = os.stat(table.root / folder).st_mtime_ns
         except OSError:
             changed = -1
-        made.update(f"{changed} ".encode())
-    return made.hexdigest()
+        digest.update(f"{changed} ".encode())
+    return digest.hexdigest()
 
 
 def _read(path: Path, stamp: str, count: int) -> Unreadable | None:
-    """The kept result, if there is one that is whole and still holds."""
+    """Reads an earlier result; None where there is none that is whole and still holds."""
     try:
-        kept = json.loads(path.read_text("utf-8"))
-        rows, reasons = np.array(kept["rows"], np.int64), [str(each) for each in kept["reasons"]]
-        whole = kept["stamp"] == stamp and len(rows) == len(reasons) and bool(np.all((rows >= 0) & (rows < count)))
+        result = json.loads(path.read_text("utf-8"))
+        rows, reasons = np.array(result["rows"], np.int64), [str(reason) for reason in result["reasons"]]
+        whole = result["stamp"] == stamp and len(rows) == len(reasons) and bool(np.all((rows >= 0) & (rows < count)))
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return Unreadable(rows, reasons) if whole else None
 
 
-def _write(path: Path, stamp: str, found: Unreadable) -> None:
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+def _write(path: Path, stamp: str, unreadable: Unreadable) -> None:
+    result = {"stamp": stamp, "rows": unreadable.rows.tolist(), "reasons": unreadable.reasons}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(
-                json.dumps({"stamp": stamp, "rows": found.rows.tolist(), "reasons": found.reasons}), "utf-8"
-            )
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
+        write_whole(path, json.dumps(result))
+    except UnwritableFile as error:
         # Not worth stopping for: the next start looks at the files once more.
         warnings.warn(f"cannot keep the result of the image check in {path.parent}: {error}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Data sets of labelled images: files on disk, or an array in memory."""
+"""Data sets of labelled images: their common base, and images in memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.images.opening import open_row
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
-from lightning_dml.datamodules.tables.rows import ImageTable, shared, unshared
+from lightning_dml.datamodules.arrays import IntArray, integer_vector, share_arrays, unshare_arrays
+from lightning_dml.datamodules.seeded_index import SeededIndex
 from lightning_dml.errors import InputError
 
 
@@ -36,7 +33,7 @@ class Sample(_Always, total=False):
 
 
 class LabelledImages(Dataset[Sample]):
-    """What the data modules need of a data set: its labels, its samples and their plain pictures.
+    """The base of data sets: labels, samples with a transformed image, and plain pictures for figures.
 
     A subclass says in `load` how to open a picture. Random transforms run under the seed that the index carries,
     if it carries one (see `SeededIndex`), and leave the global random state as it was; they must draw from torch.
@@ -49,17 +46,17 @@ class LabelledImages(Dataset[Sample]):
         InputError: if labels are not a vector of integers.
     """
 
+    in_memory = False
+    """True where `load` has nothing to read or decode, so that worker processes would cost more than they save."""
+
     @property
     def super_labels(self) -> IntArray | None:
-        """(N,) coarser classes, where the data set has them."""
+        """Coarser classes, (N,); None where the data set has none."""
         return None
 
     def __init__(self, labels: Sequence[int] | NDArray[Any], transform: Callable[[Any], Tensor]) -> None:
         """Checks the labels; see the class."""
-        values = np.asarray(labels)
-        if values.ndim != 1 or (len(values) and not np.issubdtype(values.dtype, np.integer)):
-            raise InputError(f"labels must be a vector of integers, got shape {values.shape} of {values.dtype}")
-        self.labels: IntArray = values.astype(np.int64)
+        self.labels: IntArray = integer_vector("labels", labels).astype(np.int64)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -74,12 +71,12 @@ class LabelledImages(Dataset[Sample]):
         return {"image": image, "label": int(self.labels[index]), "index": int(index)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The arrays as tensors, which worker processes share instead of copying."""
-        return shared(self.__dict__)
+        """State for a worker process: arrays as tensors, which processes share instead of copying."""
+        return share_arrays(self.__dict__)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Takes the arrays back."""
-        self.__dict__.update(unshared(state))
+        """Restores the arrays."""
+        self.__dict__.update(unshare_arrays(state))
 
     def load(self, index: int) -> Any:
         """The untransformed image, in the form that `transform` takes."""
@@ -88,60 +85,6 @@ class LabelledImages(Dataset[Sample]):
     def picture(self, index: int) -> NDArray[np.uint8]:
         """The untransformed image for a figure, uint8 (H, W) or (H, W, 3)."""
         raise NotImplementedError
-
-
-_COLUMNS = {"is_query": "is_query", "is_gallery": "is_gallery", "group": "groups", "super_label": "super_labels"}
-
-
-class ImageFileDataset(LabelledImages):
-    """Rows of image files, opened in RGB when they are asked for.
-
-    A sample has besides `image`, `label` and `index` what the table knows: `is_query` and `is_gallery` (bool),
-    `group` and `super_label` (int).
-
-    Args:
-        table: where the images lie, and their labels.
-        transform: makes the float image (3, H, W) of a PIL image, which is cropped to the row's box.
-        cache: pictures of the table that `table.rows` counts in, scaled already; None opens the files.
-
-    Raises:
-        InputError: on access, if a file cannot be read; it names the file and the row.
-    """
-
-    def __init__(
-        self, table: ImageTable, transform: Callable[[Any], Tensor], cache: Sequence[Image.Image] | None = None
-    ) -> None:
-        """Keeps the rows; see the class."""
-        super().__init__(table.labels, transform)
-        self.table = table
-        self.cache = cache
-        # Names only: the columns themselves go to the workers with the table.
-        self._columns = {key: name for key, name in _COLUMNS.items() if getattr(table, name) is not None}
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample of a row; see the class."""
-        sample = super().__getitem__(index)
-        for key, name in self._columns.items():
-            sample[key] = getattr(self.table, name)[index].item()  # type: ignore[literal-required]
-        return sample
-
-    @property
-    def super_labels(self) -> IntArray | None:
-        """(N,) coarser classes, where the table has them."""
-        return self.table.super_labels
-
-    def load(self, index: int) -> Image.Image:
-        """The image in RGB, cropped to its box; scaled, where there is a cache."""
-        if self.cache is not None:
-            return self.cache[int(index if self.table.rows is None else self.table.rows[index])]
-        return self._open(index)
-
-    def picture(self, index: int) -> NDArray[np.uint8]:
-        """The image from its file, cropped to its box, uint8 (H, W, 3)."""
-        return np.asarray(self._open(index), dtype=np.uint8)
-
-    def _open(self, index: int) -> Image.Image:
-        return open_row(self.table, int(index))
 
 
 class ArrayDataset(LabelledImages):
@@ -160,6 +103,8 @@ class ArrayDataset(LabelledImages):
         >>> data[1]["image"].shape, data[1]["label"], data[1]["index"]
         (torch.Size([1, 4, 4]), 1, 1)
     """
+
+    in_memory = True
 
     def __init__(
         self,

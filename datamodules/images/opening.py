@@ -117,7 +117,7 @@ def decode(source: Path | BinaryIO) -> Image.Image:
 
 @contextmanager
 def explaining(path: Path | str, row: int | None = None) -> Iterator[None]:
-    """Turns whatever goes wrong with a file into an `UnreadableImage` that names the file and its row."""
+    """Turns any error of a file into an `UnreadableImage` that names the file and its row."""
     try:
         yield
     except UnreadableImage:
@@ -129,7 +129,7 @@ def explaining(path: Path | str, row: int | None = None) -> Iterator[None]:
 def in_order(
     function: Callable[[Task], Outcome], tasks: Iterable[Task], workers: int | None = None
 ) -> Generator[Outcome, None, None]:
-    """Maps a function over tasks by threads: the results in the order of the tasks, few of them in memory at a time.
+    """Maps a function over tasks in threads; gives the results in the order of the tasks, few in memory at a time.
 
     Threads are enough, because PIL lets go of the interpreter while it decodes and resizes. The first error stops the
     rest.
@@ -156,7 +156,7 @@ def in_order(
 
 
 class _Strictly:
-    """PIL's switch to accept truncated files is off while any thread is inside, and then again as it was.
+    """Switches PIL's acceptance of truncated files off while any thread is inside, and then back.
 
     Other libraries switch it on for the whole process, and the missing part of a picture is then grey without a word.
     """
@@ -165,7 +165,7 @@ class _Strictly:
         self.reset()
 
     def reset(self) -> None:
-        """Nobody is inside, and nobody holds the lock: so it is in a process that was just forked."""
+        """Starts with nobody inside and the lock free, as it is in a process that was just forked."""
         self._lock = threading.Lock()
         self._inside = 0
         self._before = False
@@ -189,7 +189,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _reason(error: Exception) -> tuple[str, str]:
-    """What went wrong, and the way out."""
+    """Reason of an error in plain words, and the way out."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "there is no such file", "restore the file or remove its row"
     if isinstance(error, UnidentifiedImageError):

@@ -1,10 +1,8 @@
-"""What a timm model wants of its images, by its name or from the model itself."""
+"""Data configs of timm models: size, mean, deviation and interpolation, by the name or from the model itself."""
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,11 @@ import timm
 from timm.data import config as timm_config
 from torch import nn
 
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, near_names, one_line
 
 
 def data_config(name: str) -> dict[str, Any]:
-    """Timm's data config of a model, and whether the size of its input is fixed.
+    """Timm's data config of a model by its name, with a flag for an input of fixed size.
 
     Args:
         name: `architecture` or `architecture.tag`, or a `local-dir:` or `hf-hub:` name; only the last may ask the hub.
@@ -51,7 +49,7 @@ def module_config(module: nn.Module) -> dict[str, Any] | None:
     """
     first = getattr(module, "embedder", None)
     places = [first, module] if isinstance(first, nn.Module) else [module]
-    models = (each for place in places for each in place.modules() if getattr(each, "pretrained_cfg", None))
+    models = (part for place in places for part in place.modules() if getattr(part, "pretrained_cfg", None))
     model: Any = next(models, None)
     if model is None:
         return None
@@ -68,36 +66,30 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     return {**resolve(pretrained_cfg=config), "fixed_input_size": bool(config.get("fixed_input_size"))}
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
-    """The end of a message that asks for the nearest of the known names, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
 def _registered(name: str) -> dict[str, Any]:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         near = near_names(architecture, timm.list_models())
         raise InputError(f"model_name {name!r} is not a timm model{near}; timm.list_models() lists them all")
     try:
-        found: Any = timm.get_pretrained_cfg(name)
+        config: Any = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tagged = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
         raise InputError(f"model_name {name!r} has a tag that timm does not know; it knows {tagged}") from error
-    return {} if found is None else dict(found.to_dict())
+    return {} if config is None else dict(config.to_dict())
 
 
 def _elsewhere(source: str, where: str) -> dict[str, Any]:
     try:
         if source == "local-dir":
             config: dict[str, Any] = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))
-            return dict(config.get("pretrained_cfg", config))  # older files are what newer ones keep under that name
+            return dict(config.get("pretrained_cfg", config))  # an older file is what a newer one has under that name
         if source == "hf-hub":
             return dict(timm.models.load_model_config_from_hf(where)[0])
     # The hub's client has a family of errors of its own, which are OSErrors or ValueErrors.
     except (OSError, ValueError, AssertionError) as error:
         raise InputError(
-            f"the data config of model_name '{source}:{where}' cannot be read: {' '.join(str(error).split())[:200]}; "
+            f"the data config of model_name '{source}:{where}' cannot be read: {one_line(error)}; "
             "give mean, std, interpolation and image_size, and no model_name"
         ) from error
     raise InputError(f"model_name '{source}:{where}' must begin with local-dir: or hf-hub:, or be a name in timm")

@@ -1,4 +1,4 @@
-"""What happens to an image before the model sees it: recipes by name, and pipelines of others."""
+"""Transforms of an image before the model sees it: recipes by name, and pipelines of other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lightning_dml.datamodules.images.timm_config import data_config, near_names
+from lightning_dml.checks import check_choice, check_count
+from lightning_dml.datamodules.images.timm_config import data_config
 from lightning_dml.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,7 +30,7 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a transform that somebody published, or that we chose.
+    """Numbers of a transform that somebody published, or that we chose.
 
     Args:
         image_size: side of the square that the model sees, in pixels.
@@ -60,7 +61,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The numbers that were decided on, for `train_transform` and `eval_transform`.
+    """Numbers of `train_transform` and `eval_transform`, as `image_settings` decides on them.
 
     Args:
         image_size: side of the square that the model sees, in pixels.
@@ -84,6 +85,7 @@ class ImageSettings:
 def image_settings(
     recipe: str = "standard",
     model_name: str | None = None,
+    *,
     image_size: int | None = None,
     resize: int | None = None,
     mean: Sequence[float] | None = None,
@@ -120,26 +122,18 @@ def image_settings(
         >>> image_settings("multi_similarity", "resnet50.a1_in1k").interpolation
         'bicubic'
     """
-    if recipe not in RECIPES:
-        raise InputError(f"recipe {recipe!r} is unknown{near_names(recipe, RECIPES)}; there are {', '.join(RECIPES)}")
-    chosen = RECIPES[recipe]
+    check_choice("recipe", recipe, RECIPES)
+    numbers = RECIPES[recipe]
     config = data_config(model_name) if model_name is not None else config or {}
     if image_size is None:
-        image_size = _fixed_size(config, model_name) or chosen.image_size
+        image_size = _fixed_size(config, model_name) or numbers.image_size
+    check_count("image_size", image_size)
     if resize is None:
-        resize = round(chosen.resize * image_size / chosen.image_size)
-    if image_size < 1 or resize < image_size:
-        raise InputError(
-            f"image_size must be at least 1 and resize at least image_size, got image_size={image_size} and "
-            f"resize={resize}"
-        )
-    scale = chosen.crop_scale if crop_scale is None else _crop_scale(crop_scale)
+        resize = round(numbers.resize * image_size / numbers.image_size)
+    check_count("resize", resize, image_size, hint=f"the crop of image_size={image_size} must fit in")
+    scale = numbers.crop_scale if crop_scale is None else _crop_scale(crop_scale)
     interpolation = interpolation or config.get("interpolation", "bilinear")
-    if interpolation not in INTERPOLATIONS:
-        raise InputError(
-            f"interpolation {interpolation!r} is unknown{near_names(str(interpolation), INTERPOLATIONS)}; there are "
-            f"{', '.join(INTERPOLATIONS)}"
-        )
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     deviation = _colour("std", config.get("std", IMAGENET_STD) if std is None else std)
     if min(deviation) <= 0:
         raise InputError(f"std must be positive, got {deviation}")
@@ -150,7 +144,7 @@ def image_settings(
         std=deviation,
         interpolation=interpolation,
         crop_scale=scale,
-        flip=chosen.flip,
+        flip=numbers.flip,
     )
 
 
@@ -172,7 +166,7 @@ def eval_transform(settings: ImageSettings) -> v2.Compose:
 
 
 def resize_image(image: Image.Image, resize: int, interpolation: str = "bilinear") -> Image.Image:
-    """The first step of both transforms, alone: scales the shorter side to `resize` pixels.
+    """Scales the shorter side to `resize` pixels, which is the first step of both transforms.
 
     Both transforms make the same of an image that has been through it and of one that has not.
 
@@ -203,27 +197,27 @@ def as_transform(pipeline: Callable[..., Any]) -> Callable[[Image.Image], Tensor
     Raises:
         InputError: if `pipeline` cannot be called.
     """
-    if isinstance(pipeline, _Checked):
+    if isinstance(pipeline, _CheckedPipeline):
         return pipeline
     if not callable(pipeline):
         raise InputError(f"a transform must be a function of a PIL image, got {pipeline!r}")
-    return _Checked(_Albumentations(pipeline) if _is_albumentations(pipeline) else pipeline)
+    return _CheckedPipeline(_Albumentations(pipeline) if _is_albumentations(pipeline) else pipeline)
 
 
-class _Checked:
-    """A pipeline whose results are looked at."""
+class _CheckedPipeline:
+    """A pipeline that must return tensors."""
 
     def __init__(self, pipeline: Callable[[Image.Image], Any]) -> None:
         self.pipeline = pipeline
 
     def __call__(self, image: Image.Image) -> Tensor:
-        made = self.pipeline(image)
-        if not isinstance(made, Tensor):
+        outcome = self.pipeline(image)
+        if not isinstance(outcome, Tensor):
             raise InputError(
-                f"the transform {self.pipeline!r} must return a tensor (C, H, W), got {type(made).__name__}: end it "
+                f"the transform {self.pipeline!r} must return a tensor (C, H, W), got {type(outcome).__name__}: end it "
                 "with v2.PILToTensor() and v2.ToDtype(torch.float32, scale=True), or what does the same"
             )
-        return made
+        return outcome
 
     def __repr__(self) -> str:
         return repr(self.pipeline)
@@ -242,33 +236,35 @@ class _Albumentations:
             # Not set_random_seed: in a worker, newer releases add torch's seed to it.
             if hasattr(self.pipeline, "set_random_state"):
                 self.pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-            made = self.pipeline(image=np.array(image))["image"]
-        if isinstance(made, np.ndarray):
-            made = torch.from_numpy(np.ascontiguousarray(made if made.ndim == 2 else made.transpose(2, 0, 1)))
-            made = made[None] if made.ndim == 2 else made
-        if not isinstance(made, Tensor):
-            return made
-        return made.float() / 255 if made.dtype == torch.uint8 else made.float()
+            outcome = self.pipeline(image=np.array(image))["image"]
+        if isinstance(outcome, np.ndarray):
+            outcome = torch.from_numpy(
+                np.ascontiguousarray(outcome if outcome.ndim == 2 else outcome.transpose(2, 0, 1))
+            )
+            outcome = outcome[None] if outcome.ndim == 2 else outcome
+        if not isinstance(outcome, Tensor):
+            return outcome
+        return outcome.float() / 255 if outcome.dtype == torch.uint8 else outcome.float()
 
     def __repr__(self) -> str:
         return repr(self.pipeline)
 
 
 def _is_albumentations(pipeline: Any) -> bool:
-    return any(each.__module__.split(".")[0] == "albumentations" for each in type(pipeline).__mro__)
+    return any(base.__module__.split(".")[0] == "albumentations" for base in type(pipeline).__mro__)
 
 
 def _forget_seeds(pipeline: Any) -> None:
-    """Newer releases go back to a seed of the pipeline's own in each worker."""
+    """Takes a pipeline's own seed away, to which newer releases go back in each worker."""
     if getattr(pipeline, "seed", None) is not None and hasattr(pipeline, "set_random_seed"):
         pipeline.set_random_seed(None)
-    for each in getattr(pipeline, "transforms", ()):
-        _forget_seeds(each)
+    for inner in getattr(pipeline, "transforms", ()):
+        _forget_seeds(inner)
 
 
 @contextlib.contextmanager
 def _seeded_globals(seed: int) -> Iterator[None]:
-    """Releases before 1.4.21 draw from these generators, and so do functions that people put into a pipeline."""
+    """Seeds the global generators, from which releases before 1.4.21 draw, as do functions in a pipeline."""
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -307,5 +303,5 @@ def _crop_scale(value: Sequence[float]) -> tuple[float, float]:
 def _colour(name: str, value: Sequence[float]) -> Colour:
     if len(value) not in (1, 3):
         raise InputError(f"{name} must be 3 numbers, one for each channel, or 1 for all of them, got {tuple(value)}")
-    red, green, blue = (float(each) for each in (value if len(value) == 3 else (value[0],) * 3))
+    red, green, blue = (float(part) for part in (value if len(value) == 3 else (value[0],) * 3))
     return red, green, blue

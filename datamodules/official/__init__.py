@@ -1,1 +1,1 @@
-"""The official files of the public data sets, read and checked."""
+"""Public data sets in their official files, which are read and checked."""

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Official, check_rows, number_classes
 from lightning_dml.datamodules.tables.checks import Source
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
 
-TRAINED = 98  # classes 1 to 98 train, those above evaluate (Oh Song et al., arXiv 1511.06452)
+LAST_TRAINING_CLASS = 98  # classes 1 to 98 train, those above evaluate (Oh Song et al., arXiv 1511.06452)
 # Images and classes: tests/datasets/test_cars196.py of pytorch-metric-learning counts the same.
 TRAIN, TEST = (8_054, 98), (8_131, 98)
 CARS = Official(
@@ -34,7 +34,7 @@ _META_FILE = ("devkit/cars_meta.mat", "cars_meta.mat")
 _BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 
 
-class Cars196DataModule(ImagesDataModule):
+class Cars196DataModule(OfficialDataModule):
     """Cars-196 (Krause et al., 2013): classes 1 to 98 train, 99 to 196 evaluate, each image against all others.
 
     Recall at 1, 2, 4 and 8 is what papers report. Both layouts in which the set was published are read, whichever is
@@ -43,26 +43,24 @@ class Cars196DataModule(ImagesDataModule):
 
     Args:
         root: the folder of the set, or the one that holds it as `cars196` or `stanford_cars`.
-        check_counts: whether there must be as many images and classes as the set has; False for a part of your own.
         crop_boxes: cut every image to the box of its car.
-        options: of `ImagesDataModule`.
+        options: of `OfficialDataModule`.
 
     Raises:
         InputError: from `setup`, for what `read_cars` finds wrong.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True, crop_boxes: bool = False, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, crop_boxes: bool = False, **options: Any) -> None:
         """Keeps the options; see the class."""
         super().__init__(root, **options)
-        self.check_counts = check_counts
         self.crop_boxes = crop_boxes
 
     def read(self) -> Splits:
-        """The tables of the official files."""
-        return read_cars(self.root, self.check_counts, self.crop_boxes)
+        """Reads the tables from the official files."""
+        return read_cars(self.root, check_counts=self.check_counts, crop_boxes=self.crop_boxes)
 
 
-def read_cars(root: Path, check_counts: bool = True, crop_boxes: bool = False) -> Splits:
+def read_cars(root: Path, *, check_counts: bool = True, crop_boxes: bool = False) -> Splits:
     """Reads `cars_annos.mat`, or else the annotations of both parts of the later layout.
 
     Args:
@@ -78,13 +76,15 @@ def read_cars(root: Path, check_counts: bool = True, crop_boxes: bool = False) -
             is listed twice, a path that leaves the folder, or other counts.
     """
     folder = CARS.folder(Path(root), _WHOLE, *_TRAIN_FILE)
-    found = _whole(folder) if _is_whole(folder) else _parts(folder)
-    trains = found.classes <= TRAINED
-    numbers, (train, test) = number_classes(found.classes[trains], found.classes[~trains])
-    labels = np.empty(len(found.paths), np.int64)
+    annotations = _whole(folder) if _is_whole(folder) else _parts(folder)
+    trains = annotations.classes <= LAST_TRAINING_CLASS
+    numbers, (train, test) = number_classes(annotations.classes[trains], annotations.classes[~trains])
+    labels = np.empty(len(annotations.paths), np.int64)
     labels[trains], labels[~trains] = train, test
-    table = ImageTable(folder, Texts(found.paths), labels, _boxes(found) if crop_boxes else None)
-    names = [found.names[number - 1] if number <= len(found.names) else f"class {number}" for number in numbers]
+    table = ImageTable(folder, Texts(annotations.paths), labels, _boxes(annotations) if crop_boxes else None)
+    names = [
+        annotations.names[number - 1] if number <= len(annotations.names) else f"class {number}" for number in numbers
+    ]
     train_table, test_table = table.take(trains), table.take(~trains)
     if check_counts:
         CARS.check_counts("training set", train_table, *TRAIN)
@@ -94,7 +94,7 @@ def read_cars(root: Path, check_counts: bool = True, crop_boxes: bool = False) -
 
 @dataclass(frozen=True)
 class _Annotations:
-    """What the annotations say, whichever layout they have."""
+    """Contents of the annotations, in either layout."""
 
     source: str
     paths: list[str]
@@ -104,7 +104,7 @@ class _Annotations:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether to read `cars_annos.mat`; of a folder that has both layouts' files, the images tell."""
+    """True to read `cars_annos.mat`; in a folder that has the files of both layouts, the images tell."""
     if not (folder / _WHOLE).is_file() or not any((folder / name).is_file() for name in _TRAIN_FILE):
         return (folder / _WHOLE).is_file()
     return (folder / "car_ims").is_dir() or not (folder / "cars_train").is_dir()
@@ -135,7 +135,7 @@ def _parts(folder: Path) -> _Annotations:
 def _columns(
     folder: Path, file: Path, variables: dict[str, Any], path_field: str, images: str = ""
 ) -> tuple[list[str], IntArray, IntArray]:
-    """The paths, classes (N,) and corners (N, 4) of the struct array `annotations`."""
+    """Paths, classes (N,) and corners (N, 4) of the struct array `annotations`."""
     fields = (path_field, "class", *_BOX)
     rows = np.atleast_1d(variables.get("annotations", 0))
     if missing := [name for name in fields if name not in (rows.dtype.names or ())]:
@@ -144,7 +144,7 @@ def _columns(
             "missing: get the file anew (for the later layout's test images, the one that ends in _withlabels)"
         )
     try:
-        classes, *corners = (np.array([int(each) for each in rows[name]], np.int64) for name in fields[1:])
+        classes, *corners = (np.array([int(value) for value in rows[name]], np.int64) for name in fields[1:])
     except (TypeError, ValueError) as error:
         raise InputError(f"{file} must have one number in each class and box: {error}; get the file anew") from error
     if len(wrong := np.flatnonzero(classes < 1)):
@@ -156,22 +156,22 @@ def _columns(
     return paths, classes, np.stack(corners, axis=1)
 
 
-def _boxes(found: _Annotations) -> NDArray[np.int32]:
-    """The boxes with pixels counted from 0 and the far corner past the edge, (N, 4)."""
-    boxes = found.corners.copy()
+def _boxes(annotations: _Annotations) -> NDArray[np.int32]:
+    """Boxes with pixels counted from 0 and the far corner past the edge, (N, 4)."""
+    boxes = annotations.corners.copy()
     boxes[:, :2] = np.maximum(boxes[:, :2] - 1, 0)
     wrong = np.flatnonzero((boxes[:, 2:] <= boxes[:, :2]).any(axis=1))
     if len(wrong):
         row = int(wrong[0])
         raise InputError(
-            f"{found.source}: the box of {found.paths[row]} must have an area, got the corners "
-            f"{found.corners[row].tolist()}: get the file anew, or set crop_boxes=false"
+            f"{annotations.source}: the box of {annotations.paths[row]} must have an area, got the corners "
+            f"{annotations.corners[row].tolist()}: get the file anew, or set crop_boxes=false"
         )
     return boxes.astype(np.int32)
 
 
 def _names(variables: dict[str, Any]) -> list[str]:
-    """The names of the classes from 1, where the file has them."""
+    """Names of the classes from 1; none where the file has none."""
     return [str(name) for name in np.atleast_1d(variables.get("class_names", []))]
 
 

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.download import CUB_200_2011, obtain
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.downloads import CUB_200_2011, obtain
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
 
-TRAINED = 100  # classes 1 to 100 train, those above evaluate (Oh Song et al., arXiv 1511.06452)
+LAST_TRAINING_CLASS = 100  # classes 1 to 100 train, those above evaluate (Oh Song et al., arXiv 1511.06452)
 # Images and classes: tests/datasets/test_cub.py of pytorch-metric-learning counts the same.
 TRAIN, TEST = (5_864, 100), (5_924, 100)
 CUB = Official(
@@ -29,7 +29,7 @@ CUB = Official(
 _IMAGES = "images.txt"
 
 
-class CUB200DataModule(ImagesDataModule):
+class CUB200DataModule(OfficialDataModule):
     """CUB-200-2011 (Wah et al., 2011): classes 1 to 100 train, 101 to 200 evaluate, each image against all others.
 
     Recall at 1, 2, 4 and 8 is what papers report. The official files are read as they are; `train_test_split.txt`,
@@ -37,10 +37,9 @@ class CUB200DataModule(ImagesDataModule):
 
     Args:
         root: the folder `CUB_200_2011`, or the one that holds it.
-        check_counts: whether there must be as many images and classes as the set has; False for a part of your own.
         download: fetch the set into `root` where it is not there yet, 1.2 GB.
         crop_boxes: cut every image to the box of its bird, which needs `bounding_boxes.txt`.
-        options: of `ImagesDataModule`.
+        options: of `OfficialDataModule`.
 
     Raises:
         InputError: from `setup`, for what `read_cub` finds wrong.
@@ -49,28 +48,27 @@ class CUB200DataModule(ImagesDataModule):
     def __init__(
         self,
         root: str | Path,
-        check_counts: bool = True,
+        *,
         download: bool = False,
         crop_boxes: bool = False,
         **options: Any,
     ) -> None:
         """Keeps the options; see the class."""
         super().__init__(root, **options)
-        self.check_counts = check_counts
         self.download = download
         self.crop_boxes = crop_boxes
 
     def read(self) -> Splits:
-        """The tables of the official files."""
-        return read_cub(self.root, self.check_counts, self.crop_boxes)
+        """Reads the tables from the official files."""
+        return read_cub(self.root, check_counts=self.check_counts, crop_boxes=self.crop_boxes)
 
     def fetch(self) -> None:
-        """Downloads the set, where that is wanted and it is not there."""
+        """Downloads the set with `download=true`, where it is not there."""
         if self.download and CUB.find(self.root, _IMAGES) is None:
             obtain(CUB_200_2011, self.root, CUB.folders[0])
 
 
-def read_cub(root: Path, check_counts: bool = True, crop_boxes: bool = False) -> Splits:
+def read_cub(root: Path, *, check_counts: bool = True, crop_boxes: bool = False) -> Splits:
     """Reads `images.txt`, `image_class_labels.txt` and, where they are there, the names in `classes.txt`.
 
     Args:
@@ -89,7 +87,7 @@ def read_cub(root: Path, check_counts: bool = True, crop_boxes: bool = False) ->
     images = read_columns(folder / _IMAGES, "image_id path")
     paths = images.texts[1]
     classes = _classes(images, CUB.file(folder, "image_class_labels.txt"))
-    trains = classes <= TRAINED
+    trains = classes <= LAST_TRAINING_CLASS
     numbers, (train, test) = number_classes(classes[trains], classes[~trains])
     labels = np.empty(len(images), np.int64)
     labels[trains], labels[~trains] = train, test
@@ -97,7 +95,7 @@ def read_cub(root: Path, check_counts: bool = True, crop_boxes: bool = False) ->
     table = ImageTable(folder / "images", Texts(paths), labels)
     check_rows(table, images.source)
     table = replace(table, boxes=boxes)
-    # Without classes.txt the folders tell, which are called the same.
+    # Without classes.txt the names are those of the folders, which are the same.
     names = {int(number): path.split("/")[0] for number, path in zip(classes, paths, strict=True)}
     if (folder / "classes.txt").is_file():
         listed = read_columns(folder / "classes.txt", "class_id class_name")
@@ -124,20 +122,20 @@ def _boxes(images: Columns, file: Path) -> NDArray[np.int32]:
 
 
 def _places(images: Columns, rows: Columns) -> IntArray:
-    """The row of each image in another file, (N,), by the image's number."""
+    """Rows of the images in another file, (N,), by the image's number."""
     place: dict[int, int] = {}
     for row, number in enumerate(rows.numbers(0).tolist()):
         if place.setdefault(number, row) != row:
             raise rows.malformed(row, "with an image_id that no line above has")
-    wanted = images.numbers(0)
-    seen: set[int] = set()
-    for row, number in enumerate(wanted.tolist()):
-        if number in seen:
+    image_ids = images.numbers(0)
+    earlier: set[int] = set()
+    for row, number in enumerate(image_ids.tolist()):
+        if number in earlier:
             raise images.malformed(row, "with an image_id that no line above has")
         if number not in place:
             raise InputError(
                 f"{CUB.name}: image_id {number} of {images.file} has no line in {rows.file}: get both files anew, or "
                 f"take the line out of {images.file.name}"
             )
-        seen.add(number)
-    return np.array([place[number] for number in wanted.tolist()], np.int64)
+        earlier.add(number)
+    return np.array([place[number] for number in image_ids.tolist()], np.int64)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import (
     Columns,
     Official,
@@ -33,7 +32,7 @@ _PARTITION = tuple(f"{folder}list_eval_partition.txt" for folder in ("", "Eval/"
 _STATUSES = ("train", "query", "gallery")
 
 
-class InShopDataModule(ImagesDataModule):
+class InShopDataModule(OfficialDataModule):
     """In-Shop Clothes Retrieval (Liu et al., CVPR 2016): 3,997 items train, 3,985 others evaluate.
 
     Each query image is searched in the gallery, which holds other images of the same items; recall at 1, 10, 20 and
@@ -49,17 +48,12 @@ class InShopDataModule(ImagesDataModule):
         InputError: from `setup`, for what `read_in_shop` finds wrong.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True, **options: Any) -> None:
-        """Keeps the options; see the class."""
-        super().__init__(root, **options)
-        self.check_counts = check_counts
-
     def read(self) -> Splits:
-        """The tables of the official file."""
-        return read_in_shop(self.root, self.check_counts)
+        """Reads the tables from the official file."""
+        return read_in_shop(self.root, check_counts=self.check_counts)
 
 
-def read_in_shop(root: Path, check_counts: bool = True) -> Splits:
+def read_in_shop(root: Path, *, check_counts: bool = True) -> Splits:
     """Reads `list_eval_partition.txt`.
 
     Args:
@@ -79,9 +73,9 @@ def read_in_shop(root: Path, check_counts: bool = True) -> Splits:
     _check_first_line(file, columns, check_counts)
     images = folder / "Img" if (folder / "Img/img").is_dir() and not (folder / "img").is_dir() else folder
     statuses = columns.texts[2]
-    if (wrong := next((row for row, each in enumerate(statuses) if each not in _STATUSES), None)) is not None:
+    if (wrong := next((row for row, word in enumerate(statuses) if word not in _STATUSES), None)) is not None:
         raise columns.malformed(wrong, f"with a status out of {', '.join(_STATUSES)}")
-    status = np.array([_STATUSES.index(each) for each in statuses], np.int64)
+    status = np.array([_STATUSES.index(word) for word in statuses], np.int64)
     items, item_names = Texts(columns.texts[1]).codes()
     trains = status == 0
     order, (train_labels, test_labels) = number_classes(items[trains], items[~trains])
@@ -100,7 +94,7 @@ def read_in_shop(root: Path, check_counts: bool = True) -> Splits:
 
 
 def _check_first_line(file: Path, columns: Columns, check_counts: bool) -> None:
-    """The file begins with how many rows follow."""
+    """Compares the first line, which holds the number of rows, with the rows."""
     first = read_lines(file)[0].strip()
     if not first.isdecimal():
         raise InputError(f"{file}, line 1 must be the number of images, got {first!r}: get the file anew")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Official, check_rows, number_classes, read_lines
 from lightning_dml.datamodules.tables.checks import Source
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
@@ -32,7 +31,7 @@ _TRAIN_FILE, _TEST_FILE = (
 )
 
 
-class INaturalistDataModule(ImagesDataModule):
+class INaturalistDataModule(OfficialDataModule):
     """iNaturalist 2018 as Smooth-AP splits it (Brown et al., arXiv 2007.12163): 5,690 species train, 2,452 evaluate.
 
     Each image is searched among all others of the test set; recall at 1, 4, 16 and 32 is what papers report. The
@@ -47,17 +46,12 @@ class INaturalistDataModule(ImagesDataModule):
         InputError: from `setup`, for what `read_inaturalist` finds wrong.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True, **options: Any) -> None:
-        """Keeps the options; see the class."""
-        super().__init__(root, **options)
-        self.check_counts = check_counts
-
     def read(self) -> Splits:
-        """The tables of the authors' lists."""
-        return read_inaturalist(self.root, self.check_counts)
+        """Reads the tables from the authors' lists."""
+        return read_inaturalist(self.root, check_counts=self.check_counts)
 
 
-def read_inaturalist(root: Path, check_counts: bool = True) -> Splits:
+def read_inaturalist(root: Path, *, check_counts: bool = True) -> Splits:
     """Reads `Inaturalist_train_set1.txt` and `Inaturalist_test_set1.txt`.
 
     A line is the path of an image, `train_val2018/<group>/<class number>/<image>`.
@@ -78,24 +72,24 @@ def read_inaturalist(root: Path, check_counts: bool = True) -> Splits:
     files = [INATURALIST.file(folder, *names) for names in (_TRAIN_FILE, _TEST_FILE)]
     lines = [[line.strip() for line in read_lines(file)] for file in files]
     species: dict[tuple[int, str], int] = {}
-    codes = [_codes(each, file, species) for each, file in zip(lines, files, strict=True)]
-    # In the order of the official numbers, which the codes, given as they come, do not have.
+    codes = [_codes(part, file, species) for part, file in zip(lines, files, strict=True)]
+    # Classes in the order of their official numbers; the codes count them as they come.
     rank = np.empty(len(species), np.int64)
     ordered = sorted(species)
-    rank[[species[each] for each in ordered]] = np.arange(len(species))
-    numbers, labels = number_classes(*(rank[each] for each in codes))
+    rank[[species[name] for name in ordered]] = np.arange(len(species))
+    numbers, labels = number_classes(*(rank[part] for part in codes))
     classes = [ordered[number] for number in numbers]
     groups = sorted({group for _, group in classes})
     group_of = np.array([groups.index(group) for _, group in classes], np.int64)
     tables = [
         ImageTable(
             folder,
-            Texts(each),
+            Texts(part),
             label,
             super_labels=group_of[label],
             extra={"category": Texts(groups).take(group_of[label])},
         )
-        for each, label in zip(lines, labels, strict=True)
+        for part, label in zip(lines, labels, strict=True)
     ]
     for file, table in zip(files, tables, strict=True):
         check_rows(table, Source(str(file), unit="line"))
@@ -109,7 +103,7 @@ def read_inaturalist(root: Path, check_counts: bool = True) -> Splits:
 
 
 def _codes(lines: list[str], file: Path, species: dict[tuple[int, str], int]) -> IntArray:
-    """A code of each line's class, (N,); `species` has them, and takes new ones."""
+    """Codes of the classes of all lines, (N,), as `species` has them; new classes are added to it."""
     by_folder: dict[str, int] = {}
     codes = np.empty(len(lines), np.int64)
     for row, line in enumerate(lines):

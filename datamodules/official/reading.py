@@ -1,4 +1,4 @@
-"""What the readers of the official data sets share: where a set lies, its lines, classes and counts."""
+"""Tools of the readers of official data sets: where a set lies, its lines, classes and counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_dml.errors import InputError
 
 @dataclass(frozen=True)
 class Official:
-    """A data set as its authors publish it, and what a message says of it.
+    """A data set as its authors publish it, with the words for its messages.
 
     Args:
         name: as papers call it.
@@ -32,14 +32,14 @@ class Official:
     origin: str
 
     def folder(self, root: Path, *markers: str) -> Path:
-        """The folder of the set: `root` or one in it, whichever holds one of the files `markers` first.
+        """Folder of the set: `root` or one in it, the first that holds one of the files `markers`.
 
         Raises:
             InputError: if there is none.
         """
-        found = self.find(root, *markers)
-        if found is not None:
-            return found
+        place = self.find(root, *markers)
+        if place is not None:
+            return place
         if not root.is_dir():
             raise InputError(f"root {root} is not a folder: {self._way_out()}")
         raise InputError(
@@ -48,9 +48,11 @@ class Official:
         )
 
     def find(self, root: Path, *markers: str) -> Path | None:
-        """The same, or None if there is none."""
+        """Folder of the set as in `folder`, or None if there is none."""
         candidates = [root, *(root / name for name in self.folders)]
-        return next((each for each in candidates if any((each / marker).is_file() for marker in markers)), None)
+        return next(
+            (candidate for candidate in candidates if any((candidate / marker).is_file() for marker in markers)), None
+        )
 
     def file(self, folder: Path, *names: str) -> Path:
         """The first of some files in the folder that is there.
@@ -58,10 +60,10 @@ class Official:
         Raises:
             InputError: if none is.
         """
-        found = next((folder / name for name in names if (folder / name).is_file()), None)
-        if found is None:
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
             raise InputError(f"{self.name}: there is no {' or '.join(names)} in {folder}: {self._way_out()}")
-        return found
+        return path
 
     def check_counts(self, part: str, table: ImageTable, images: int | None, classes: int) -> None:
         """Compares a table with what its authors published.
@@ -75,12 +77,12 @@ class Official:
         Raises:
             InputError: if there are more or fewer.
         """
-        found = len(np.unique(table.labels))
-        if found == classes and images in (None, len(table)):
+        count = len(np.unique(table.labels))
+        if count == classes and images in (None, len(table)):
             return
         expected = f"{classes:,} classes" if images is None else f"{images:,} images of {classes:,} classes"
         raise InputError(
-            f"{self.name}: the {part} must have {expected}, and {len(table):,} images of {found:,} classes are listed "
+            f"{self.name}: the {part} must have {expected}, and {len(table):,} images of {count:,} classes are listed "
             f"below {table.root}: get the files of the set anew, or set check_counts=false for a part of your own"
         )
 
@@ -123,7 +125,7 @@ class Columns:
     texts: Sequence[Sequence[str]]
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.texts[0])
 
     @property
@@ -142,10 +144,10 @@ class Columns:
         wrong = next((row for row, text in enumerate(texts) if not text.isdecimal() or len(text) > 18), None)
         if wrong is not None:
             raise self.malformed(wrong)
-        made = np.fromiter(map(int, texts), np.int64, len(texts))
-        if made.min(initial=least) < least:
-            raise self.malformed(int(made.argmin()), f"with numbers of at least {least}")
-        return made
+        numbers = np.fromiter(map(int, texts), np.int64, len(texts))
+        if numbers.min(initial=least) < least:
+            raise self.malformed(int(numbers.argmin()), f"with numbers of at least {least}")
+        return numbers
 
     def decimals(self, column: int) -> NDArray[np.float64]:
         """A column of numbers, (N,) float64.
@@ -153,18 +155,18 @@ class Columns:
         Raises:
             InputError: naming the line of a field that is no finite number.
         """
-        made = np.empty(len(self), np.float64)
+        numbers = np.empty(len(self), np.float64)
         for row, text in enumerate(self.texts[column]):
             try:
-                made[row] = float(text)
+                numbers[row] = float(text)
             except ValueError:
-                made[row] = np.nan
-            if not np.isfinite(made[row]):
+                numbers[row] = np.nan
+            if not np.isfinite(numbers[row]):
                 raise self.malformed(row)
-        return made
+        return numbers
 
     def malformed(self, row: int, demand: str = "") -> InputError:
-        """The error for a row that says what it must not."""
+        """Error for a row of another form, or out of range, which `demand` says."""
         line = " ".join(column[row] for column in self.texts)
         return _malformed(self.file, self.first + row, f"{self.form!r}{demand and ' ' + demand}", line)
 
@@ -189,8 +191,8 @@ def read_columns(file: Path, form: str, header: bool = False, skip: int = 0) -> 
     first = skip + header
     fields = [line.split() for line in lines[first:]]
     width = len(form.split())
-    for row, each in enumerate(fields):
-        if len(each) != width:
+    for row, row_fields in enumerate(fields):
+        if len(row_fields) != width:
             raise _malformed(file, first + row + 1, repr(form), lines[first + row])
     return Columns(file, form, first + 1, list(zip(*fields, strict=True)) or [()] * width)
 
@@ -211,7 +213,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def number_classes(train: IntArray, *tests: IntArray) -> tuple[IntArray, list[IntArray]]:
-    """Labels for official class numbers: those that train count from 0 in their order, the others follow in theirs.
+    """Labels for official class numbers: training classes count from 0 in their order, the others follow in theirs.
 
     Args:
         train: (N,) class number of each training image.
@@ -222,19 +224,19 @@ def number_classes(train: IntArray, *tests: IntArray) -> tuple[IntArray, list[In
 
     Examples:
         >>> numbers, labels = number_classes(np.array([7, 3, 7]), np.array([9, 1]))
-        >>> numbers.tolist(), [each.tolist() for each in labels]
+        >>> numbers.tolist(), [part.tolist() for part in labels]
         ([3, 7, 1, 9], [[1, 0, 1], [3, 2]])
     """
-    trained = np.unique(train)
-    others = np.setdiff1d(np.concatenate([train[:0], *tests]), trained)
-    numbers = np.concatenate([trained, others]).astype(np.int64)
+    train_classes = np.unique(train)
+    test_classes = np.setdiff1d(np.concatenate([train[:0], *tests]), train_classes)
+    numbers = np.concatenate([train_classes, test_classes]).astype(np.int64)
     ascending = np.argsort(numbers)
-    labels = [ascending[np.searchsorted(numbers, each, sorter=ascending)] for each in (train, *tests)]
-    return numbers, [each.astype(np.int64) for each in labels]
+    labels = [ascending[np.searchsorted(numbers, part, sorter=ascending)] for part in (train, *tests)]
+    return numbers, [part.astype(np.int64) for part in labels]
 
 
 def check_rows(table: ImageTable, source: Source) -> None:
-    """Checks that the paths stay in the root and that none comes twice.
+    """Checks that paths stay in the root and that none comes twice.
 
     Raises:
         InputError: naming the line that is wrong.

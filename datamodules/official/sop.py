@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.download import STANFORD_ONLINE_PRODUCTS, obtain
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.downloads import STANFORD_ONLINE_PRODUCTS, obtain
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
@@ -26,7 +26,7 @@ SOP = Official(
 _TRAIN_FILE, _TEST_FILE = "Ebay_train.txt", "Ebay_test.txt"
 
 
-class SOPDataModule(ImagesDataModule):
+class SOPDataModule(OfficialDataModule):
     """Stanford Online Products (Oh Song et al., arXiv 1511.06452): 11,318 products train, 11,316 others evaluate.
 
     Each image is searched among all others of the test set; recall at 1, 10, 100 and 1,000 is what papers report. The
@@ -34,31 +34,29 @@ class SOPDataModule(ImagesDataModule):
 
     Args:
         root: the folder `Stanford_Online_Products`, or the one that holds it.
-        check_counts: whether there must be as many images and classes as the set has; False for a part of your own.
         download: fetch the set into `root` where it is not there yet, 3.1 GB.
-        options: of `ImagesDataModule`.
+        options: of `OfficialDataModule`.
 
     Raises:
         InputError: from `setup`, for what `read_sop` finds wrong.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True, download: bool = False, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, download: bool = False, **options: Any) -> None:
         """Keeps the options; see the class."""
         super().__init__(root, **options)
-        self.check_counts = check_counts
         self.download = download
 
     def read(self) -> Splits:
-        """The tables of the official files."""
-        return read_sop(self.root, self.check_counts)
+        """Reads the tables from the official files."""
+        return read_sop(self.root, check_counts=self.check_counts)
 
     def fetch(self) -> None:
-        """Downloads the set, where that is wanted and it is not there."""
+        """Downloads the set with `download=true`, where it is not there."""
         if self.download and SOP.find(self.root, _TRAIN_FILE, _TEST_FILE) is None:
             obtain(STANFORD_ONLINE_PRODUCTS, self.root, SOP.folders[0])
 
 
-def read_sop(root: Path, check_counts: bool = True) -> Splits:
+def read_sop(root: Path, *, check_counts: bool = True) -> Splits:
     """Reads `Ebay_train.txt` and `Ebay_test.txt`.
 
     Args:
@@ -75,15 +73,15 @@ def read_sop(root: Path, check_counts: bool = True) -> Splits:
     folder = SOP.folder(Path(root), _TRAIN_FILE, _TEST_FILE)
     files = [SOP.file(folder, name) for name in (_TRAIN_FILE, _TEST_FILE)]
     columns = [read_columns(file, "image_id class_id super_class_id path", header=True) for file in files]
-    numbers, labels = number_classes(*(each.numbers(1) for each in columns))
-    kinds = [each.numbers(2) for each in columns]
+    numbers, labels = number_classes(*(part.numbers(1) for part in columns))
+    kinds = [part.numbers(2) for part in columns]
     kind_numbers = np.unique(np.concatenate(kinds))
     tables = [
-        _table(folder, each, label, np.searchsorted(kind_numbers, kind).astype(np.int64))
-        for each, label, kind in zip(columns, labels, kinds, strict=True)
+        _table(folder, part, label, np.searchsorted(kind_numbers, kind).astype(np.int64))
+        for part, label, kind in zip(columns, labels, kinds, strict=True)
     ]
-    for each, table in zip(columns, tables, strict=True):
-        check_rows(table, each.source)
+    for part, table in zip(columns, tables, strict=True):
+        check_rows(table, part.source)
     train, test = tables
     names = [str(number) for number in numbers]
     SOP.check_unseen(train, test, names, f"{files[0]} and {files[1]}")

@@ -8,8 +8,9 @@ from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
 
+from lightning_dml import checks
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.image_files import ImagesDataModule
+from lightning_dml.datamodules.official.base import OfficialDataModule
 from lightning_dml.datamodules.official.reading import Columns, Official, check_rows, number_classes, read_columns
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
@@ -28,20 +29,19 @@ VEHICLE_ID = Official(
 _TRAIN_FILE = "train_test_split/train_list.txt"
 
 
-class VehicleIDDataModule(ImagesDataModule):
-    """VehicleID (Liu et al., CVPR 2016): vehicles to find again among others of the same make.
+class VehicleIDDataModule(OfficialDataModule):
+    """VehicleID (Liu et al., CVPR 2016): vehicles that are to be found again among others of the same make.
 
     The test sets are called `small`, `medium` and `large`. One random image of each vehicle is the gallery and the
     others are queries, so evaluate with `RetrievalMetrics(gallery_draws=10)`: it draws ten times, and the values are
     the means. Recall at 1 and 5 is what papers report. All three are validated as well; `test_sizes: [800]` is faster.
+    Only the test sets are counted.
 
     Args:
         root: the folder `VehicleID_V1.0`, or the one that holds it.
-        check_counts: whether the test sets must have as many vehicles and images as they are known to have; False for
-            a part of your own.
         test_sizes: vehicles of the test sets that are evaluated, each with its own `test_list_<size>.txt`; those whose
             file is not there are left out with a warning. A size that has no name is called by its number.
-        options: of `ImagesDataModule`.
+        options: of `OfficialDataModule`.
 
     Raises:
         InputError: if `test_sizes` is empty or has one twice. From `setup`, for what `read_vehicle_id` finds wrong.
@@ -50,22 +50,21 @@ class VehicleIDDataModule(ImagesDataModule):
     def __init__(
         self,
         root: str | Path,
-        check_counts: bool = True,
+        *,
         test_sizes: Sequence[int] = (800, 1600, 2400),
         **options: Any,
     ) -> None:
         """Checks the options; see the class."""
         super().__init__(root, **options)
         _check_sizes(test_sizes)
-        self.check_counts = check_counts
         self.test_sizes = tuple(test_sizes)
 
     def read(self) -> Splits:
-        """The tables of the official files."""
-        return read_vehicle_id(self.root, self.check_counts, self.test_sizes)
+        """Reads the tables from the official files."""
+        return read_vehicle_id(self.root, check_counts=self.check_counts, test_sizes=self.test_sizes)
 
 
-def read_vehicle_id(root: Path, check_counts: bool = True, test_sizes: Sequence[int] = (800, 1600, 2400)) -> Splits:
+def read_vehicle_id(root: Path, *, check_counts: bool = True, test_sizes: Sequence[int] = (800, 1600, 2400)) -> Splits:
     """Reads `train_list.txt` and the test lists of some sizes.
 
     A vehicle has one label, in however many of the test lists it is.
@@ -96,11 +95,11 @@ def read_vehicle_id(root: Path, check_counts: bool = True, test_sizes: Sequence[
     sizes = [size for size in test_sizes if size not in missing]
     files = [folder / _TRAIN_FILE, *(folder / tests[size] for size in sizes)]
     columns = [read_columns(file, "image vehicle") for file in files]
-    numbers, labels = number_classes(*(each.numbers(1) for each in columns))
-    tables = [_table(folder / "image", each, label) for each, label in zip(columns, labels, strict=True)]
+    numbers, labels = number_classes(*(part.numbers(1) for part in columns))
+    tables = [_table(folder / "image", part, label) for part, label in zip(columns, labels, strict=True)]
     names = [str(number) for number in numbers]
-    for each, table in zip(columns, tables, strict=True):
-        check_rows(table, each.source)
+    for part, table in zip(columns, tables, strict=True):
+        check_rows(table, part.source)
     for file, table in zip(files[1:], tables[1:], strict=True):
         VEHICLE_ID.check_unseen(tables[0], table, names, f"{files[0]} and {file}")
     named = {SET_NAMES.get(size, str(size)): table for size, table in zip(sizes, tables[1:], strict=True)}
@@ -111,8 +110,9 @@ def read_vehicle_id(root: Path, check_counts: bool = True, test_sizes: Sequence[
 
 
 def _check_sizes(test_sizes: Sequence[int]) -> None:
-    if not test_sizes or min(test_sizes) < 1 or len(set(test_sizes)) < len(test_sizes):
-        raise InputError(f"test_sizes must be some of 800, 1600, 2400 and 13164, each once, got {list(test_sizes)}")
+    checks.check_counts("test_sizes", test_sizes, hint="the set has 800, 1600, 2400 and 13164")
+    if len(set(test_sizes)) < len(test_sizes):
+        raise InputError(f"test_sizes must have each size once, got {list(test_sizes)}: take one of the two out")
 
 
 def _table(folder: Path, columns: Columns, labels: IntArray) -> ImageTable:

@@ -1,4 +1,4 @@
-"""What samplers of class-balanced batches share: one plan for all ranks, of which each yields its slice."""
+"""The base of class-balanced batch samplers: one plan for all ranks, of which each rank yields its slice."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lightning_dml import distributed
-from lightning_dml.datamodules.arrays import IntArray
+from lightning_dml.checks import check_count
+from lightning_dml.datamodules.arrays import IntArray, integer_vector
 from lightning_dml.datamodules.samplers.class_draws import ShuffledClasses
 from lightning_dml.datamodules.samplers.class_weights import ClassWeights, class_rates
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex, mix
+from lightning_dml.datamodules.samplers.replicas import check_replicas, rank_now, replicas_now
+from lightning_dml.datamodules.seeded_index import SeededIndex, mix
 from lightning_dml.errors import InputError
 
 Labels = Sequence[int] | NDArray[Any] | Tensor
@@ -44,28 +45,23 @@ class ClassBatchSampler(Sampler[list[int]]):
     def __init__(
         self,
         labels: Labels,
-        classes_per_batch: int,
-        samples_per_class: int,
-        seed: int,
-        num_batches: int | None,
-        drop_small_classes: bool,
-        num_replicas: int | None,
-        rank: int | None,
-        class_weights: ClassWeights | None,
+        classes_per_batch: int = 16,
+        samples_per_class: int = 4,
+        *,
+        seed: int = 0,
+        num_batches: int | None = None,
+        drop_small_classes: bool = False,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        class_weights: ClassWeights | None = None,
     ) -> None:
         """Sorts the samples by class; see the class for the options."""
         super().__init__()
-        if classes_per_batch < 1:
-            raise InputError(f"classes_per_batch must be at least 1, got {classes_per_batch}")
-        if samples_per_class < 2:
-            raise InputError(
-                f"samples_per_class must be at least 2, because a positive pair takes two images of a class, "
-                f"got {samples_per_class}"
-            )
-        if num_batches is not None and num_batches < 1:
-            raise InputError(f"num_batches must be at least 1, or None for one pass over the data, got {num_batches}")
-        if seed < 0:
-            raise InputError(f"seed must not be negative, got {seed}")
+        check_count("classes_per_batch", classes_per_batch)
+        check_count("samples_per_class", samples_per_class, 2, hint="a positive pair takes two images of a class")
+        if num_batches is not None:
+            check_count("num_batches", num_batches, hint="None is one pass over the data")
+        check_count("seed", seed, 0)
         check_replicas(num_replicas, rank)
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
@@ -75,7 +71,7 @@ class ClassBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.epoch = 0
         self._start = 0
-        values = integers("labels", labels)
+        values = integer_vector("labels", labels)
         names, classes, counts = np.unique(values, return_inverse=True, return_counts=True)
         usable = counts >= 2
         if not usable.all() and not drop_small_classes:
@@ -92,7 +88,7 @@ class ClassBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> ClassBatchSampler:
-        """Itself: Lightning calls `set_epoch` on `dataloader.batch_sampler.sampler`, never on the batch sampler."""
+        """This sampler, because Lightning calls `set_epoch` on `dataloader.batch_sampler.sampler` alone."""
         return self
 
     @property
@@ -107,7 +103,7 @@ class ClassBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next iteration starts: `epoch` and `batch`, the batches of that epoch to pass over."""
+        """Start of the next iteration: `epoch` and `batch`, the number of batches of that epoch to pass over."""
         return {"epoch": self.epoch, "batch": self._start}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -135,7 +131,7 @@ class ClassBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yields this rank's P x K indices of each step, class after class, as `SeededIndex`."""
         classes = self._step_classes()
-        rank = distributed.rank() if self.rank is None else self.rank
+        rank = rank_now(self.rank)
         epoch, (start, self._start) = self.epoch, (self._start, 0)
         size = self.classes_per_batch * self.samples_per_class
         rng = np.random.default_rng((self.seed, epoch))
@@ -153,8 +149,8 @@ class ClassBatchSampler(Sampler[list[int]]):
         raise NotImplementedError
 
     def _step_classes(self) -> int:
-        """P x W, after checking that there are as many classes."""
-        replicas = distributed.world_size() if self.num_replicas is None else self.num_replicas
+        """Classes in a step of all ranks, P x W, after a check that there are as many."""
+        replicas = replicas_now(self.num_replicas)
         classes = self.classes_per_batch * replicas
         if classes > self.num_classes:
             most = self.num_classes // replicas
@@ -164,19 +160,3 @@ class ClassBatchSampler(Sampler[list[int]]):
                 f"in a step, but there are {self.num_classes}: {way_out}"
             )
         return classes
-
-
-def check_replicas(num_replicas: int | None, rank: int | None) -> None:
-    """Checks a number of ranks and a rank that a user may have given."""
-    if num_replicas is not None and num_replicas < 1:
-        raise InputError(f"num_replicas must be at least 1, or None for the process group's, got {num_replicas}")
-    if rank is not None and (rank < 0 or (num_replicas is not None and rank >= num_replicas)):
-        raise InputError(f"rank must be at least 0 and less than num_replicas={num_replicas}, got {rank}")
-
-
-def integers(name: str, values: Labels) -> NDArray[Any]:
-    """The vector of integers that the argument `name` must be."""
-    vector = np.asarray(values)
-    if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.integer):
-        raise InputError(f"{name} must be a vector of integers, got shape {vector.shape} of {vector.dtype}")
-    return vector

@@ -1,4 +1,4 @@
-"""The random parts of a plan: images in shuffled groups, and classes by a race of exponential clocks."""
+"""Random parts of a plan: images in shuffled groups, and classes by a race of exponential clocks."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class ShuffledClasses:
         self._images = members[np.lexsort((keys, np.repeat(np.arange(len(counts)), counts)))]
 
     def take(self, drawn: IntArray) -> IntArray:
-        """The next group of each of the distinct classes `drawn` (M,), one after the other, (M x K,)."""
-        for each in drawn[self._taken[drawn] == self._groups[drawn]]:
-            first = self._offsets[each]
-            self._rng.shuffle(self._images[first : first + self._counts[each]])
-            self._taken[each] = 0
+        """Takes the next group of each of the distinct classes `drawn` (M,), one after the other, (M x K,)."""
+        for place in drawn[self._taken[drawn] == self._groups[drawn]]:
+            first = self._offsets[place]
+            self._rng.shuffle(self._images[first : first + self._counts[place]])
+            self._taken[place] = 0
         turns = (self._taken[drawn, None] * len(self._within) + self._within) % self._counts[drawn, None]
         self._taken[drawn] += 1
         group: IntArray = self._images[self._offsets[drawn, None] + turns].ravel()
@@ -66,12 +66,12 @@ class Race:
 
     @property
     def over(self) -> bool:
-        """Whether no clock is set."""
+        """True when no clock is set."""
         return not self._clocks
 
     @property
     def late(self) -> bool:
-        """Whether so much time has passed that float64 would soon blur the differences between short times."""
+        """True when so much time has passed that float64 would soon blur the differences between short times."""
         return self._now > 1e9
 
     def start(self, rates: NDArray[Any]) -> None:
@@ -81,12 +81,12 @@ class Race:
         heapq.heapify(self._clocks)
 
     def first(self, count: int) -> list[int]:
-        """The next `count` to ring, in order, or all where fewer are set; they are set no longer."""
-        chosen: list[int] = []
-        while self._clocks and len(chosen) < count:
-            self._now, each = heapq.heappop(self._clocks)
-            chosen.append(each)
-        return chosen
+        """Takes the next `count` clocks to ring, in order, or all where fewer are set; they are set no longer."""
+        places: list[int] = []
+        while self._clocks and len(places) < count:
+            self._now, place = heapq.heappop(self._clocks)
+            places.append(place)
+        return places
 
     def join(self, drawn: IntArray, rates: NDArray[Any]) -> None:
         """Sets clocks of the positive `rates` (M,) for `drawn` (M,), which have none."""
@@ -96,7 +96,7 @@ class Race:
 
 
 def first_to_ring(rng: np.random.Generator, rates: NDArray[Any], count: int, out: list[int] | None = None) -> IntArray:
-    """One race from its start: the first `count` places to ring, in order, (count,).
+    """The first `count` places to ring in one race from its start, in order, (count,).
 
     Args:
         rng: what to draw the times from.

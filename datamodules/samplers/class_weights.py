@@ -1,4 +1,4 @@
-"""How often each class is drawn, from what a user may say about it."""
+"""Rates at which classes are drawn, from the forms in which a user may give class weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dml.checks import check_choice
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.errors import InputError
 
 ClassWeights = Literal["uniform", "sqrt"] | Mapping[int, float] | Sequence[float] | NDArray[Any] | Tensor
 """A rule by its name, a weight for some labels by label, or one for each label from 0 on."""
 
-# Beyond it a weight's share of all could not be told from none in float64.
+# Beyond this ratio float64 could not tell a weight's share of all from zero.
 _WIDEST = 1e100
 
 
 def class_rates(class_weights: ClassWeights, names: IntArray, counts: IntArray) -> NDArray[np.float64]:
-    """The weight of every class as a share of all.
+    """Weight of every class as a share of all.
 
     Args:
         class_weights: "uniform" weighs every class the same, and "sqrt" by the square root of its images. A mapping
@@ -63,14 +64,8 @@ def class_rates(class_weights: ClassWeights, names: IntArray, counts: IntArray) 
 
 
 def _by_rule(rule: str, counts: IntArray) -> NDArray[np.float64]:
-    if rule == "uniform":
-        return np.ones(len(counts))
-    if rule == "sqrt":
-        return np.sqrt(counts.astype(np.float64))
-    raise InputError(
-        f"class_weights must be 'uniform', 'sqrt', a weight for each label, or None for in proportion to the images, "
-        f"got {rule!r}"
-    )
+    check_choice("class_weights", rule, ("uniform", "sqrt"), hint="or give a weight for each label; None counts images")
+    return np.ones(len(counts)) if rule == "uniform" else np.sqrt(counts.astype(np.float64))
 
 
 def _by_label(given: Mapping[int, float], names: IntArray) -> NDArray[np.float64]:

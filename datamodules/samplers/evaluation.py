@@ -1,4 +1,4 @@
-"""Which images each rank evaluates: every image once, none twice."""
+"""Evaluation over ranks: every image once, none twice."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from torch.utils.data import Sampler
 
-from lightning_dml import distributed
-from lightning_dml.datamodules.samplers.class_batches import check_replicas
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_count
+from lightning_dml.datamodules.samplers.replicas import check_replicas, rank_now, replicas_now
 
 
 class UnpaddedDistributedSampler(Sampler[int]):
@@ -33,12 +32,11 @@ class UnpaddedDistributedSampler(Sampler[int]):
     """
 
     def __init__(
-        self, length: int, num_replicas: int | None = None, rank: int | None = None, at_least_one: bool = False
+        self, length: int, *, num_replicas: int | None = None, rank: int | None = None, at_least_one: bool = False
     ) -> None:
         """Checks the options; see the class."""
         super().__init__()
-        if length < 0:
-            raise InputError(f"length must not be negative, got {length}")
+        check_count("length", length, 0)
         check_replicas(num_replicas, rank)
         self.length = length
         self.num_replicas = num_replicas
@@ -54,8 +52,8 @@ class UnpaddedDistributedSampler(Sampler[int]):
         return len(self._indices())
 
     def _indices(self) -> range:
-        replicas = distributed.world_size() if self.num_replicas is None else self.num_replicas
-        rank = distributed.rank() if self.rank is None else self.rank
+        replicas = replicas_now(self.num_replicas)
+        rank = rank_now(self.rank)
         if self.at_least_one and 0 < self.length <= rank:
             return range(rank % self.length, rank % self.length + 1)
         return range(rank, self.length, replicas)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.samplers.class_batches import ClassBatchSampler, Labels, integers
+from lightning_dml.checks import check_count
+from lightning_dml.datamodules.arrays import IntArray, integer_vector
+from lightning_dml.datamodules.samplers.class_batches import ClassBatchSampler, Labels
 from lightning_dml.datamodules.samplers.class_draws import ShuffledClasses, first_to_ring
-from lightning_dml.datamodules.samplers.class_weights import ClassWeights
 from lightning_dml.errors import InputError
 
 
@@ -71,30 +72,13 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
         labels: Labels,
         super_labels: Labels,
         super_classes_per_batch: int = 2,
-        classes_per_batch: int = 16,
-        samples_per_class: int = 4,
-        seed: int = 0,
-        num_batches: int | None = None,
-        drop_small_classes: bool = False,
-        num_replicas: int | None = None,
-        rank: int | None = None,
-        class_weights: ClassWeights | None = None,
+        **options: Any,
     ) -> None:
         """Sorts the samples by class and the classes by super-class; see the class for the options."""
-        super().__init__(
-            labels,
-            classes_per_batch,
-            samples_per_class,
-            seed,
-            num_batches,
-            drop_small_classes,
-            num_replicas,
-            rank,
-            class_weights,
-        )
-        _check_share(super_classes_per_batch, classes_per_batch)
+        super().__init__(labels, **options)
+        _check_share(super_classes_per_batch, self.classes_per_batch)
         self.super_classes_per_batch = super_classes_per_batch
-        supers = self._super_of_class(integers("labels", labels), integers("super_labels", super_labels))
+        supers = self._super_of_class(integer_vector("labels", labels), integer_vector("super_labels", super_labels))
         names, self._super = np.unique(supers, return_inverse=True)
         if super_classes_per_batch > len(names):
             raise InputError(
@@ -117,17 +101,17 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
             raise InputError(
                 f"super_labels must have one entry for each of the {len(labels)} labels, got {len(super_labels)}"
             )
-        given = super_labels[self._members]
+        supers = super_labels[self._members]
         firsts = np.cumsum(self._counts) - self._counts
-        of_class: NDArray[np.integer] = given[firsts]
-        other = given != np.repeat(of_class, self._counts)
+        of_class: NDArray[np.integer] = supers[firsts]
+        other = supers != np.repeat(of_class, self._counts)
         if other.any():
             place = int(np.flatnonzero(other)[0])
             label = labels[self._members[place]]
             first = super_labels[labels == label][0]
             raise InputError(
-                f"class {label} lies in super-classes {first} and {given[place]}, and a class must lie in one: correct "
-                "super_labels, or give each pair of class and super-class its own label"
+                f"class {label} lies in super-classes {first} and {supers[place]}, and a class must lie in one: "
+                "correct super_labels, or give each pair of class and super-class its own label"
             )
         return of_class
 
@@ -143,13 +127,13 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
                 left[drawn] = np.maximum(left[drawn] - 1, 0)
 
     def _step(self, rng: np.random.Generator, left: NDArray[np.number], classes: int) -> IntArray:
-        """`classes` distinct classes, share after share, (`classes`,)."""
+        """Draws `classes` distinct classes, share after share, (`classes`,)."""
         share = need = self.classes_per_batch // self.super_classes_per_batch
         free = np.ones(self.num_classes, bool)
         parts: list[IntArray] = []
         total = 0
-        for each in itertools.cycle(self._order(rng, left, classes).tolist()):
-            own = self._by_super[self._ends[each - 1] if each else 0 : self._ends[each]]
+        for super_class in itertools.cycle(self._order(rng, left, classes).tolist()):
+            own = self._by_super[self._ends[super_class - 1] if super_class else 0 : self._ends[super_class]]
             own = own[free[own]]
             part = _some(rng, own, left[own], self._groups[own], min(need, len(own)))
             free[part] = False
@@ -161,9 +145,9 @@ class HierarchicalPKBatchSampler(ClassBatchSampler):
         return np.concatenate(parts)
 
     def _order(self, rng: np.random.Generator, left: NDArray[np.number], classes: int) -> IntArray:
-        """The super-classes in the order in which a step of so many `classes` turns to them."""
+        """Super-classes in the order in which a step of so many `classes` turns to them."""
         those = np.arange(self.num_super_classes)
-        # Each gives a class at least when its turn first comes, so a step never turns to more than it has classes.
+        # A super-class gives at least one class at its first turn, so a step turns to no more than it has classes.
         return _some(rng, those, np.bincount(self._super, left), self._super_groups, min(len(those), classes))
 
 
@@ -174,7 +158,7 @@ def _some(
     groups: NDArray[np.number],
     count: int,
 ) -> IntArray:
-    """`count` of `those` in random order by what they have `left`; the ones without only after all others."""
+    """Draws `count` of `those` in random order by the groups that they have `left`; those without come last."""
     ready, lending = np.flatnonzero(left > 0), np.flatnonzero(left <= 0)
     early, late = min(count, len(ready)), max(0, count - len(ready))
     first = ready[first_to_ring(rng, left[ready], early)]
@@ -183,8 +167,7 @@ def _some(
 
 
 def _check_share(super_classes_per_batch: int, classes_per_batch: int) -> None:
-    if super_classes_per_batch < 1:
-        raise InputError(f"super_classes_per_batch must be at least 1, got {super_classes_per_batch}")
+    check_count("super_classes_per_batch", super_classes_per_batch)
     if classes_per_batch % super_classes_per_batch:
         less = classes_per_batch // super_classes_per_batch * super_classes_per_batch
         way_out = f"{less} or {less + super_classes_per_batch}" if less else f"{super_classes_per_batch}"

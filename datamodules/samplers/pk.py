@@ -1,7 +1,4 @@
-"""Which images make a batch: P classes x K samples, planned for all ranks at once.
-
-The evaluation sampler and what travels with the indices can be had from here too.
-"""
+"""Batches of P classes x K samples in which every class comes as often as its images, or its weight, ask for."""
 
 from __future__ import annotations
 
@@ -11,19 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.datamodules.samplers.class_batches import ClassBatchSampler, Labels
+from lightning_dml.datamodules.samplers.class_batches import ClassBatchSampler
 from lightning_dml.datamodules.samplers.class_draws import Race, ShuffledClasses, first_to_ring
-from lightning_dml.datamodules.samplers.class_weights import ClassWeights
-from lightning_dml.datamodules.samplers.evaluation import UnpaddedDistributedSampler
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
-
-__all__ = [
-    "ClassBatchSampler",
-    "IntArray",
-    "PKBatchSampler",
-    "SeededIndex",
-    "UnpaddedDistributedSampler",
-]
 
 
 class PKBatchSampler(ClassBatchSampler):
@@ -71,31 +57,6 @@ class PKBatchSampler(ClassBatchSampler):
         [4]
     """
 
-    def __init__(
-        self,
-        labels: Labels,
-        classes_per_batch: int = 16,
-        samples_per_class: int = 4,
-        seed: int = 0,
-        num_batches: int | None = None,
-        drop_small_classes: bool = False,
-        num_replicas: int | None = None,
-        rank: int | None = None,
-        class_weights: ClassWeights | None = None,
-    ) -> None:
-        """Sorts the samples by class; see the class for the options."""
-        super().__init__(
-            labels,
-            classes_per_batch,
-            samples_per_class,
-            seed,
-            num_batches,
-            drop_small_classes,
-            num_replicas,
-            rank,
-            class_weights,
-        )
-
     def _plan(self, rng: np.random.Generator, images: ShuffledClasses, classes: int) -> Iterator[IntArray]:
         """The endless global batches, (`classes` x K,) indices each; the same on every rank."""
         if self._rates is None:
@@ -103,18 +64,18 @@ class PKBatchSampler(ClassBatchSampler):
         return self._weighted(rng, images, classes, self._rates)
 
     def _passes(self, rng: np.random.Generator, images: ShuffledClasses, classes: int) -> Iterator[IntArray]:
-        """By the groups left, so that a pass uses every group."""
+        """Batches by the groups that classes have left, so that a pass uses every group."""
         left = np.zeros_like(self._groups)
         race = Race(rng)
         while True:
             if race.over:  # a pass over the data begins
                 left = self._groups.copy()
                 race.start(left)
-            chosen = race.first(classes)
-            ready = len(chosen)
+            classes_drawn = race.first(classes)
+            ready = len(classes_drawn)
             if ready < classes:
-                chosen += first_to_ring(rng, self._groups, classes - ready, out=chosen).tolist()
-            drawn = np.array(chosen)
+                classes_drawn += first_to_ring(rng, self._groups, classes - ready, out=classes_drawn).tolist()
+            drawn = np.array(classes_drawn)
             yield images.take(drawn)
             left[drawn[:ready]] -= 1
             again = drawn[left[drawn] > 0]
@@ -123,7 +84,7 @@ class PKBatchSampler(ClassBatchSampler):
     def _weighted(
         self, rng: np.random.Generator, images: ShuffledClasses, classes: int, rates: NDArray[np.float64]
     ) -> Iterator[IntArray]:
-        """By weights, every step like the first."""
+        """Batches by class weights, every step like the first."""
         race = Race(rng)
         race.start(rates)
         while True:

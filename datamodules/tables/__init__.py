@@ -1,1 +1,1 @@
-"""Tables of images: read from files, checked, and split."""
+"""Tables of images: reading, checks, and splits by class."""

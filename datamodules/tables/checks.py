@@ -1,4 +1,4 @@
-"""What is wrong in a list of image files: paths that lead elsewhere, rows that come twice, classes in two splits."""
+"""Checks of lists of image files: paths that lead elsewhere, rows that come twice, classes in two splits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_BOX = (0, 0, 0, 0)
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where the rows of a table were read, so that a message can say which to look at.
+    """Origin of the rows of a table, so that a message can say which to look at.
 
     Args:
         name: the file.
@@ -88,14 +88,14 @@ def check_no_duplicates(table: ImageTable, source: Source | str) -> None:
     source, plain = _source(source), _plain(table.root)
     keys = np.fromiter((hash(_key(path, plain)) for path in table.paths), np.int64, len(table))
     for column in () if table.boxes is None else table.boxes.T:
-        keys = keys * np.int64(6364136223846793005) + column  # wraps round; a mixture is all that it has to be
+        keys = keys * np.int64(6364136223846793005) + column  # wraps round, which mixes as well
     _, first, counts = np.unique(keys, return_index=True, return_counts=True)
     if len(first) == len(keys):
         return
-    seen: dict[tuple[str, bytes], int] = {}
+    rows_by_key: dict[tuple[str, bytes], int] = {}
     for row in np.flatnonzero(np.isin(keys, keys[first[counts > 1]])).tolist():
         box = b"" if table.boxes is None else table.boxes[row].tobytes()
-        earlier = seen.setdefault((_key(table.paths[row], plain), box), row)
+        earlier = rows_by_key.setdefault((_key(table.paths[row], plain), box), row)
         if earlier != row:
             what = "path and box" if table.boxes is not None and table.boxes[row].any() else "path"
             raise InputError(
@@ -148,19 +148,19 @@ def check_boxes(boxes: NDArray[np.float64], source: Source) -> None:
     """
     missing = np.isnan(boxes)
     box = np.where(missing, 0, boxes)
-    given = ~missing.all(1)
+    boxed = ~missing.all(1)
     for wrong, why in (
-        (given & missing.any(1), "is given in part; give all four numbers, or none for the whole image"),
+        (boxed & missing.any(1), "is given in part; give all four numbers, or none for the whole image"),
         ((box % 1 != 0).any(1) | (box > np.iinfo(np.int32).max).any(1), "is not in whole pixels; round it"),
         ((box < 0).any(1), "is negative; the upper left corner of an image is 0, 0"),
         (
-            given & ((box[:, 2] <= box[:, 0]) | (box[:, 3] <= box[:, 1])),
+            boxed & ((box[:, 2] <= box[:, 0]) | (box[:, 3] <= box[:, 1])),
             "has no inside; x_1 must be less than x_2 and y_1 less than y_2",
         ),
     ):
         if wrong.any():
             row = int(wrong.argmax())
-            shown = ", ".join("" if np.isnan(each) else f"{each:g}" for each in boxes[row])
+            shown = ", ".join("" if np.isnan(number) else f"{number:g}" for number in boxes[row])
             raise InputError(f"{source.at(row)}: the box x_1, y_1, x_2, y_2 = {shown} {why}")
 
 
@@ -169,7 +169,7 @@ def _source(source: Source | str) -> Source:
 
 
 def _plain(root: Path) -> Callable[[str], str]:
-    """Makes a path the shortest of its kind: relative to the root where it lies in it, else absolute or with `..`."""
+    """Makes a function that shortens a path: relative to the root where it lies in it, else absolute or with `..`."""
     folder = os.path.abspath(root)
     prefix = os.path.join(folder, "")
 
@@ -187,5 +187,5 @@ def _key(path: str, plain: Callable[[str], str]) -> str:
 
 
 def _is_simple(path: str) -> bool:
-    """Whether a path is relative and goes straight down; the usual case, which need not be taken apart."""
+    """True for a path that is relative and goes straight down; the usual case, which need not be taken apart."""
     return not (path.startswith(("./", "/", "\\")) or "//" in path or "/." in path or ".." in path or path[1:2] == ":")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dml.datamodules.arrays import IntArray
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, one_line
 
 ROWS = 65_536  # in a chunk
 
@@ -81,7 +81,7 @@ def _open_text(path: Path, delimiter: str) -> TableFile:
 
 
 def _text_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows, less blank lines, each with the number of its first line."""
+    """Rows, less blank lines, each with the number of its first line."""
     line = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -98,7 +98,7 @@ def _text_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _without_nul(file: TextIO) -> Iterator[str]:
-    """The lines; Python before 3.11 refuses the character and later ones keep it, and no path may have it."""
+    """Lines without NUL, which no path may have; Python before 3.11 refuses it and later ones keep it."""
     for line in file:
         if "\0" in line:
             raise csv.Error("the line contains the character NUL")
@@ -107,8 +107,8 @@ def _without_nul(file: TextIO) -> Iterator[str]:
 
 def _text_chunks(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) -> Iterator[Chunk]:
     numbers: list[int] = []
-    # One flat list: the garbage collector goes through a list of as many lists again and again.
-    kept: list[str] = []
+    # One flat list, because the garbage collector would go through a list of lists again and again.
+    fields: list[str] = []
     for number, row in rows:
         if len(row) != width:
             raise InputError(
@@ -116,18 +116,18 @@ def _text_chunks(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) 
                 "round a field with a separator in it, or complete the row"
             )
         numbers.append(number)
-        kept.extend(row)
+        fields.extend(row)
         if len(numbers) == ROWS:
-            yield Chunk(np.array(numbers, np.int64), [kept[place::width] for place in range(width)])
+            yield Chunk(np.array(numbers, np.int64), [fields[place::width] for place in range(width)])
             numbers.clear()
-            kept.clear()
-    if kept:
-        yield Chunk(np.array(numbers, np.int64), [kept[place::width] for place in range(width)])
+            fields.clear()
+    if fields:
+        yield Chunk(np.array(numbers, np.int64), [fields[place::width] for place in range(width)])
 
 
 def _open_parquet(path: Path) -> TableFile:
     try:
-        # By name, so that the library can be type-checked without it.
+        # By name, so that the library can be type-checked without pyarrow.
         parquet: Any = importlib.import_module("pyarrow.parquet")
         arrow: Any = importlib.import_module("pyarrow")
     except ModuleNotFoundError as error:
@@ -137,7 +137,7 @@ def _open_parquet(path: Path) -> TableFile:
     try:
         file = parquet.ParquetFile(path)
     except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"table {path} is no Parquet file that can be read: {_line(error)}") from error
+        raise InputError(f"table {path} is no Parquet file that can be read: {one_line(error)}") from error
     names = list(file.schema_arrow.names)
     # pandas keeps its index in such a column.
     header = ["" if re.fullmatch(r"__index_level_\d+__", name) else name for name in names]
@@ -151,7 +151,7 @@ def _parquet_chunks(path: Path, file: Any, arrow: Any) -> Iterator[Chunk]:
         try:
             batch = next(batches, None)
         except (arrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}, after row {first - 1}: {_line(error)}; write the file anew") from error
+            raise InputError(f"{path}, after row {first - 1}: {one_line(error)}; write the file anew") from error
         if batch is None:
             return
         columns = [_parquet_column(path, name, batch.column(n), arrow) for n, name in enumerate(batch.schema.names)]
@@ -165,10 +165,6 @@ def _parquet_column(path: Path, name: str, column: Any, arrow: Any) -> Column:
         values: NDArray[Any] = column.to_numpy(zero_copy_only=False)  # integers with gaps become floats with NaN
         return values
     try:
-        return ["" if each is None else each for each in column.cast(arrow.string()).to_pylist()]
+        return ["" if value is None else value for value in column.cast(arrow.string()).to_pylist()]
     except arrow.ArrowException as error:
         raise InputError(f"table {path}: column {name!r} of {column.type} cannot be made text: remove it") from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""The columns of a table as they are gathered, chunk by chunk, into few arrays."""
+"""Columns of a table, gathered chunk by chunk into few arrays."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TextColumn:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A column as its distinct values, and the place of each row's among them."""
+    """A column as its distinct values, and each row's place among them."""
 
     values: list[str]
     rows: NDArray[np.int32]
@@ -45,12 +45,12 @@ class Codes:
         return int(bad.argmax()) if bad.any() else None
 
     def to(self, convert: Callable[[str], float]) -> NDArray[np.float64]:
-        """Every row's value, converted."""
+        """Value of every row, converted to a number."""
         return np.array([convert(value) for value in self.values], np.float64)[self.rows]
 
 
 class CodedColumn:
-    """Gathers a column of few values, each of which is kept and later looked at once."""
+    """Gathers a column of few distinct values, each of which is kept once."""
 
     def __init__(self) -> None:
         self.places: dict[str, int] = {}
@@ -73,7 +73,7 @@ class CodedColumn:
 
 
 class ExtraColumn:
-    """Gathers a column that is only kept: in numbers for as long as all of it is, and as text.
+    """Gathers a column that nothing here looks into: as numbers while all of it is numbers, else as text.
 
     Args:
         typed: whether the file says which columns are numbers; text then stays text.
@@ -105,7 +105,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 
 
 def _numbers(column: Iterable[str]) -> NDArray[Any] | None:
-    """The column in int64 or float64, or None if some of it is no number; 007 is a name."""
+    """Column in int64 or float64, or None if some of it is no number; 007 is a name."""
     column = list(column)
     if all(map(_WHOLE.fullmatch, column)):
         return np.array([int(value) for value in column], np.int64)
@@ -113,7 +113,7 @@ def _numbers(column: Iterable[str]) -> NDArray[Any] | None:
 
 
 def _number_text(value: float) -> str:
-    """A number of a Parquet file as CSV has it: 3.0 is 3, as integers with gaps become floats, and NaN is missing."""
+    """A number of a Parquet file as CSV writes it: 3.0 is 3, as integers with gaps become floats, and NaN is empty."""
     if value != value:
         return ""
     return str(int(value)) if float(value).is_integer() else str(value)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_dml.checks import check_choice
 from lightning_dml.datamodules.arrays import BoolArray, IntArray
-from lightning_dml.datamodules.images.timm_config import near_names
 from lightning_dml.datamodules.tables.checks import (
     NO_BOX,
     Source,
@@ -24,7 +24,7 @@ from lightning_dml.datamodules.tables.checks import (
 from lightning_dml.datamodules.tables.chunks import TableFile, open_table
 from lightning_dml.datamodules.tables.columns import CodedColumn, Codes, ExtraColumn, TextColumn
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
-from lightning_dml.errors import InputError
+from lightning_dml.errors import InputError, near_names
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("path", "label", "split")
@@ -37,12 +37,12 @@ DISTRACTOR = "-1"  # the label of an image that matches nothing
 
 _SPLIT_WORDS = {"train": 0, "validation": 1, "val": 1, "test": 2}
 _BOOLS = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0, "": -1}
-_TAKEN = frozenset(each.name for each in fields(ImageTable))
+_TABLE_FIELDS = frozenset(field.name for field in fields(ImageTable))
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What a table file holds.
+    """Contents of a table file.
 
     Args:
         table: all N rows in the order of the file. Labels are places in `label_names`; distractors are -1. Rows without
@@ -67,8 +67,7 @@ class Table:
         Args:
             name: one of `SPLITS`.
         """
-        if name not in SPLITS:
-            raise InputError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
+        check_choice("split", name, SPLITS)
         rows = self.table.take(self.splits == SPLITS.index(name))
         return replace(rows, is_query=None, is_gallery=None) if name == "train" else rows
 
@@ -80,6 +79,7 @@ class Table:
 def read_table(
     path: str | Path,
     root: str | Path | None = None,
+    *,
     columns: Mapping[str, str] | None = None,
     allow_shared_classes: bool = False,
 ) -> Table:
@@ -107,18 +107,18 @@ def read_table(
     path = Path(path)
     file = open_table(path)
     places = _find_columns(path, file.header, columns or {})
-    made, extra, source = _collect(path, file, places)
-    splits = _splits(made["split"], source)
-    labels, label_names = _labels(made["label"], splits, source)
-    super_labels, super_label_names = _groups(made.get("category"))
-    groups, group_names = _groups(made.get("sequence"))
-    is_query, is_gallery = (_role(name, made.get(name), splits, source) for name in ROLES)
+    known, extra, source = _collect(path, file, places)
+    splits = _splits(known["split"], source)
+    labels, label_names = _labels(known["label"], splits, source)
+    super_labels, super_label_names = _groups(known.get("category"))
+    groups, group_names = _groups(known.get("sequence"))
+    is_query, is_gallery = (_role(name, known.get(name), splits, source) for name in ROLES)
     _check_roles(is_query, is_gallery, splits, source)
     table = ImageTable(
         root=path.parent if root is None else Path(root),
-        paths=made["path"],
+        paths=known["path"],
         labels=labels,
-        boxes=_boxes(made, source),
+        boxes=_boxes(known, source),
         is_query=is_query,
         is_gallery=is_gallery,
         groups=groups,
@@ -134,7 +134,7 @@ def read_table(
 
 
 def _find_columns(path: Path, header: Sequence[str], columns: Mapping[str, str]) -> dict[str, int]:
-    """Our name of each column, or its own, and its place."""
+    """Places of the columns in the file, by our names where we know them, else by their own."""
     for ours in columns:
         if ours not in COLUMNS:
             raise InputError(
@@ -144,34 +144,34 @@ def _find_columns(path: Path, header: Sequence[str], columns: Mapping[str, str])
     named = [name for name in header if name]
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise InputError(f"table {path} has {named.count(twice[0])} columns called {twice[0]!r}: remove or rename one")
-    found = {}
+    places = {}
     for ours in COLUMNS:
         theirs = columns.get(ours, ours)
         if theirs in named:
-            found[ours] = header.index(theirs)
+            places[ours] = header.index(theirs)
         elif ours in REQUIRED or ours in columns:
             raise InputError(
                 f"table {path} has no column {theirs!r}{near_names(theirs, named)}; its columns are "
                 f"{', '.join(map(repr, named))}: add it, or name one of them with columns={{{ours!r}: ...}}"
             )
-    given = [name for name in BOX if name in found]
-    if given and len(given) < len(BOX):
-        missing = next(name for name in BOX if name not in found)
-        raise InputError(f"table {path} has the columns {', '.join(given)} of a box, but not {missing}: add it")
-    used = set(found.values())
+    corners = [name for name in BOX if name in places]
+    if corners and len(corners) < len(BOX):
+        missing = next(name for name in BOX if name not in places)
+        raise InputError(f"table {path} has the columns {', '.join(corners)} of a box, but not {missing}: add it")
+    places_used = set(places.values())
     for place, name in enumerate(header):
-        if name and place not in used:
-            if name in _TAKEN or name in COLUMNS:
+        if name and place not in places_used:
+            if name in _TABLE_FIELDS or name in COLUMNS:
                 raise InputError(f"table {path} has a column {name!r}, a name that is taken: rename it or remove it")
-            found[name] = place
-    return found
+            places[name] = place
+    return places
 
 
 def _collect(
     path: Path, file: TableFile, places: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, Texts | NDArray[Any]], Source]:
-    """The columns that are understood, the others, and the numbers of the rows."""
-    kept = {name: ExtraColumn(file.typed) for name in places if name not in COLUMNS}
+    """Gathers the columns that are understood, the others, and the numbers of the rows."""
+    others = {name: ExtraColumn(file.typed) for name in places if name not in COLUMNS}
     known: dict[str, TextColumn | CodedColumn] = {
         name: TextColumn() if name == "path" else CodedColumn() for name in places if name in COLUMNS
     }
@@ -179,12 +179,12 @@ def _collect(
     for chunk in file.chunks:
         numbers.append(chunk.numbers)
         for name, place in places.items():
-            (known.get(name) or kept[name]).add(chunk.columns[place])
+            (known.get(name) or others[name]).add(chunk.columns[place])
     if not numbers:
         raise InputError(f"table {path} has no rows: write one for each image")
-    made = {name: maker.finish() for name, maker in known.items()}
-    extra = {name: maker.finish() for name, maker in kept.items()}
-    return made, extra, Source(str(path), np.concatenate(numbers), file.unit)
+    finished = {name: maker.finish() for name, maker in known.items()}
+    extra = {name: maker.finish() for name, maker in others.items()}
+    return finished, extra, Source(str(path), np.concatenate(numbers), file.unit)
 
 
 def _splits(column: Codes, source: Source) -> NDArray[np.int8]:
@@ -207,10 +207,10 @@ def _labels(column: Codes, splits: NDArray[np.int8], source: Source) -> tuple[In
         raise InputError(
             f"{source.at(row)}: the label -1 is for images that match nothing, which cannot train; name the class"
         )
-    trained = np.zeros(len(column.values), np.bool_)
-    trained[column.rows[splits == 0]] = True
+    trains = np.zeros(len(column.values), np.bool_)
+    trains[column.rows[splits == 0]] = True
     places = [place for place in _sorted_places(column.values) if column.values[place] != DISTRACTOR]
-    order = [place for place in places if trained[place]] + [place for place in places if not trained[place]]
+    order = [place for place in places if trains[place]] + [place for place in places if not trains[place]]
     return _relabelled(column, order)
 
 
@@ -221,7 +221,7 @@ def _groups(column: Codes | None) -> tuple[IntArray | None, list[str]]:
 
 
 def _relabelled(column: Codes, order: Sequence[int]) -> tuple[IntArray, list[str]]:
-    """Each row's place in `order`, -1 for values that it lacks, and the names in that order."""
+    """New labels: each row's place in `order`, -1 for values that it lacks, and the names in that order."""
     label = np.full(len(column.values), -1, np.int64)
     label[list(order)] = np.arange(len(order))
     return label[column.rows], [column.values[place] for place in order]
@@ -246,8 +246,8 @@ def _role(name: str, column: Codes | None, splits: NDArray[np.int8], source: Sou
             f"{source.at(int(empty.argmax()))}: {name} is empty in a row of evaluation; write true or false, or remove "
             "the column, and every such row is one"
         )
-    made: BoolArray = (roles > 0) & (splits > 0)
-    return made
+    role: BoolArray = (roles > 0) & (splits > 0)
+    return role
 
 
 def _check_roles(
@@ -263,12 +263,12 @@ def _check_roles(
         )
 
 
-def _boxes(made: Mapping[str, Any], source: Source) -> NDArray[np.int32] | None:
-    if BOX[0] not in made:
+def _boxes(known: Mapping[str, Any], source: Source) -> NDArray[np.int32] | None:
+    if BOX[0] not in known:
         return None
     columns = []
     for name in BOX:
-        column: Codes = made[name]
+        column: Codes = known[name]
         row = column.first(lambda value: _pixels(value) is None)
         if row is not None:
             value = column.values[column.rows[row]]
@@ -283,7 +283,7 @@ def _boxes(made: Mapping[str, Any], source: Source) -> NDArray[np.int32] | None:
 
 
 def _pixels(value: str) -> float | None:
-    """A number, NaN where there is none, or None where it is something else."""
+    """Reads a number of pixels: NaN where there is none, None where it is something else."""
     try:
         pixels = float(value) if value.strip() else np.nan
     except ValueError:

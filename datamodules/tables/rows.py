@@ -1,20 +1,18 @@
-"""The rows of a data set of image files, in few flat arrays however many there are."""
+"""Rows of a data set of image files, in few flat arrays however many there are."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from lightning_dml.datamodules.arrays import BoolArray, IntArray
+from lightning_dml.datamodules.arrays import BoolArray, IntArray, share_arrays, unshare_arrays
 from lightning_dml.errors import InputError
 
 
@@ -51,17 +49,17 @@ class Texts:
 
     @classmethod
     def concatenate(cls, columns: Iterable[Texts]) -> Texts:
-        """One column after the other."""
+        """Joins columns, one after the other."""
         columns = list(columns)
-        made = cls()
+        whole = cls()
         if columns:
-            made._bytes = np.concatenate([each._bytes for each in columns])
-            lengths = np.concatenate([np.diff(each._offsets) for each in columns])
-            made._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return made
+            whole._bytes = np.concatenate([column._bytes for column in columns])
+            lengths = np.concatenate([np.diff(column._offsets) for column in columns])
+            whole._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return whole
 
     def __len__(self) -> int:
-        """How many texts there are."""
+        """Number of texts."""
         return len(self._offsets) - 1
 
     def __getitem__(self, row: int) -> str:
@@ -82,7 +80,7 @@ class Texts:
                 yield block[start:end].decode("utf-8", "surrogateescape")
 
     def __eq__(self, other: object) -> bool:
-        """Whether the other column holds the same texts in the same order."""
+        """True if the other column holds the same texts in the same order."""
         if not isinstance(other, Texts):
             return NotImplemented
         return np.array_equal(self._offsets, other._offsets) and np.array_equal(self._bytes, other._bytes)
@@ -104,19 +102,19 @@ class Texts:
         Args:
             rows: (M,) integers, or a (N,) mask of bools.
         """
-        chosen = _positions(rows, len(self))
-        starts, lengths = self._offsets[chosen], np.diff(self._offsets)[chosen]
-        made = Texts()
-        made._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # A block at a time, because there is a number of eight bytes for each byte that is taken.
+        places = _positions(rows, len(self))
+        starts, lengths = self._offsets[places], np.diff(self._offsets)[places]
+        texts = Texts()
+        texts._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        # A block at a time, because every byte of text needs a position of eight bytes here.
         blocks = [np.zeros(0, np.uint8)]
-        for first in range(0, len(chosen), _BLOCK):
+        for first in range(0, len(places), _BLOCK):
             block = slice(first, first + _BLOCK)
             within = np.arange(lengths[block].sum())
             before = np.cumsum(lengths[block]) - lengths[block]
             blocks.append(self._bytes[np.repeat(starts[block] - before, lengths[block]) + within])
-        made._bytes = np.concatenate(blocks)
-        return made
+        texts._bytes = np.concatenate(blocks)
+        return texts
 
     def codes(self) -> tuple[IntArray, list[str]]:
         """Each row's place among the sorted distinct texts, (N,), and those texts."""
@@ -133,17 +131,17 @@ class Texts:
         return hashlib.blake2b(self._offsets.tobytes() + self._bytes.tobytes(), digest_size=16).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The arrays as tensors, which worker processes share instead of copying."""
-        return shared(self.__dict__)
+        """State for a worker process: arrays as tensors, which processes share instead of copying."""
+        return share_arrays(self.__dict__)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Takes the arrays back."""
-        self.__dict__.update(unshared(state))
+        """Restores the arrays."""
+        self.__dict__.update(unshare_arrays(state))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    """Rows of image files: where each lies, its class, and what else is known of it.
+    """Rows of image files: their paths, their classes, and further columns.
 
     Args:
         root: folder that relative paths start from.
@@ -179,106 +177,73 @@ class ImageTable:
 
     def __post_init__(self) -> None:
         """Checks the names and the lengths."""
-        if taken := sorted({each.name for each in fields(self)} & set(self.extra)):
-            raise InputError(f"extra must not have a column {taken[0]!r}, which the table has itself: rename it")
+        if names := sorted({own.name for own in fields(self)} & set(self.extra)):
+            raise InputError(f"extra must not have a column {names[0]!r}, which the table has itself: rename it")
         for name, column in self._columns().items():
-            wanted = (len(self), 4) if name == "boxes" else (len(self),)
+            expected = (len(self), 4) if name == "boxes" else (len(self),)
             shape = (len(column),) if isinstance(column, Texts) else column.shape
-            if shape != wanted:
-                raise InputError(f"{name} must have the shape {wanted}, a row for each path, got {shape}")
+            if shape != expected:
+                raise InputError(f"{name} must have the shape {expected}, a row for each path, got {shape}")
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return len(self.paths)
 
     def path(self, row: int) -> Path:
-        """Where the image of a row lies."""
+        """Path of the image of a row."""
         return self.root / self.paths[row]
 
     def take(self, rows: Iterable[int] | NDArray[Any]) -> ImageTable:
-        """Some rows, in the order of `rows`: (M,) integers or a (N,) mask of bools."""
-        chosen = _positions(rows, len(self))
+        """Table of some rows, in the order of `rows`: (M,) integers or a (N,) mask of bools."""
+        places = _positions(rows, len(self))
         columns = {
-            name: column.take(chosen) if isinstance(column, Texts) else column[chosen]
+            name: column.take(places) if isinstance(column, Texts) else column[places]
             for name, column in self._columns().items()
         }
         extra = {name: columns.pop(name) for name in self.extra}
         return replace(self, **columns, extra=extra)  # type: ignore[arg-type]
 
     def with_labels(self, labels: NDArray[Any]) -> ImageTable:
-        """The same rows with other classes, (N,) integers."""
+        """Table of the same rows with other classes, (N,) integers."""
         return replace(self, labels=np.asarray(labels, np.int64))
 
     def digest(self) -> str:
         """A hash of the paths, labels, boxes and roles, but not of the root: the same on every machine."""
-        made = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
         for name, column in sorted(self._columns().items()):
             if name != "rows":
                 content = column.digest().encode() if isinstance(column, Texts) else column.tobytes()
-                made.update(name.encode() + content)
-        return made.hexdigest()
+                digest.update(name.encode() + content)
+        return digest.hexdigest()
 
     def _columns(self) -> dict[str, Any]:
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "extra")}
+        own = {
+            own_field.name: getattr(self, own_field.name)
+            for own_field in fields(self)
+            if own_field.name not in ("root", "extra")
+        }
         return {**{name: column for name, column in own.items() if column is not None}, **self.extra}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The columns as tensors, which worker processes share instead of copying."""
-        return {**shared(self.__dict__), "extra": shared(self.extra)}
+        """State for a worker process: columns as tensors, which processes share instead of copying."""
+        return {**share_arrays(self.__dict__), "extra": share_arrays(self.extra)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Takes the columns back."""
-        self.__dict__.update({**unshared(state), "extra": unshared(state["extra"])})
-
-
-def shared(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state whose numeric arrays are tensors: torch pickles those to its workers in shared memory."""
-    return {name: _as_tensor(value) for name, value in state.items()}
-
-
-def unshared(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `shared`."""
-    return {name: value.array if isinstance(value, _Shared) else value for name, value in state.items()}
+        """Restores the columns."""
+        self.__dict__.update({**unshare_arrays(state), "extra": unshare_arrays(state["extra"])})
 
 
 _BLOCK = 65_536
 
 
-class _Shared:
-    """An array on its way to another process."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self.tensor = torch.from_numpy(array.copy())  # of its own, or the array would live as long as this does
-
-    @property
-    def array(self) -> NDArray[Any]:
-        """The array, on the memory of the tensor."""
-        return self.tensor.numpy()
-
-
-# The tensor of an array lives as long as the array: all workers then share one, and its memory is not gone before one
-# of them that was just spawned has taken hold of it. An array that went to workers once must not be written to.
-_KEPT: dict[int, _Shared] = {}
-
-
-def _as_tensor(value: Any) -> Any:
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or not value.dtype.isnative:
-        return value
-    key = id(value)
-    if key not in _KEPT:
-        _KEPT[key] = _Shared(value)
-        weakref.finalize(value, _KEPT.pop, key)
-    return _KEPT[key]
-
-
 def _positions(rows: Iterable[int] | NDArray[Any], count: int) -> IntArray:
-    chosen = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows))
-    if chosen.dtype == np.bool_:
-        if chosen.shape != (count,):
-            raise InputError(f"rows must be integers or a mask of {count} bools, got a mask of {chosen.shape}")
-        return np.flatnonzero(chosen)
-    if len(chosen) == 0:
+    places = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows))
+    if places.dtype == np.bool_:
+        if places.shape != (count,):
+            raise InputError(f"rows must be integers or a mask of {count} bools, got a mask of {places.shape}")
+        return np.flatnonzero(places)
+    if len(places) == 0:
         return np.zeros(0, np.int64)
-    if chosen.min() < -count or chosen.max() >= count:
-        raise InputError(f"rows must be less than {count}, got {chosen.max()}")
-    return chosen.astype(np.int64) % count
+    if places.min() < -count or places.max() >= count:
+        raise InputError(f"rows must be less than {count}, got {places.max()}")
+    return places.astype(np.int64) % count

@@ -1,4 +1,4 @@
-"""Which classes train and which evaluate: what a data set brings along, and what is held out on request."""
+"""Splits by class: those that a data set brings along, and classes that are held out of training on request."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lightning_dml.checks import check_count, check_number
 from lightning_dml.datamodules.arrays import IntArray
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
@@ -36,7 +37,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """Which training classes validate instead: a share of them, or one of several folds.
+    """Rule that holds training classes out for validation: a share of them, or one of several folds.
 
     The split is by class, so that validation is on classes that training never saw, as the test is. It follows from
     the seed and the labels alone.
@@ -63,28 +64,24 @@ class HoldOut:
 
     def __post_init__(self) -> None:
         """Checks the options."""
-        if not 0 <= self.fraction < 1:
-            raise InputError(f"val_fraction must be in [0, 1), got {self.fraction}")
-        if self.seed < 0:
-            raise InputError(f"split_seed must not be negative, got {self.seed}")
-        if self.folds is not None and self.folds < 2:
-            raise InputError(f"folds must be at least 2, or None for no folds, got {self.folds}")
+        check_number("val_fraction", self.fraction, "a share of the training classes, such as 0.1", least=0, below=1)
+        check_count("split_seed", self.seed, 0)
+        if self.folds is not None:
+            check_count("folds", self.folds, 2, hint="None cuts no folds")
         if self.folds is not None and self.fraction:
             raise InputError(f"val_fraction={self.fraction} and folds={self.folds} are two splits: set one of them")
-        if not 0 <= self.fold < (self.folds or 1):
-            raise InputError(
-                f"fold must be at least 0 and less than folds={self.folds}, got {self.fold}"
-                if self.folds
-                else f"fold={self.fold} needs folds, the number of parts: set it too"
-            )
+        if self.folds is None and self.fold:
+            raise InputError(f"fold={self.fold} needs folds, the number of parts: set it too")
+        if self.folds is not None:
+            check_count("fold", self.fold, 0, self.folds - 1, hint="it counts from 0 and is less than folds")
 
     @property
     def any(self) -> bool:
-        """Whether classes are held out at all."""
+        """True if classes are held out."""
         return self.folds is not None or self.fraction > 0
 
     def rows(self, labels: IntArray) -> IntArray:
-        """The rows of the classes that are held out, (M,).
+        """Rows of the classes that are held out, (M,).
 
         Args:
             labels: (N,) int64.
@@ -95,7 +92,7 @@ class HoldOut:
         return np.flatnonzero(np.isin(labels, self._chosen(np.unique(labels))))
 
     def __call__(self, splits: Splits, classes: IntArray | None = None) -> Splits:
-        """The splits with a validation set out of the training classes, labels anew: those that train come first.
+        """Takes a validation set out of the training classes, and numbers the labels anew, those that train first.
 
         A validation set that the data set brings along stays, and then nothing is held out.
 
@@ -117,10 +114,10 @@ class HoldOut:
                     "validate on: leave folds out, or give the data set without them"
                 )
             return splits
-        chosen = self._chosen(classes)
-        held = np.isin(splits.train.labels, chosen)
-        kept = replace(splits, train=splits.train.take(~held), val=splits.train.take(held))
-        return _relabelled(kept, np.setdiff1d(classes, chosen))
+        classes_out = self._chosen(classes)
+        validates = np.isin(splits.train.labels, classes_out)
+        apart = replace(splits, train=splits.train.take(~validates), val=splits.train.take(validates))
+        return _relabelled(apart, np.setdiff1d(classes, classes_out))
 
     def _chosen(self, classes: IntArray) -> IntArray:
         order = classes[np.random.default_rng(self.seed).permutation(len(classes))]
@@ -137,7 +134,7 @@ class HoldOut:
 
 
 def by_name(tables: Tables | None, role: str) -> dict[str, ImageTable]:
-    """The tables by name: a single one is called as its role, several `role/name`."""
+    """Tables by name: a single one is called as its role, several `role/name`."""
     if tables is None:
         return {}
     if isinstance(tables, Mapping):
@@ -146,25 +143,25 @@ def by_name(tables: Tables | None, role: str) -> dict[str, ImageTable]:
 
 
 def _relabelled(splits: Splits, trained: IntArray) -> Splits:
-    """The classes `trained` count from 0 in the order that they had; the others follow in theirs."""
+    """Numbers the labels anew: the classes `trained` from 0 in their old order, then the others in theirs."""
     count = len(splits.class_names)
     order = np.concatenate([trained, np.setdiff1d(np.arange(count), trained)])
     label = np.empty(count + 1, np.int64)
     label[order] = np.arange(count)
     label[-1] = -1  # distractors stay what they are
 
-    def table(each: ImageTable) -> ImageTable:
-        return each.with_labels(label[each.labels])
+    def table(one: ImageTable) -> ImageTable:
+        return one.with_labels(label[one.labels])
 
-    def tables(each: Tables | None) -> Tables | None:
-        if isinstance(each, Mapping):
-            return {name: table(one) for name, one in each.items()}
-        return None if each is None else table(each)
+    def tables(several: Tables | None) -> Tables | None:
+        if isinstance(several, Mapping):
+            return {name: table(item) for name, item in several.items()}
+        return None if several is None else table(several)
 
     return Splits(
         train=table(splits.train),
         test=tables(splits.test),
         class_names=[splits.class_names[old] for old in order],
         val=tables(splits.val),
-        further={name: table(each) for name, each in splits.further.items()},
+        further={name: table(one) for name, one in splits.further.items()},
     )

@@ -57,7 +57,7 @@ class DMLParser(LightningArgumentParser):
         options.setdefault("formatter_class", self.help_formatter)
         super().__init__(*args, description=str(description), **options)
 
-    def parse_args(  # type: ignore[override]  # overloads that say no more than this
+    def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **options: Any
     ) -> Any:
         """Parses arguments; the word `all` behind a request for help has done its work and goes."""

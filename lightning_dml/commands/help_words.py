@@ -1,4 +1,4 @@
-"""How a request for help is told from other arguments."""
+"""Requests for help, told from other arguments."""
 
 from __future__ import annotations
 

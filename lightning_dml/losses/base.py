@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_choice, check_count, check_embeddings, check_finite, check_integers
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
 from lightning_dml.losses.engine import PairSums, PairTask, pair_sums, row_statistics
@@ -19,6 +20,33 @@ from lightning_dml.losses.weighting import Weighting
 SAMPLE = 256  # references whose length is checked in every call
 
 Reduction = Literal["anchors", "active_anchors", "pairs"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:
+    # For a type checker and an editor, `**options: Unpack[LossOptions]` names the options. jsonargparse would take them
+    # from there as well, without defaults; where it sees Any, it follows super().__init__ to the base's own signature.
+    class Unpack:
+        """Stands for `typing.Unpack` at run time."""
+
+        def __class_getitem__(cls, options: type) -> Any:
+            """Any, whatever the options."""
+            return Any
+
+
+class EngineOptions(TypedDict, total=False):
+    """Options of every loss, by name; see `PairWeightingLoss`."""
+
+    reduction: Reduction
+    gather: bool
+    block_bytes: int
+    validate: bool | None
+
+
+class LossOptions(EngineOptions, total=False):
+    """Options of every loss that may be given any miner, by name; see `PairWeightingLoss`."""
+
+    miner: Miner | None
 
 
 class PairWeightingLoss(nn.Module):
@@ -40,11 +68,9 @@ class PairWeightingLoss(nn.Module):
             are those of all ranks.
         gather: False keeps the loss within the rank: own batch as references, own counts, no collective.
         block_bytes: upper limit in bytes of a block of S; the working memory is a few times that.
-
-    Attributes:
         validate: whether a call checks that rows are finite and of unit length, all anchors and a sample of the
-            references; and, should the loss not be finite, which rows are to blame. None, the default, checks on a
-            CPU and not on an accelerator, where the answer would be waited for. Set it to False for raw inner products.
+            references; and, should the loss not be finite, which rows are to blame. None checks on a CPU and not on an
+            accelerator, where the answer would be waited for. Set it to False for raw inner products.
 
     Raises:
         InputError: for an unknown reduction or a block of less than one byte.
@@ -57,26 +83,25 @@ class PairWeightingLoss(nn.Module):
         0.93333...
     """
 
-    validate: bool | None = None
-
     def __init__(
         self,
         weighting: Weighting,
         miner: Miner | None = None,
+        *,
         reduction: Reduction = "anchors",
         gather: bool = True,
         block_bytes: int = 16 * 2**20,
+        validate: bool | None = None,
     ) -> None:
         super().__init__()
-        if reduction not in get_args(Reduction):
-            raise InputError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
-        if block_bytes < 1:
-            raise InputError(f"block_bytes must be positive, got {block_bytes}")
+        check_choice("reduction", reduction, get_args(Reduction))
+        check_count("block_bytes", block_bytes)
         self.weighting = weighting
         self.miner = miner
         self.reduction = reduction
         self.gather = gather
         self.block_bytes = block_bytes
+        self.validate = validate
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -139,10 +164,13 @@ class PairWeightingLoss(nn.Module):
         """
         if ref_emb is not None and not isinstance(ref_emb, Tensor):
             raise InputError(
-                f"ref_emb must be a tensor, got {type(ref_emb).__name__}; an indices_tuple of pytorch-metric-learning "
-                "has no place here: give the loss a miner, and references by keyword"
+                f"ref_emb must be a torch.Tensor, got {type(ref_emb).__name__}; an indices_tuple of "
+                "pytorch-metric-learning has no place here: give the loss a miner, and references by keyword"
             )
-        _check_rows("embeddings", embeddings, "labels", labels, "indices", indices)
+        check_embeddings("embeddings", embeddings)
+        check_integers("labels", labels, len(embeddings))
+        if indices is not None:
+            check_integers("indices", indices, len(embeddings))
         if ref_emb is None:
             if ref_labels is not None or ref_indices is not None:
                 raise InputError("ref_labels and ref_indices need ref_emb; leave all three out for an in-batch loss")
@@ -150,12 +178,10 @@ class PairWeightingLoss(nn.Module):
         else:
             if ref_labels is None:
                 raise InputError("ref_emb needs ref_labels, the label of each reference row")
-            _check_rows("ref_emb", ref_emb, "ref_labels", ref_labels, "ref_indices", ref_indices)
-            if ref_emb.shape[1] != embeddings.shape[1]:
-                raise InputError(
-                    f"ref_emb has {ref_emb.shape[1]} columns and embeddings {embeddings.shape[1]}: "
-                    "anchors and references must come from embedders of the same dimension"
-                )
+            check_embeddings("ref_emb", ref_emb, dim=embeddings.shape[1])
+            check_integers("ref_labels", ref_labels, len(ref_emb), "ref_emb")
+            if ref_indices is not None:
+                check_integers("ref_indices", ref_indices, len(ref_emb), "ref_emb")
             references, pairs = ref_emb, PairLabels(labels, ref_labels, indices, ref_indices)
         if self._validates(embeddings):
             check_unit_rows("embeddings", embeddings[labels != UNLABELLED])
@@ -190,11 +216,7 @@ class PairWeightingLoss(nn.Module):
 
     def _reduce(self, sums: PairSums, anchors: int, together: bool) -> Tensor:
         loss = sums.loss
-        divisor = {
-            "anchors": loss.new_tensor(anchors),
-            "active_anchors": sums.active_anchors.to(loss.dtype),
-            "pairs": sums.pairs.to(loss.dtype),
-        }[self.reduction]
+        divisor = reduction_divisor(self.reduction, anchors, sums.active_anchors, sums.pairs).to(loss.dtype)
         if not together:
             return loss / divisor.clamp_min(1)
         total, divisor = distributed.all_reduce_sum(torch.stack((loss.detach(), divisor)))
@@ -204,8 +226,20 @@ class PairWeightingLoss(nn.Module):
         return whole
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"reduction={self.reduction!r}"
+
+
+def reduction_divisor(reduction: Reduction, anchors: int, active_anchors: Tensor, pairs: Tensor) -> Tensor:
+    """Number that the summed row losses are divided by, a 0-dim integer tensor; 0 where nothing is counted.
+
+    Args:
+        reduction: of the loss.
+        anchors: how many anchors there are.
+        active_anchors: 0-dim integer tensor, how many of them have a pair of non-zero weight.
+        pairs: 0-dim integer tensor, how many pairs have a weight other than zero.
+    """
+    return {"anchors": pairs.new_tensor(anchors), "active_anchors": active_anchors, "pairs": pairs}[reduction]
 
 
 def _in_batch(embeddings: Tensor, labels: Tensor, indices: Tensor | None, together: bool) -> tuple[Tensor, PairLabels]:
@@ -227,31 +261,10 @@ def check_unit_rows(name: str, rows: Tensor) -> None:
     wrong = ~((norms - 1).abs() <= tolerance)  # NaN as well
     if not bool(wrong.any()):
         return
+    check_finite(name, rows)
     first = int(wrong.nonzero()[0])
-    if not bool(torch.isfinite(norms[first])):
-        raise InputError(
-            f"{name} must be finite, but {int((~torch.isfinite(norms)).sum())} of {len(rows)} rows are not, such as "
-            f"row {first}: the training has diverged or the input is broken; lower the learning rate, or train in bf16 "
-            "or float32"
-        )
     raise InputError(
         f"{name} must have rows of unit length, but {int(wrong.sum())} of {len(rows)} have not, such as row {first} of "
         f"length {float(norms[first]):.4g}: normalise with torch.nn.functional.normalize, or set the loss's validate "
         "to False for raw inner products"
     )
-
-
-def _check_rows(
-    name: str, rows: Tensor, labels_name: str, labels: Tensor, indices_name: str, indices: Tensor | None
-) -> None:
-    if rows.ndim != 2 or not rows.is_floating_point():
-        raise InputError(f"{name} must be a float tensor of shape (N, D), got {rows.dtype} {tuple(rows.shape)}")
-    for other_name, other in ((labels_name, labels), (indices_name, indices)):
-        if other is None:
-            continue
-        if other.is_floating_point() or other.is_complex() or other.dtype == torch.bool:
-            raise InputError(f"{other_name} must be integers, got {other.dtype}; convert with .long()")
-        if other.shape != rows.shape[:1]:
-            raise InputError(
-                f"{other_name} must have one entry per row of {name}, shape ({len(rows)},), got {tuple(other.shape)}"
-            )

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dml.checks import check_number
 from lightning_dml.errors import InputError
 
 
@@ -24,10 +25,10 @@ class Curve:
     """A weight curve. Called with similarities of any shape, it returns weights of that shape."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float | int) and not math.isfinite(value):
-                raise InputError(f"{type(self).__name__}: {field.name} must be finite, got {value}")
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if isinstance(value, float | int) and not isinstance(value, bool):
+                check_number(f"{own.name} of {type(self).__name__}", value)
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities; floating dtype and shape are kept."""
@@ -51,7 +52,7 @@ class Constant(Curve):
 
 @dataclass(frozen=True)
 class Step(Curve):
-    """`value` beyond the threshold and 0 before it: w(S) = value 1[S > threshold].
+    """A step, `value` beyond the threshold and 0 before it: w(S) = value 1[S > threshold].
 
     With `above=False` the weighted side is S < threshold. On negatives this is the contrastive loss.
 
@@ -61,7 +62,7 @@ class Step(Curve):
 
     threshold: float = 0.5
     value: float = 1.0
-    above: bool = True
+    above: bool = field(default=True, kw_only=True)
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities."""
@@ -70,7 +71,7 @@ class Step(Curve):
 
 @dataclass(frozen=True)
 class Linear(Curve):
-    """Grows linearly beyond the threshold: w(S) = slope [S - threshold]+, or slope [threshold - S]+.
+    """A ramp that grows linearly beyond the threshold: w(S) = slope [S - threshold]+, or slope [threshold - S]+.
 
     >>> Linear(0.5, slope=2.0)(torch.tensor([0.25, 0.75]))
     tensor([0.0000, 0.5000])
@@ -78,7 +79,7 @@ class Linear(Curve):
 
     threshold: float = 0.5
     slope: float = 1.0
-    above: bool = True
+    above: bool = field(default=True, kw_only=True)
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities."""
@@ -96,12 +97,11 @@ class Power(Curve):
     threshold: float = 0.5
     exponent: float = 2.0
     value: float = 1.0
-    above: bool = True
+    above: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.exponent <= 0:
-            raise InputError(f"Power: exponent must be positive, got {self.exponent}; for 0 use Step")
+        check_number("exponent of Power", self.exponent, above=0, hint="for 0 use Step")
 
     def __call__(self, similarity: Tensor) -> Tensor:
         """Weights for similarities."""
@@ -110,7 +110,7 @@ class Power(Curve):
 
 @dataclass(frozen=True)
 class Exponential(Curve):
-    """w(S) = value exp(rate (S - threshold)); a negative rate falls with similarity.
+    """An exponential: w(S) = value exp(rate (S - threshold)); a negative rate falls with similarity.
 
     >>> Exponential(rate=1.0, threshold=0.5)(torch.tensor([0.5]))
     tensor([1.])
@@ -127,7 +127,7 @@ class Exponential(Curve):
 
 @dataclass(frozen=True)
 class Sigmoid(Curve):
-    """w(S) = value / (1 + exp(-rate (S - threshold))); a negative rate falls with similarity.
+    """A logistic function: w(S) = value / (1 + exp(-rate (S - threshold))); a negative rate falls with similarity.
 
     >>> Sigmoid(rate=10.0, threshold=0.5)(torch.tensor([0.5]))
     tensor([0.5000])
@@ -155,11 +155,11 @@ class PiecewiseLinear(Curve):
     def __post_init__(self) -> None:
         points = [tuple(map(float, point)) for point in self.points]
         if len(points) < 2 or any(len(point) != 2 for point in points):
-            raise InputError(f"PiecewiseLinear: points must be at least two (similarity, weight) pairs, got {points}")
+            raise InputError(f"points of PiecewiseLinear must be at least two (similarity, weight) pairs, got {points}")
         if not all(math.isfinite(number) for point in points for number in point):
-            raise InputError(f"PiecewiseLinear: points must be finite, got {points}")
+            raise InputError(f"points of PiecewiseLinear must be finite, got {points}")
         if any(left[0] >= right[0] for left, right in itertools.pairwise(points)):
-            raise InputError(f"PiecewiseLinear: similarities must increase from point to point, got {points}")
+            raise InputError(f"points of PiecewiseLinear: similarities must increase from point to point, got {points}")
         object.__setattr__(self, "points", tuple(points))
 
     def __call__(self, similarity: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class PiecewiseLinear(Curve):
 
 
 def unit_step(excess: Tensor) -> Tensor:
-    """1 where a number is positive and 0 where it is 0, in its dtype; numbers must not be negative."""
+    """The unit step: 1 where a number is positive and 0 where it is 0, in its dtype; none may be negative."""
     return unit_step_(excess.clone())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
-from lightning_dml.losses.base import PairWeightingLoss, Reduction
+from lightning_dml.losses.base import LossOptions, PairWeightingLoss, Unpack
 from lightning_dml.losses.curves import Curve, WeightCurve
 from lightning_dml.losses.engine import PairTask, row_statistics
 from lightning_dml.losses.inspection.measured import MEASURED_REFERENCES, measured_weights
@@ -55,7 +55,7 @@ class FromLoss(nn.Module):
         self.from_loss = from_loss
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """No curve: the weights of a loss may depend on the whole row."""
+        """Refuses the call: it is no curve, as the weights of a loss may depend on the whole row."""
         raise InputError("FromLoss is a side of DirectWeightingLoss and has no weights of its own; see weight_curve")
 
 
@@ -86,10 +86,7 @@ class DirectWeightingLoss(PairWeightingLoss):
     Args:
         positive: weight curve of positives, a callable from similarities to weights of the same shape; or `FromLoss`.
         negative: weight curve of negatives; or `FromLoss`.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a side that is neither a curve nor from a loss, or has parameters to train. A call raises it too
@@ -104,12 +101,9 @@ class DirectWeightingLoss(PairWeightingLoss):
         self,
         positive: Side,
         negative: Side,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(direct_weighting(positive, negative), miner, reduction, gather, block_bytes)
+        super().__init__(direct_weighting(positive, negative), **options)
 
     def prepare(
         self,
@@ -121,7 +115,7 @@ class DirectWeightingLoss(PairWeightingLoss):
         ref_indices: Tensor | None,
         together: bool,
     ) -> tuple[Tensor, PairTask]:
-        """What the engine is to do; see `PairWeightingLoss.prepare`. The weights that must be measured are here."""
+        """Checks the arguments and says what the engine is to do, measured weights included; see the base."""
         references, task = super().prepare(embeddings, labels, ref_emb, ref_labels, indices, ref_indices, together)
         assert isinstance(task.weighting, DirectWeighting)
         return references, with_statistics(task, task.weighting, embeddings, references, together)
@@ -129,7 +123,7 @@ class DirectWeightingLoss(PairWeightingLoss):
     def _check_sharded(self, ref_emb: Tensor | None) -> None:
         super()._check_sharded(ref_emb)
         assert isinstance(self.weighting, DirectWeighting)
-        if distributed.is_distributed() and any(isinstance(each, MeasuredWeights) for each in self.weighting.rows()):
+        if distributed.is_distributed() and any(isinstance(side, MeasuredWeights) for side in self.weighting.rows()):
             raise InputError(
                 "ref_sharded=True needs weights that come row by row, and those of another library's loss are measured "
                 "on all references at once: hold them on every rank, or take the side from a loss of this library"
@@ -142,7 +136,7 @@ def direct_weighting(positive: Side, negative: Side) -> DirectWeighting:
     Raises:
         InputError: naming the side that is neither a curve nor from a loss, or that has parameters to train.
     """
-    pull, push = _resolved("positive", positive), _resolved("negative", negative)
+    pull, push = _side_of("positive", positive), _side_of("negative", negative)
     weights = _weights("positive", pull)
     if isinstance(pull, FromLoss) and isinstance(push, FromLoss) and pull.from_loss is push.from_loss:
         return DirectWeighting(weights, weights)
@@ -171,7 +165,7 @@ def with_statistics(
     own, everyone = [embeddings.new_empty(len(embeddings), 0, dtype=dtype)], [references.new_empty(len(references), 0)]
     for side in sides:
         if isinstance(side, MeasuredWeights):
-            own.append(_measured(side.loss, embeddings, references, task).to(dtype))
+            own.append(_weights_of_other(side.loss, embeddings, references, task).to(dtype))
         elif isinstance(side, LossWeights) and side.coupled:
             statistics = _row_statistics(side, embeddings, references, task)
             own.append(statistics[:, None])
@@ -184,7 +178,7 @@ class _InTurn(Miner):
 
     def __init__(self, first: Miner | None, second: Miner | None) -> None:
         super().__init__()
-        self.miners = nn.ModuleList(each for each in (first, second) if each is not None)
+        self.miners = nn.ModuleList(miner for miner in (first, second) if miner is not None)
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Mines a block of rows; see `Miner.forward`."""
@@ -193,7 +187,7 @@ class _InTurn(Miner):
         return positive, negative
 
 
-def _resolved(name: str, side: Side) -> FromLoss | WeightCurve:
+def _side_of(name: str, side: Side) -> FromLoss | WeightCurve:
     if isinstance(side, PairWeightingLoss):
         raise InputError(f"{name} must be a weight curve, got a loss: wrap it as FromLoss({type(side).__name__}(...))")
     if not isinstance(side, Mapping):
@@ -210,7 +204,7 @@ def _weights(name: str, side: FromLoss | WeightCurve) -> RowWeights | WeightCurv
     check_frozen(name, loss)
     if not isinstance(loss, PairWeightingLoss):
         return MeasuredWeights(loss)
-    if isinstance(loss.weighting, DirectWeighting) and any(any(each.columns(1)) for each in loss.weighting.rows()):
+    if isinstance(loss.weighting, DirectWeighting) and any(any(inner.columns(1)) for inner in loss.weighting.rows()):
         raise InputError(
             f"{name} is from a DirectWeightingLoss whose own sides look beyond their row, got {loss.weighting}: "
             "take the side from the loss that it came from"
@@ -230,7 +224,7 @@ def _row_statistics(side: LossWeights, embeddings: Tensor, references: Tensor, t
     return statistics
 
 
-def _measured(loss: nn.Module, embeddings: Tensor, references: Tensor, task: PairTask) -> Tensor:
+def _weights_of_other(loss: nn.Module, embeddings: Tensor, references: Tensor, task: PairTask) -> Tensor:
     """Weights (N, M) of another library's loss, times the number of anchors that a reduction divides by."""
     if len(references) > MEASURED_REFERENCES:
         raise InputError(
@@ -238,7 +232,7 @@ def _measured(loss: nn.Module, embeddings: Tensor, references: Tensor, task: Pai
             f"most {MEASURED_REFERENCES}: use a smaller memory, or the loss of lightning_dml.losses in its place"
         )
     labels = task.labels
-    rows, columns = ((each != UNLABELLED).nonzero()[:, 0] for each in (labels.anchors, labels.references))
+    rows, columns = ((classes != UNLABELLED).nonzero()[:, 0] for classes in (labels.anchors, labels.references))
     weights = embeddings.new_zeros(len(embeddings), len(references), dtype=torch.float64)
     if labels.own_column is None:
         if len(rows) and len(columns):

@@ -25,7 +25,7 @@ _CACHE_BYTES = 2**22  # a tile of this size stays in the processor's cache, and 
 
 
 class PairSums(NamedTuple):
-    """What a loss reduces: sums over this call's anchors, as 0-dim tensors.
+    """Sums over this call's anchors that a loss reduces, as 0-dim tensors.
 
     Attributes:
         loss: sum of the row losses; carries the gradient.
@@ -39,7 +39,7 @@ class PairSums(NamedTuple):
 
 
 class PairTask(NamedTuple):
-    """What the engine works on beside the embeddings.
+    """Labels, mining, weighting and settings that the engine works with, beside the embeddings.
 
     Attributes:
         labels: decides which pairs exist.
@@ -59,17 +59,17 @@ class PairTask(NamedTuple):
 
     @property
     def separable(self) -> bool:
-        """Whether the loss of a pair depends on its own similarity alone, so that any part of a row will do."""
+        """Tells whether the loss of a pair depends on its own similarity alone, so that any part of a row will do."""
         return self.weighting.separable and (self.miner is None or self.miner.separable)
 
-    def mined(self, similarity: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+    def kept_masks(self, similarity: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Masks of the kept positives and negatives of a block."""
         positive, negative = self.labels.masks(rows, columns)
         return (positive, negative) if self.miner is None else self.miner(similarity, positive, negative)
 
 
-class Swept(NamedTuple):
-    """What a sweep over the similarity matrix fills, block by block.
+class SweepResult(NamedTuple):
+    """Losses, counts and gradients that a sweep over the similarity matrix fills, block by block.
 
     Attributes:
         losses: (N,) row losses.
@@ -86,17 +86,17 @@ class Swept(NamedTuple):
     grad_parameters: list[Tensor]
 
     @classmethod
-    def start(cls, anchors: Tensor, parameters: Sequence[Tensor]) -> Swept:
+    def start(cls, anchors: Tensor, parameters: Sequence[Tensor]) -> SweepResult:
         """Zeros, without a gradient of anchors and references."""
         counts = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        grads = [torch.zeros_like(each) for each in parameters]
+        grads = [torch.zeros_like(parameter) for parameter in parameters]
         return cls(anchors.new_zeros(len(anchors)), counts, None, None, grads)
 
     def weigh(
         self, task: PairTask, similarity: Tensor, rows: slice, columns: slice, parameters: Sequence[Tensor]
     ) -> Tensor:
         """Weights (n, m) of a block of similarities, which it may overwrite; adds losses, counts and parameters."""
-        positive, negative = task.mined(similarity, rows, columns)
+        positive, negative = task.kept_masks(similarity, rows, columns)
         if parameters:
             losses, weights, grads = task.weighting.with_parameters(similarity, positive, negative, parameters)
             for total, grad in zip(self.grad_parameters, grads, strict=True):
@@ -112,7 +112,7 @@ class Swept(NamedTuple):
         return weights
 
 
-Sweep = Callable[[Tensor, Tensor, PairTask, Sequence[Tensor], bool, bool], Swept]
+Sweep = Callable[[Tensor, Tensor, PairTask, Sequence[Tensor], bool, bool], SweepResult]
 """Called with anchors, references, task, learnable parameters, and whether to give the gradients of the first two.
 
 References may be of half precision where they have no gradient.
@@ -121,7 +121,7 @@ References may be of half precision where they have no gradient.
 
 def pair_sums(anchors: Tensor, references: Tensor, task: PairTask, sweep: Sweep | None = None) -> PairSums:
     """Runs a sweep (None: `sweep_blocks`) on anchors (N, D) and references (M, D), which may be the same tensor."""
-    parameters = [each for each in task.weighting.parameters() if each.requires_grad]
+    parameters = [parameter for parameter in task.weighting.parameters() if parameter.requires_grad]
     return PairSums(*_PairSums.apply(anchors, references, task, sweep or sweep_blocks, *parameters))
 
 
@@ -132,25 +132,25 @@ def sweep_blocks(
     parameters: Sequence[Tensor],
     wants_anchors: bool,
     wants_references: bool,
-) -> Swept:
+) -> SweepResult:
     """All anchors (N, D) against all references (M, D) of this process.
 
     Anchors are of the dtype of the mathematics; references without gradient may be of a narrower one.
     """
-    swept = Swept.start(left, parameters)._replace(
+    result = SweepResult.start(left, parameters)._replace(
         grad_anchors=torch.zeros_like(left) if wants_anchors else None,
         grad_references=torch.zeros_like(right) if wants_references else None,
     )
     buffer: list[Tensor] = []
     for rows, columns in _blocks(len(left), right, task, left.element_size()):
         similarity = _product(left[rows], right[columns], buffer)
-        weights = swept.weigh(task, similarity, rows, columns, parameters)
-        if swept.grad_anchors is not None:
-            for part, converted in _converted(right[columns], left.dtype):
-                swept.grad_anchors[rows].addmm_(weights[:, part], converted)
-        if swept.grad_references is not None:
-            swept.grad_references[columns].addmm_(weights.T, left[rows])
-    return swept
+        weights = result.weigh(task, similarity, rows, columns, parameters)
+        if result.grad_anchors is not None:
+            for part, columns_part in _parts_in_dtype(right[columns], left.dtype):
+                result.grad_anchors[rows].addmm_(weights[:, part], columns_part)
+        if result.grad_references is not None:
+            result.grad_references[columns].addmm_(weights.T, left[rows])
+    return result
 
 
 @torch.no_grad()
@@ -158,12 +158,12 @@ def row_statistics(anchors: Tensor, references: Tensor, task: PairTask) -> Tenso
     """The weighting's statistic of each anchor, (N,), in a sweep of its own; None if it has none."""
     if type(task.weighting).row_statistics is Weighting.row_statistics:
         return None
-    left, right = _computed(anchors, references)
+    left, right = _in_mathematics_dtype(anchors, references)
     parts = []
     with drawing_again(task.miner), torch.autocast(left.device.type, enabled=False):
         for rows, columns in _blocks(len(left), right, task, left.element_size(), whole_rows=True):
             similarity = left[rows] @ right.T
-            part = task.weighting.row_statistics(similarity, *task.mined(similarity, rows, columns))
+            part = task.weighting.row_statistics(similarity, *task.kept_masks(similarity, rows, columns))
             assert part is not None
             parts.append(part)
     return torch.cat(parts) if parts else left.new_zeros(0)
@@ -187,27 +187,28 @@ class _PairSums(torch.autograd.Function):
     def forward(
         ctx: Any, anchors: Tensor, references: Tensor, task: PairTask, sweep: Sweep, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        left, right = _computed(anchors, references, narrow=not ctx.needs_input_grad[1])
+        left, right = _in_mathematics_dtype(anchors, references, narrow=not ctx.needs_input_grad[1])
         with torch.autocast(left.device.type, enabled=False):
-            swept = sweep(left, right, task, parameters, *ctx.needs_input_grad[:2])
-        active, pairs = torch.count_nonzero(swept.counts), swept.counts.sum()
+            result = sweep(left, right, task, parameters, *ctx.needs_input_grad[:2])
+        active, pairs = torch.count_nonzero(result.counts), result.counts.sum()
         # Kept as computed: in half precision a sum may overflow before the reduction has scaled it.
-        ctx.gradients = swept.grad_anchors, swept.grad_references, None, None, *swept.grad_parameters
-        ctx.dtypes = anchors.dtype, references.dtype, None, None, *(each.dtype for each in parameters)
+        ctx.gradients = result.grad_anchors, result.grad_references, None, None, *result.grad_parameters
+        ctx.dtypes = anchors.dtype, references.dtype, None, None, *(parameter.dtype for parameter in parameters)
         ctx.mark_non_differentiable(active, pairs)
-        return swept.losses.sum(), active, pairs
+        return result.losses.sum(), active, pairs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
-        return tuple(None if each is None else (each * grad_loss).to(dtype) for each, dtype in pairs)
+        return tuple(None if gradient is None else (gradient * grad_loss).to(dtype) for gradient, dtype in pairs)
 
 
-def _computed(anchors: Tensor, references: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the mathematics: exponentials of 50 S overflow half precision, so float32 at least.
+def _in_mathematics_dtype(anchors: Tensor, references: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor]:
+    """Anchors and references in the dtype of the mathematics, which is float32 at least.
 
-    With `narrow`, references in half precision stay so: a large bank is converted a part at a time, not copied whole.
+    In half precision exponentials of 50 S overflow. With `narrow`, references in half precision stay so: a large bank
+    is converted a part at a time, not copied whole.
     """
     dtype = torch.promote_types(torch.promote_types(anchors.dtype, references.dtype), torch.float32)
     narrow = narrow and references.dtype in (torch.float16, torch.bfloat16)
@@ -215,17 +216,17 @@ def _computed(anchors: Tensor, references: Tensor, narrow: bool = False) -> tupl
 
 
 def _product(rows: Tensor, columns: Tensor, buffer: list[Tensor]) -> Tensor:
-    """Their products, (n, m), in the memory of the last block of this size: fresh memory is slower than the product."""
+    """Products (n, m) of rows and columns, in the memory of the last block of this size: fresh memory is slower."""
     if not buffer or buffer[0].shape != (len(rows), len(columns)):
         buffer[:] = [rows.new_empty(len(rows), len(columns))]
     if columns.dtype == rows.dtype:
         return torch.mm(rows, columns.T, out=buffer[0])
-    for part, converted in _converted(columns, rows.dtype):
-        buffer[0][:, part] = rows @ converted.T
+    for part, columns_part in _parts_in_dtype(columns, rows.dtype):
+        buffer[0][:, part] = rows @ columns_part.T
     return buffer[0]
 
 
-def _converted(rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _parts_in_dtype(rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The rows in `dtype`: all at once where they are in it already, else a part that stays in the cache at a time."""
     if rows.dtype == dtype:
         yield slice(0, len(rows)), rows

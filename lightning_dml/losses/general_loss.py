@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+from lightning_dml.checks import check_choice
 from lightning_dml.errors import InputError
 from lightning_dml.losses import mining as miners
-from lightning_dml.losses.base import PairWeightingLoss, Reduction
+from lightning_dml.losses.base import EngineOptions, PairWeightingLoss, Unpack
+from lightning_dml.losses.measure import UnsquaredMeasure
 from lightning_dml.losses.mining import Miner
-from lightning_dml.losses.weighting.general import GeneralWeighting, Measure, Normalization, ShapeName, shape
+from lightning_dml.losses.weighting.general import GeneralWeighting, Normalization, ShapeName, shape
 
 MiningName = Literal[
     "none",
@@ -64,13 +66,11 @@ class GeneralPairWeightingLoss(PairWeightingLoss):
         negative: name of the weighting of negatives.
         normalization: of the weights of each anchor's positives and negatives: none; mean, over the mined pairs; sum,
             to one; nonzero, by the number of pairs whose weight is not zero.
-        measure: similarity or distance.
+        measure: `similarity` or `distance`.
         mining_args: settings of the miner, by the names of its own arguments.
         positive_args: `threshold` (1 on similarity, 0 on distance), `rate` (10), `exponent` (2).
         negative_args: `threshold` (0.5 on similarity, 1 on distance), `rate` (10), `exponent` (2).
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for an unknown name, or a setting that is unknown or out of range.
@@ -85,23 +85,22 @@ class GeneralPairWeightingLoss(PairWeightingLoss):
         mining: MiningName = "multi_similarity",
         positive: ShapeName = "constant",
         negative: ShapeName = "softmax_with_one",
+        *,
         normalization: Normalization = "none",
-        measure: Measure = "similarity",
+        measure: UnsquaredMeasure = "similarity",
         mining_args: dict[str, Any] | None = None,
         positive_args: dict[str, float] | None = None,
         negative_args: dict[str, float] | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[EngineOptions],
     ) -> None:
         on_similarity = measure == "similarity"
         weighting = GeneralWeighting(
             shape("positive", positive, 1.0 if on_similarity else 0.0, positive_args),
             shape("negative", negative, 0.5 if on_similarity else 1.0, negative_args),
-            normalization,
-            measure,
+            normalization=normalization,
+            measure=measure,
         )
-        super().__init__(weighting, _miner(mining, mining_args), reduction, gather, block_bytes)
+        super().__init__(weighting, _miner(mining, mining_args), **options)
 
 
 def _miner(name: MiningName, settings: Mapping[str, Any] | None) -> Miner | None:
@@ -116,8 +115,7 @@ def _miner(name: MiningName, settings: Mapping[str, Any] | None) -> Miner | None
         "ranked_list": miners.RankedListMiner,
         "triplet_violation": miners.TripletViolationMiner,
     }
-    if name not in classes:
-        raise InputError(f"mining must be one of {', '.join(get_args(MiningName))}, got {name!r}")
+    check_choice("mining", name, get_args(MiningName))
     try:
         return classes[name](**(settings or {}))
     except TypeError as error:

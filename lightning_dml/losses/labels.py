@@ -1,4 +1,4 @@
-"""Which pairs are positive, which negative, and which are none."""
+"""Positive pairs, negative pairs and those that are neither, by labels and sample indices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TABLE = 2**24  # largest label or index that a look-up table is made for
 
 @dataclass(frozen=True)
 class PairLabels:
-    """What decides which pairs are positive, negative or none.
+    """Labels and sample indices, which decide what pairs are positive, negative or none.
 
     Attributes:
         anchors: (N,) integer labels.
@@ -74,7 +74,7 @@ class PairLabels:
 
 @dataclass(frozen=True)
 class _Matches:
-    """Where a value of the anchors equals one of the references.
+    """Pairs of an anchor and a reference that have a value in common, such as a label.
 
     Few references match any anchor, and a look-up table finds those in one pass over the references; only they are
     then compared with each anchor. Without a table (on an accelerator, where it would need a synchronisation, or for
@@ -102,7 +102,7 @@ class _Matches:
         return cls(anchors, references, columns)
 
     def mask(self, rows: slice, columns: slice) -> Tensor:
-        """(n, m) bool, whether anchor and reference match."""
+        """Mask (n, m), True where anchor and reference match."""
         if self.columns is None:
             return self.anchors[rows, None] == self.references[columns]
         hits = self._hits(columns)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from lightning_dml.checks import check_choice
 from lightning_dml.errors import InputError
-from lightning_dml.losses.base import PairWeightingLoss, Reduction
-from lightning_dml.losses.mining import Miner
+from lightning_dml.losses.base import LossOptions, PairWeightingLoss, Unpack
+from lightning_dml.losses.measure import UnsquaredMeasure, check_unsquared_measure
 from lightning_dml.losses.weighting.binomial import BinomialWeighting
 from lightning_dml.losses.weighting.circle import CircleWeighting
-from lightning_dml.losses.weighting.lifted import LiftedWeighting, Measure, OriginalLiftedWeighting
+from lightning_dml.losses.weighting.lifted import LiftedWeighting, OriginalLiftedWeighting
 from lightning_dml.losses.weighting.multi_similarity import MultiSimilarityWeighting
 
 Variant = Literal["generalized", "original"]
@@ -24,7 +25,7 @@ DEFAULT_SHARPNESS: dict[str, tuple[float, float]] = {"distance": (1.0, 1.0), "si
 class LiftedStructureLoss(PairWeightingLoss):
     r"""Lifted structure loss, generalized (arXiv 1703.07737) or original.
 
-    With :math:`u = d = \sqrt{2 - 2S}`, or :math:`u = -S`, the generalized loss of an anchor is
+    With :math:`u = -S`, or :math:`u = d = \sqrt{2 - 2S}`, the generalized loss of an anchor is
 
     .. math::
         L_i = \Big[\frac1\alpha \log \sum_{j \in P_i} e^{\alpha u_{ij}}
@@ -48,16 +49,14 @@ class LiftedStructureLoss(PairWeightingLoss):
 
     Args:
         variant: `generalized` or `original`.
-        measure: `distance` or `similarity`.
-        margin: M. None means 1 for distances, as in pytorch-metric-learning, and 0 for similarities.
-        alpha: sharpness on positives, generalized only. None means 1 for distances, the published form, and 2 for
-            similarities, as in Wang's Deep_Metric code (which doubles the loss and has no hinge).
-        beta: sharpness on negatives, generalized only. None means 1 for distances and 40 for similarities, as there.
-        miner: see `PairWeightingLoss`. For the original variant it should keep a pair in both orders or in none, as one
-            that looks at a pair's own similarity does; see `OriginalLiftedWeighting`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        measure: `similarity` or `distance`. Both variants were published on distances: set `distance` for that form.
+        margin: M. None means 0 for similarities, and 1 for distances, as in pytorch-metric-learning.
+        alpha: sharpness on positives, generalized only. None means 2 for similarities, as in Wang's Deep_Metric code
+            (which doubles the loss and has no hinge), and 1 for distances, the published form.
+        beta: sharpness on negatives, generalized only. None means 40 for similarities, as there, and 1 for distances.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
+            For the original variant the miner should keep a pair in both orders or in none, as one that looks at a
+            pair's own similarity does; see `OriginalLiftedWeighting`.
 
     Raises:
         InputError: for an unknown variant or measure, a sharpness that is not positive, or one for the original
@@ -67,21 +66,15 @@ class LiftedStructureLoss(PairWeightingLoss):
     def __init__(
         self,
         variant: Variant = "generalized",
-        measure: Measure = "distance",
+        *,
+        measure: UnsquaredMeasure = "similarity",
         margin: float | None = None,
         alpha: float | None = None,
         beta: float | None = None,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        for name, value, known in (
-            ("variant", variant, get_args(Variant)),
-            ("measure", measure, get_args(Measure)),
-        ):
-            if value not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_choice("variant", variant, get_args(Variant))
+        check_unsquared_measure(measure)
         margin = DEFAULT_MARGINS[measure] if margin is None else margin
         weighting: LiftedWeighting | OriginalLiftedWeighting
         if variant == "original":
@@ -100,7 +93,7 @@ class LiftedStructureLoss(PairWeightingLoss):
                 default_alpha if alpha is None else alpha,
                 default_beta if beta is None else beta,
             )
-        super().__init__(weighting, miner, reduction, gather, block_bytes)
+        super().__init__(weighting, **options)
 
 
 class BinomialDevianceLoss(PairWeightingLoss):
@@ -119,10 +112,8 @@ class BinomialDevianceLoss(PairWeightingLoss):
         alpha: sharpness on positives.
         beta: sharpness on negatives.
         base: the similarity :math:`\lambda` that both sides are measured from.
-        miner: see `PairWeightingLoss`; with a memory, one that keeps the hard negatives.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
+            With a memory, take a miner that keeps the hard negatives.
 
     Raises:
         InputError: for a sharpness that is not positive.
@@ -133,12 +124,9 @@ class BinomialDevianceLoss(PairWeightingLoss):
         alpha: float = 2.0,
         beta: float = 40.0,
         base: float = 0.5,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(BinomialWeighting(alpha, beta, base), miner, reduction, gather, block_bytes)
+        super().__init__(BinomialWeighting(alpha, beta, base), **options)
 
 
 class CircleLoss(PairWeightingLoss):
@@ -160,10 +148,7 @@ class CircleLoss(PairWeightingLoss):
         detach: holds a constant, as that code does. False differentiates it too: the weights are then
             :math:`Z q_k\, 2 \gamma S_{ik}` on negatives above -m, so that those with -m < S < 0 are pulled together,
             and :math:`Z q_j\, 2 \gamma (1 - S_{ij})`.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a margin outside [0, 1] or a gamma that is not positive.
@@ -173,13 +158,11 @@ class CircleLoss(PairWeightingLoss):
         self,
         margin: float = 0.4,
         gamma: float = 80.0,
+        *,
         detach: bool = True,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(CircleWeighting(margin, gamma, detach), miner, reduction, gather, block_bytes)
+        super().__init__(CircleWeighting(margin, gamma, detach=detach), **options)
 
 
 class MultiSimilarityLoss(PairWeightingLoss):
@@ -197,10 +180,9 @@ class MultiSimilarityLoss(PairWeightingLoss):
         alpha: sharpness on positives.
         beta: sharpness on negatives.
         base: the similarity :math:`\lambda` that both sides are measured from.
-        miner: None keeps all pairs; `MultiSimilarityMiner()` for the mining of the paper.
-        reduction: see `PairWeightingLoss`; the official code divides by the anchors.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
+            `miner=MultiSimilarityMiner()` is the mining of the paper, None keeps all pairs. The official code divides
+            by the anchors.
 
     Raises:
         InputError: for a sharpness that is not positive.
@@ -211,9 +193,6 @@ class MultiSimilarityLoss(PairWeightingLoss):
         alpha: float = 2.0,
         beta: float = 50.0,
         base: float = 0.5,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(MultiSimilarityWeighting(alpha, beta, base), miner, reduction, gather, block_bytes)
+        super().__init__(MultiSimilarityWeighting(alpha, beta, base), **options)

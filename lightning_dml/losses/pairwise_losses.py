@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from lightning_dml.errors import InputError
-from lightning_dml.losses.base import PairWeightingLoss, Reduction
-from lightning_dml.losses.mining import Miner
+from lightning_dml.losses.base import LossOptions, PairWeightingLoss, Unpack
+from lightning_dml.losses.measure import Measure, check_measure
 from lightning_dml.losses.weighting.contrastive import ContrastiveWeighting
 from lightning_dml.losses.weighting.distance import DistanceContrastiveWeighting, HadsellWeighting, MarginWeighting
-from lightning_dml.losses.weighting.triplet import Measure
 
 
 class ContrastiveLoss(PairWeightingLoss):
@@ -33,11 +30,10 @@ class ContrastiveLoss(PairWeightingLoss):
             in XBM, and 1 for distances.
         pos_margin: similarity above which, or distance below which, a positive no longer counts; None pulls all, as
             XBM does.
-        measure: similarity, distance or squared_distance.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`; XBM divides by the anchors.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        measure: `similarity`, `distance` or `squared_distance`. Hadsell, Chopra and LeCun (2006) have the squared
+            form: set `squared_distance` for it.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
+            XBM divides by the anchors.
 
     Raises:
         InputError: for a margin out of range, an unknown measure, or a positive margin on squared distances, which
@@ -48,24 +44,21 @@ class ContrastiveLoss(PairWeightingLoss):
         self,
         margin: float | None = None,
         pos_margin: float | None = None,
+        *,
         measure: Measure = "similarity",
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
+        check_measure(measure)
         weighting: ContrastiveWeighting | DistanceContrastiveWeighting | HadsellWeighting
         if measure == "similarity":
             weighting = ContrastiveWeighting(0.5 if margin is None else margin, pos_margin)
         elif measure == "distance":
             weighting = DistanceContrastiveWeighting(1.0 if margin is None else margin, pos_margin or 0.0)
-        elif measure == "squared_distance":
+        else:
             if pos_margin is not None:
                 raise InputError(f"pos_margin is no part of the squared form, got {pos_margin}; use measure='distance'")
             weighting = HadsellWeighting(1.0 if margin is None else margin)
-        else:
-            raise InputError(f"measure must be one of {', '.join(get_args(Measure))}, got {measure!r}")
-        super().__init__(weighting, miner, reduction, gather, block_bytes)
+        super().__init__(weighting, **options)
 
 
 class MarginLoss(PairWeightingLoss):
@@ -85,10 +78,7 @@ class MarginLoss(PairWeightingLoss):
         beta: the boundary between positive and negative distances; 1.2 there.
         learn_beta: makes `weighting.beta` a parameter that starts at `beta`. It needs a place in the optimizer; its
             learning rate is 5e-4 in the code of Revisiting DML.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a negative margin, or a boundary that is not positive.
@@ -98,10 +88,8 @@ class MarginLoss(PairWeightingLoss):
         self,
         margin: float = 0.2,
         beta: float = 1.2,
+        *,
         learn_beta: bool = False,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(MarginWeighting(margin, beta, learn_beta), miner, reduction, gather, block_bytes)
+        super().__init__(MarginWeighting(margin, beta, learn_beta=learn_beta), **options)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dml.losses.base import PairWeightingLoss, Reduction
-from lightning_dml.losses.mining import Miner
+from lightning_dml.losses.base import LossOptions, PairWeightingLoss, Unpack
 from lightning_dml.losses.weighting.ranking import FastAPWeighting, RankedListWeighting
 
 
@@ -27,10 +26,8 @@ class RankedListLoss(PairWeightingLoss):
         neg_temperature: T on negatives; larger means the nearest get more of the weight, 0 means all alike.
         pos_temperature: T on positives.
         balance: the share :math:`\lambda` of the negatives.
-        miner: see `PairWeightingLoss`. The non-trivial pairs are found without one.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
+            The non-trivial pairs are found without a miner.
 
     Raises:
         InputError: for a negative margin or temperature, a boundary that is not positive, a balance outside [0, 1].
@@ -40,16 +37,16 @@ class RankedListLoss(PairWeightingLoss):
         self,
         margin: float = 0.4,
         alpha: float = 1.2,
+        *,
         neg_temperature: float = 10.0,
         pos_temperature: float = 0.0,
         balance: float = 0.5,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        weighting = RankedListWeighting(margin, alpha, neg_temperature, pos_temperature, balance)
-        super().__init__(weighting, miner, reduction, gather, block_bytes)
+        weighting = RankedListWeighting(
+            margin, alpha, neg_temperature=neg_temperature, pos_temperature=pos_temperature, balance=balance
+        )
+        super().__init__(weighting, **options)
 
 
 class FastAPLoss(PairWeightingLoss):
@@ -71,10 +68,8 @@ class FastAPLoss(PairWeightingLoss):
 
     Args:
         bins: L, the number of cells between 0 and 4; 10 in the source.
-        miner: see `PairWeightingLoss`. Precision is then that among the kept pairs.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
+            With a miner, precision is that among the kept pairs.
 
     Raises:
         InputError: if `bins` is not a positive integer.
@@ -83,9 +78,6 @@ class FastAPLoss(PairWeightingLoss):
     def __init__(
         self,
         bins: int = 10,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(FastAPWeighting(bins), miner, reduction, gather, block_bytes)
+        super().__init__(FastAPWeighting(bins), **options)

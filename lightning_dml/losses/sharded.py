@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
-from lightning_dml.losses.engine import PairSums, PairTask, Swept, pair_sums, sweep_blocks
+from lightning_dml.losses.engine import PairSums, PairTask, SweepResult, pair_sums, sweep_blocks
 from lightning_dml.losses.labels import PairLabels
 
 
@@ -96,7 +96,7 @@ def bytes_sent(
 
 
 class _Call(NamedTuple):
-    """What one rank tells the others about its call."""
+    """Sizes and wishes of a call, as one rank tells them to the others."""
 
     anchors: int
     references: int
@@ -107,7 +107,7 @@ class _Call(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What all ranks know of the call after the first exchange.
+    """Layout of the call over the ranks, which all know after the first exchange.
 
     Attributes:
         anchors: how many each rank has, in rank order.
@@ -124,20 +124,20 @@ class _Layout(NamedTuple):
         """Exchanges the calls, and raises on every rank where they do not fit, as some would wait for others."""
         indexed = labels.anchor_indices is not None and labels.ref_indices is not None
         call = _Call(len(left), len(right), right.shape[1], left.element_size(), indexed, wants_gradient)
-        calls = [_Call(*each) for each in distributed.gather_numbers(call, left.device)]
-        same = [(each.dim, each.itemsize, each.indexed) for each in calls]
+        calls = [_Call(*numbers) for numbers in distributed.gather_numbers(call, left.device)]
+        same = [(call.dim, call.itemsize, call.indexed) for call in calls]
         if len(set(same)) > 1:
             raise InputError(
                 "embeddings, ref_emb and the two indices must have the same dimension, dtype and presence on every "
                 f"rank, got (dimension, bytes per number, indexed) {same} in rank order"
             )
-        references = [each.references for each in calls]
+        references = [call.references for call in calls]
         if references != [len(range(rank, sum(references), len(calls))) for rank in range(len(calls))]:
             raise InputError(
                 "ref_emb must hold this rank's share of a set that is spread round robin, row s on rank s % ranks, "
                 f"so that lengths differ by one at most and the first ranks have more; got {references} in rank order"
             )
-        return cls([each.anchors for each in calls], references, any(each.gradient for each in calls))
+        return cls([call.anchors for call in calls], references, any(call.gradient for call in calls))
 
 
 def _sweep(
@@ -147,13 +147,15 @@ def _sweep(
     parameters: Sequence[Tensor],
     wants_anchors: bool,
     wants_references: bool,
-) -> Swept:
+) -> SweepResult:
     """Anchors (N, D) of this rank against the references of all, of which `right` (m, D) is the share."""
     layout = _Layout.of(left, right, task.labels, wants_anchors)
     return (_sweep_shares if task.separable else _sweep_rows)(left, right, task, parameters, layout)
 
 
-def _sweep_shares(left: Tensor, right: Tensor, task: PairTask, parameters: Sequence[Tensor], layout: _Layout) -> Swept:
+def _sweep_shares(
+    left: Tensor, right: Tensor, task: PairTask, parameters: Sequence[Tensor], layout: _Layout
+) -> SweepResult:
     """The engine on all anchors and this share; the sums of each row then go to the rank that owns it."""
     own = task.labels
     everyone = distributed.gather_rows(left, layout.anchors)
@@ -171,10 +173,12 @@ def _sweep_shares(left: Tensor, right: Tensor, task: PairTask, parameters: Seque
     counts = torch.zeros(len(left), dtype=torch.int64, device=left.device)
     if task.counting:  # not beside the gradient: a float32 holds no whole number beyond 2^24
         counts = distributed.reduce_rows(partial.counts, layout.anchors)
-    return Swept(sums[:, 0], counts, sums[:, 1:] if layout.gradient else None, None, partial.grad_parameters)
+    return SweepResult(sums[:, 0], counts, sums[:, 1:] if layout.gradient else None, None, partial.grad_parameters)
 
 
-def _sweep_rows(left: Tensor, right: Tensor, task: PairTask, parameters: Sequence[Tensor], layout: _Layout) -> Swept:
+def _sweep_rows(
+    left: Tensor, right: Tensor, task: PairTask, parameters: Sequence[Tensor], layout: _Layout
+) -> SweepResult:
     """A few anchors of each rank at a time, against all references: whole rows, in the order of the whole set."""
     task, right = task._replace(labels=_pairs_of_whole_rows(task.labels, layout.references)), right.to(left.dtype)
     ranks, longest, total = len(layout.references), max(layout.references), sum(layout.references)
@@ -184,7 +188,7 @@ def _sweep_rows(left: Tensor, right: Tensor, task: PairTask, parameters: Sequenc
     outgoing, incoming = left.new_empty(2, ranks * height * longest)
     table = left.new_empty(height, total)
     gradients = torch.zeros_like(everyone)
-    swept = Swept.start(left, parameters)
+    result = SweepResult.start(left, parameters)
 
     for top in range(0, everyone.shape[1], height):
         anchors = everyone[:, top : top + height]
@@ -197,7 +201,7 @@ def _sweep_rows(left: Tensor, right: Tensor, task: PairTask, parameters: Sequenc
             similarity = table[: rows.stop - rows.start]
             for rank, length in enumerate(layout.references):
                 similarity[:, rank::ranks] = received[rank, : len(similarity), :length]
-            weights = swept.weigh(task, similarity, rows, slice(0, total), parameters)
+            weights = result.weigh(task, similarity, rows, slice(0, total), parameters)
             for rank, length in enumerate(layout.references):
                 received[rank, : len(weights), :length] = weights[:, rank::ranks]
         if layout.gradient:
@@ -206,8 +210,8 @@ def _sweep_rows(left: Tensor, right: Tensor, task: PairTask, parameters: Sequenc
             partial = sent.flatten(0, 1)[:, : len(right)] @ right
             gradients[:, top : top + height] = partial.view(anchors.shape)
     if not layout.gradient:
-        return swept
-    return swept._replace(grad_anchors=distributed.exchange(gradients).sum(dim=0)[: len(left)])
+        return result
+    return result._replace(grad_anchors=distributed.exchange(gradients).sum(dim=0)[: len(left)])
 
 
 def _pairs_of_whole_rows(own: PairLabels, counts: list[int]) -> PairLabels:

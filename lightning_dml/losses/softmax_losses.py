@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dml.losses.base import PairWeightingLoss, Reduction
-from lightning_dml.losses.mining import Miner
+from lightning_dml.losses.base import LossOptions, PairWeightingLoss, Unpack
 from lightning_dml.losses.weighting.softmax import (
     NCAWeighting,
     NPairWeighting,
@@ -31,10 +30,7 @@ class NPairLoss(PairWeightingLoss):
     Args:
         scale: s; our choice.
         positives: `mean` averages over the positives of an anchor, `sum` adds them up (without the 1/|P|).
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a scale that is not positive, or an unknown `positives`.
@@ -43,13 +39,11 @@ class NPairLoss(PairWeightingLoss):
     def __init__(
         self,
         scale: float = 16.0,
+        *,
         positives: PositivesReduction = "mean",
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(NPairWeighting(scale, positives), miner, reduction, gather, block_bytes)
+        super().__init__(NPairWeighting(scale, positives=positives), **options)
 
 
 class NTXentLoss(PairWeightingLoss):
@@ -68,10 +62,7 @@ class NTXentLoss(PairWeightingLoss):
         positives: `mean` averages over the positives of an anchor, `sum` adds them up (without the 1/|P|).
             pytorch-metric-learning averages over the positive pairs of the batch, which is `mean` where all anchors
             have equally many.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a temperature that is not positive, or an unknown `positives`.
@@ -87,18 +78,16 @@ class NTXentLoss(PairWeightingLoss):
     def __init__(
         self,
         temperature: float = 0.07,
+        *,
         positives: PositivesReduction = "mean",
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
         check_temperature(temperature)
-        super().__init__(NPairWeighting(1 / temperature, positives), miner, reduction, gather, block_bytes)
+        super().__init__(NPairWeighting(1 / temperature, positives=positives), **options)
         self.temperature = temperature
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"temperature={self.temperature}, {super().extra_repr()}"
 
 
@@ -120,10 +109,7 @@ class TupletMarginLoss(PairWeightingLoss):
         scale: s.
         margin: :math:`\beta` in degrees; 5.73 is 0.1 rad.
         positives: `mean` averages over the positives of an anchor, `sum` adds them up (without the 1/|P|).
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a scale that is not positive, a margin outside [0, 90], or an unknown `positives`.
@@ -133,13 +119,11 @@ class TupletMarginLoss(PairWeightingLoss):
         self,
         scale: float = 64.0,
         margin: float = 5.73,
+        *,
         positives: PositivesReduction = "mean",
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(TupletMarginWeighting(scale, margin, positives), miner, reduction, gather, block_bytes)
+        super().__init__(TupletMarginWeighting(scale, margin, positives=positives), **options)
 
 
 class SupConLoss(PairWeightingLoss):
@@ -155,10 +139,7 @@ class SupConLoss(PairWeightingLoss):
 
     Args:
         temperature: :math:`\tau`; 0.1 in the paper. The code has 0.07 and multiplies the loss by :math:`\tau / 0.07`.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a temperature that is not positive.
@@ -167,12 +148,9 @@ class SupConLoss(PairWeightingLoss):
     def __init__(
         self,
         temperature: float = 0.1,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(SupConWeighting(temperature), miner, reduction, gather, block_bytes)
+        super().__init__(SupConWeighting(temperature), **options)
 
 
 class NCALoss(PairWeightingLoss):
@@ -188,10 +166,7 @@ class NCALoss(PairWeightingLoss):
     Args:
         scale: s. pytorch-metric-learning takes minus its `softmax_scale` times squared distances, and
             :math:`d^2 = 2 - 2 S`, so s is twice its `softmax_scale`.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
 
     Raises:
         InputError: for a scale that is not positive.
@@ -200,9 +175,6 @@ class NCALoss(PairWeightingLoss):
     def __init__(
         self,
         scale: float = 2.0,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(NCAWeighting(scale), miner, reduction, gather, block_bytes)
+        super().__init__(NCAWeighting(scale), **options)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lightning_dml.errors import InputError
-from lightning_dml.losses.base import PairWeightingLoss, Reduction
-from lightning_dml.losses.mining import Miner
-from lightning_dml.losses.weighting.triplet import Measure, SoftTripletWeighting, TripletWeighting
+from lightning_dml.losses.base import LossOptions, PairWeightingLoss, Unpack
+from lightning_dml.losses.measure import Measure, check_measure
+from lightning_dml.losses.weighting.triplet import SoftTripletWeighting, TripletWeighting
 
-DEFAULT_MARGINS: dict[str, float] = {"similarity": 0.1, "distance": 0.2, "squared_distance": 0.2}
+DEFAULT_MARGINS: dict[Measure, float] = {"similarity": 0.1, "distance": 0.2, "squared_distance": 0.2}
 """Margin of each measure where none is given."""
 
 
@@ -27,13 +27,12 @@ class TripletLoss(PairWeightingLoss):
     Args:
         margin: M, in the units of the measure. None means 0.2 for distances, as in the code of Revisiting DML, and,
             which is ours, 0.2 for squared distances and 0.1 for similarities; these two have the same triplets.
-        measure: what a triplet compares: `similarity`, `distance` or `squared_distance` of unit vectors. With a soft
-            margin minus the distance, or twice S, takes the place of S.
+        measure: what a triplet compares: `similarity`, `distance` or `squared_distance` of unit vectors. FaceNet has
+            the squared distance, the code of Revisiting DML the distance: set `squared_distance` or `distance` for
+            their forms. With a soft margin minus the distance, or twice S, takes the place of S.
         scale: s of a soft margin, which takes the place of the margin.
-        miner: see `PairWeightingLoss`.
-        reduction: see `PairWeightingLoss`. A mean over triplets is not among them.
-        gather: see `PairWeightingLoss`.
-        block_bytes: see `PairWeightingLoss`.
+        **options: `miner`, `reduction`, `gather`, `block_bytes` and `validate`, by name; see `PairWeightingLoss`.
+            A mean over triplets is not among the reductions.
 
     Raises:
         InputError: for an unknown measure, a negative margin, a scale that is not positive, or a margin and a scale.
@@ -49,21 +48,20 @@ class TripletLoss(PairWeightingLoss):
     def __init__(
         self,
         margin: float | None = None,
+        *,
         measure: Measure = "similarity",
         scale: float | None = None,
-        miner: Miner | None = None,
-        reduction: Reduction = "anchors",
-        gather: bool = True,
-        block_bytes: int = 16 * 2**20,
+        **options: Unpack[LossOptions],
     ) -> None:
+        check_measure(measure)
         weighting: TripletWeighting | SoftTripletWeighting
         if scale is None:
-            weighting = TripletWeighting(DEFAULT_MARGINS.get(measure, 0.0) if margin is None else margin, measure)
+            weighting = TripletWeighting(DEFAULT_MARGINS[measure] if margin is None else margin, measure=measure)
         elif margin is None:
-            weighting = SoftTripletWeighting(scale, measure)
+            weighting = SoftTripletWeighting(scale, measure=measure)
         else:
             raise InputError(
                 f"margin and scale exclude each other, got margin={margin} and scale={scale}: "
                 "leave out scale for a hinge, or margin for a soft margin"
             )
-        super().__init__(weighting, miner, reduction, gather, block_bytes)
+        super().__init__(weighting, **options)

@@ -1,4 +1,4 @@
-"""Embedding memory: the bank, the momentum encoder that feeds it, and what keeps it fresh."""
+"""Embedding memory: the bank, the momentum encoder that feeds it, and the adaptation that keeps it fresh."""
 
 from lightning_dml.memory.adaptation import MomentAdaptation
 from lightning_dml.memory.bank import MemoryBank

@@ -1,4 +1,4 @@
-"""Moment adaptation: stored embeddings are kept at the mean and the variance of current ones."""
+"""Moment adaptation: it keeps stored embeddings at the mean and the variance of current ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_number
 from lightning_dml.labels import UNLABELLED
 from lightning_dml.memory.bank import MemoryBank
 
@@ -36,7 +36,7 @@ class MomentAdaptation:
             smooth more.
 
     Raises:
-        InputError: if `process_noise` is not positive.
+        InputError: if `process_noise` is not positive and finite.
 
     Examples:
         >>> bank = MemoryBank(size=4, dim=2)
@@ -47,12 +47,11 @@ class MomentAdaptation:
     """
 
     def __init__(self, kalman: bool = False, process_noise: float = 1e-3) -> None:
-        if not process_noise > 0:
-            raise InputError(f"process_noise must be positive, such as 0.001, got {process_noise}")
+        check_number("process_noise", process_noise, "a share of the variance, such as 0.001", above=0)
         self.kalman = kalman
         self.process_noise = process_noise
         self._filtered: Tensor | None = None  # (2, D): mean and standard deviation
-        self._variance: Tensor | None = None  # (2, D): how uncertain they are
+        self._variance: Tensor | None = None  # (2, D): variance of either estimate
 
     @torch.no_grad()
     def __call__(self, bank: MemoryBank, embeddings: Tensor, labels: Tensor) -> None:
@@ -70,7 +69,7 @@ class MomentAdaptation:
         enough = count > 1  # a single row has no spread
         if self.kalman:
             target = self._smoothed(target, count, enough)
-        if not bank.total:
+        if not bank.store.count:
             return
         mean, std = bank.moments()
         stretch = torch.where((std > MIN_STD) & (target[1] > MIN_STD), target[1] / std.clamp_min(MIN_STD), 1.0)

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_count
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
 from lightning_dml.memory import bank_state
 from lightning_dml.memory.bank_statistics import moment_sums, moments_of, summarise, transform_rows
+from lightning_dml.memory.entry import Batch, check_indices, write_oldest, write_samples
 from lightning_dml.memory.slot_store import SlotStore
-from lightning_dml.memory.slots import check_batch, last_of_each, own_count, unit_rows
+from lightning_dml.memory.slots import check_batch, check_policy, own_count
 
-POLICIES = ("queue", "samples")
 COLUMNS = ("labels", "indices", "steps")
 
 
@@ -32,9 +33,14 @@ class MemoryBank:
     This is one reading of the "momentum-updated memory" of arXiv 2103.14003, of which only the abstract was at hand;
     the authors of XBM report that a moving average of entries did not help them (research-xbm, issue 2).
 
+    Two numbers tell how large it is. `size` is its slots, over all ranks. `len(bank)` is the rows that a loss takes as
+    references, the rows of `embeddings`, `labels`, `indices` and `steps` on this rank: a row with label -1 is among
+    them and makes no pair. `summary` tells how many rows have a label.
+
     A bank may be spread over ranks: with `share=(rank, ranks)`, slot s lives on rank s % ranks. Every rank enqueues the
     same rows, in the same order, and keeps the embeddings of its own slots; labels, indices and steps, 24 bytes a row,
-    are kept whole, and the views are those of the own slots.
+    are kept whole, and the views are those of the own slots. So `len(bank)` may differ between ranks; `store.count`,
+    the slots in use on all ranks, is the same on every one.
 
     It is no `nn.Module` and holds no registered buffers on purpose: DDP would overwrite them from rank 0 at each
     forward, and weight averaging would average them. Writing is a copy of the batch into its slots: nothing of the
@@ -58,7 +64,8 @@ class MemoryBank:
         policy: as given.
         average: as given.
         share: as given.
-        weight: factor of the loss against the bank, for whoever schedules it; no part of the state.
+        store: the slots of all ranks, for code that must know more than the rows of this rank.
+        weight: factor of the loss against the bank, for the code that schedules it; no part of the state.
 
     Raises:
         InputError: if `size` or `dim` is not positive, `dtype` is not floating, or another argument is out of range.
@@ -85,86 +92,62 @@ class MemoryBank:
         average: float = 0.0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        if size < 1:
-            raise InputError(f"memory size must be positive, got {size}")
-        if dim < 1:
-            raise InputError(f"memory dim must be the number of embedding columns, at least 1, got {dim}")
+        check_count("memory size", size)
+        check_count("memory dim", dim, hint="it is the number of columns of an embedding")
         if not dtype.is_floating_point:
             raise InputError(f"memory dtype must be floating, such as torch.float32, got {dtype}")
-        if policy not in POLICIES:
-            raise InputError(f"memory policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-        if not 0 <= average < 1:
-            raise InputError(f"memory average must lie in [0, 1), such as 0.5, got {average}")
-        if average and policy != "samples":
-            raise InputError(f"memory average {average} needs policy 'samples': a queue has no older row of a sample")
+        check_policy(policy, average)
         if not 0 <= share[0] < share[1]:
             raise InputError(f"memory share must be (rank, ranks) with 0 <= rank < ranks, got {tuple(share)}")
         self.policy, self.average, self.share = policy, average, (share[0], share[1])
         self.weight = 1.0
-        self._store = SlotStore(size, dim, dtype, device, self.share)
+        self.store = SlotStore(size, dim, dtype, device, self.share)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
-        self._count = 0
-        self._pointer = 0
-        self._trusted = False
+        self._trusted = False  # on an accelerator, once the first indices were looked at
 
     @property
     def size(self) -> int:
         """Number of slots, over all ranks."""
-        return self._store.size
+        return self.store.size
 
     @property
     def dim(self) -> int:
         """Number of columns of an embedding."""
-        return self._store.embeddings.shape[1]
+        return self.store.embeddings.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the stored embeddings."""
-        return self._store.embeddings.dtype
+        return self.store.embeddings.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the bank lives."""
-        return self._store.embeddings.device
-
-    @property
-    def total(self) -> int:
-        """Rows of the views of all ranks together; with "samples", every slot once a row has come."""
-        return self._count
-
-    @property
-    def filled(self) -> Tensor:
-        """0-dim int64: rows with a label, over all ranks."""
-        return (self._store.labels[: self.size] != UNLABELLED).sum()
+        """Device of the stored rows."""
+        return self.store.embeddings.device
 
     def __len__(self) -> int:
-        return own_count(self._count, *self.share)
+        """Number of rows that a loss takes as references, on this rank."""
+        return own_count(self.store.count, *self.share)
 
     @property
     def embeddings(self) -> Tensor:
-        """(len, dim) view of the filled slots."""
-        return self._store.embeddings[: len(self)]
+        """Stored embeddings, a (len, dim) view."""
+        return self.store.embeddings[: len(self)]
 
     @property
     def labels(self) -> Tensor:
-        """(len,) int64 view; -1 in a slot that is empty or whose row was refused."""
-        return self._store.own(self._store.labels, self._count)
+        """Labels, a (len,) int64 view; -1 in a slot that is empty or whose row was refused."""
+        return self.store.own(self.store.labels)
 
     @property
     def indices(self) -> Tensor:
-        """(len,) int64 view of the sample indices; -1 where none was given."""
-        return self._store.own(self._store.indices, self._count)
+        """Sample indices, a (len,) int64 view; -1 where none was given."""
+        return self.store.own(self.store.indices)
 
     @property
     def steps(self) -> Tensor:
-        """(len,) int64 view of the steps at which the rows came in; -1 where none was given."""
-        return self._store.own(self._store.steps, self._count)
-
-    @property
-    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels, indices and steps, (total,) int64 views of the filled slots of all ranks, the same on every rank."""
-        store = self._store
-        return store.labels[: self._count], store.indices[: self._count], store.steps[: self._count]
+        """Steps at which the rows came in, a (len,) int64 view; -1 where none was given."""
+        return self.store.own(self.store.steps)
 
     @torch.no_grad()
     def enqueue(
@@ -193,70 +176,30 @@ class MemoryBank:
                 [0, size). On an accelerator only the first enqueue looks; later such rows are refused and counted.
         """
         check_batch(self.dim, embeddings, labels, indices, mask)
-        labels = labels.to(self._store.labels)
-        indices = None if indices is None else indices.to(self._store.indices)
-        if self.policy == "samples":
-            self._enqueue_samples(embeddings, labels, indices, step, mask)
-        else:
-            self._enqueue_last(embeddings, labels, indices, step, mask)
-
-    def _enqueue_last(
-        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None, step: int | None, mask: Tensor | None
-    ) -> None:
-        indices = torch.full_like(labels, UNLABELLED) if indices is None else indices
-        if mask is not None:
-            embeddings = embeddings[mask.to(embeddings.device)]
-            labels, indices = labels[mask.to(self.device)], indices[mask.to(self.device)]
-        skipped = max(0, len(labels) - self.size)
-        rows = embeddings[skipped:].to(self._store.embeddings)
-        finite = torch.isfinite(rows).all(dim=1)
-        rows = torch.where(finite[:, None], rows, 0)
-        labels = torch.where(finite, labels[skipped:], UNLABELLED)
-        indices = torch.where(finite, indices[skipped:], UNLABELLED)
-        start = (self._pointer + skipped) % self.size
-        self._store.write_ring(start, rows, labels, indices, step)
-        self.refused += (~finite).sum()
-        self._pointer = (start + len(rows)) % self.size
-        self._count = min(self.size, self._count + len(rows))
-
-    def _enqueue_samples(
-        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None, step: int | None, mask: Tensor | None
-    ) -> None:
-        if indices is None:
+        labels = labels.to(self.store.labels)
+        if indices is not None:
+            indices = indices.to(self.store.indices)
+        elif self.policy == "samples":
             raise InputError("indices must be given with policy 'samples', whose slots they are; got None")
-        if not len(labels):
-            return
-        rows = embeddings.to(self._store.embeddings)
-        wanted = labels != UNLABELLED if mask is None else (labels != UNLABELLED) & mask.to(self.device)
-        inside = (indices >= 0) & (indices < self.size)
-        if not self._trusted and bool((wanted & ~inside).any()):
-            raise InputError(
-                f"indices must lie in [0, {self.size}), the memory size, with policy 'samples', got "
-                f"{int(indices[wanted & ~inside][0])}; an index is the position in the training set, and the "
-                "bank is to be as large as that"
-            )
-        self._trusted = self.device.type != "cpu"
-        usable = wanted & inside & torch.isfinite(rows).all(dim=1)
-        slots = torch.where(usable, indices, self.size)
-        last = usable & last_of_each(slots)
-        if self.average:
-            wide = torch.promote_types(self.dtype, torch.float32)
-            new, old = embeddings.to(self.device, wide), self._store.embeddings[self._store.own_slots(slots, last)[1]]
-            mixed = unit_rows(self.average * old.to(wide) + (1 - self.average) * new, otherwise=new)
-            rows = torch.where((self._store.labels[slots] != UNLABELLED)[:, None], mixed, new).to(self.dtype)
-        self._store.write_at(slots, last, rows, labels, step)
-        self.refused += (wanted & ~usable).sum()
-        self._count = self.size
+        else:
+            indices = torch.full_like(labels, UNLABELLED)
+        batch = Batch(embeddings, labels, indices, step, mask)
+        if self.policy == "queue":
+            self.refused += write_oldest(self.store, batch)
+        elif len(labels):
+            if not self._trusted:
+                check_indices(self.store, batch)
+                self._trusted = self.device.type != "cpu"
+            self.refused += write_samples(self.store, batch, self.average)
 
     def reset(self) -> None:
         """Empties the bank; its `weight` stays."""
-        self._store.clear()
+        self.store.clear()
         self.refused.zero_()
-        self._count = self._pointer = 0
 
     def to(self, device: torch.device | str) -> MemoryBank:
         """Moves the bank, in place, and returns it."""
-        self._store.to(device)
+        self.store.to(device)
         self.refused = self.refused.to(device)
         return self
 
@@ -293,7 +236,7 @@ class MemoryBank:
         transform_rows(self.embeddings, self.labels, scale, shift)
 
     def summary(self, step: int | None = None) -> dict[str, float]:
-        """What the bank holds, over all ranks, for inspection: the host waits for an accelerator.
+        """Counts and ages of the rows, over all ranks, for inspection: the host waits for an accelerator.
 
         Args:
             step: the present training step, for the ages.
@@ -303,10 +246,10 @@ class MemoryBank:
             distinct labels and known sample indices; `refused`; `age_mean` and `age_max`, in steps, where `step` is
             given and the step of some row is known.
         """
-        store = self._store
         slots = slice(self.size)
-        found = summarise(store.labels[slots], store.indices[slots], store.steps[slots], step)
-        return {**found, "refused": float(self.refused)}
+        store = self.store
+        figures = summarise(store.labels[slots], store.indices[slots], store.steps[slots], step)
+        return {**figures, "refused": float(self.refused)}
 
     def state_dict(self) -> dict[str, Any]:
         """The bank as tensors, numbers and strings that `torch.load(weights_only=True)` reads.
@@ -326,14 +269,14 @@ class MemoryBank:
             embeddings = self.embeddings.clone()
         else:
             bank_state.check_ranks(self.share)
-            embeddings = bank_state.gather_shares(self.embeddings, self._count, rank, ranks)
+            embeddings = bank_state.gather_shares(self.embeddings, self.store.count, rank, ranks)
         state: dict[str, Any] = {
             "size": self.size,
             "dim": self.dim,
-            "pointer": self._pointer,
+            "pointer": self.store.pointer,
             # Clones: saving a view would save its whole storage, and the bank may change before it is written.
             "embeddings": embeddings,
-            **{name: column.clone() for name, column in zip(COLUMNS, self.whole, strict=True)},
+            **{name: column.clone() for name, column in zip(COLUMNS, self.store.columns, strict=True)},
             "refused": self.refused.clone(),
         }
         return state | ({"policy": self.policy, "average": self.average} if self.policy == "samples" else {})
@@ -353,9 +296,9 @@ class MemoryBank:
         bank_state.check_state(state, self.dim)
         place = bank_state.place(state, self.size, self.policy)
         self.reset()
-        self._store.take_over(place.slots, place.rows, state)
+        self.store.take_over(place.slots, place.rows, state)
         self.refused.copy_(state["refused"])
-        self._pointer, self._count = place.pointer, place.total
+        self.store.pointer, self.store.count = place.pointer, place.used
 
     @classmethod
     def from_state_dict(
@@ -383,7 +326,7 @@ class MemoryBank:
         A bank that is spread over ranks is written by rank 0, and every rank must call, as for `state_dict`.
 
         Raises:
-            OSError: if the file cannot be written.
+            UnwritableFile: an InputError and an OSError; if the file cannot be written.
         """
         state = self.state_dict()
         if self.share[0] == 0:
@@ -401,4 +344,4 @@ class MemoryBank:
         return cls.from_state_dict(bank_state.read_file(Path(path)), device, share)
 
     def __repr__(self) -> str:
-        return f"MemoryBank(size={self.size}, dim={self.dim}, filled={len(self)}, dtype={self.dtype})"
+        return f"MemoryBank(size={self.size}, dim={self.dim}, rows={len(self)}, dtype={self.dtype})"

@@ -1,8 +1,7 @@
-"""The state of a bank outside of it: where its rows go in another bank, its file, and how shares are put together."""
+"""The state of a bank outside of it: the places of its rows in another bank, its file, and shares put together."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
+from lightning_dml.files import replacing
 from lightning_dml.labels import UNLABELLED
 from lightning_dml.memory.slots import blocks, last_of_each, own_count
 
@@ -21,16 +21,23 @@ KEYS = ("size", "dim", "pointer", "embeddings", "labels", "indices", "steps", "r
 
 
 class Placement(NamedTuple):
-    """Which rows of a state go to which slots of a bank, and where the bank stands afterwards."""
+    """Rows of a state with the slots of a bank that they go to, and where the bank stands afterwards.
+
+    Attributes:
+        rows: (n,) int64, rows of the state.
+        slots: (n,) int64, the slot of each.
+        used: slots in use.
+        pointer: the slot that a queue writes next.
+    """
 
     rows: Tensor
     slots: Tensor
-    total: int
+    used: int
     pointer: int
 
 
 def check_state(state: dict[str, Any], dim: int | None = None) -> None:
-    """Raises `InputError` unless `state` is a whole bank's, of `dim` columns where given."""
+    """Raises InputError unless `state` is a whole bank's, of `dim` columns where given."""
     missing = [key for key in KEYS if key not in state]
     if missing:
         raise InputError(
@@ -50,7 +57,7 @@ def check_state(state: dict[str, Any], dim: int | None = None) -> None:
 
 
 def place(state: dict[str, Any], size: int, policy: str) -> Placement:
-    """Where the rows of a state go in a bank of `size` slots; states without a policy are those of queues."""
+    """Slots for the rows of a state in a bank of `size` slots; states without a policy are those of queues."""
     labels, indices, steps = (state[name].cpu() for name in ("labels", "indices", "steps"))
     rows = torch.arange(len(labels))
     if state.get("policy", "queue") == "samples":
@@ -69,7 +76,7 @@ def place(state: dict[str, Any], size: int, policy: str) -> Placement:
 
 
 def check_ranks(share: tuple[int, int]) -> None:
-    """Raises `InputError` unless this process is the rank of its share in a group of as many ranks."""
+    """Raises InputError unless this process is the rank of its share in a group of as many ranks."""
     here = (distributed.rank(), distributed.world_size())
     if share != here:
         raise InputError(
@@ -97,21 +104,28 @@ def gather_shares(embeddings: Tensor, count: int, rank: int, ranks: int) -> Tens
         parts = [torch.empty_like(sent) for _ in range(ranks)] if rank == 0 else None
         dist.gather(sent, parts, dst=0)
         if parts is not None:
-            rows = torch.stack([each.view(part.dtype) for each in parts], dim=1).flatten(0, 1)
+            rows = torch.stack([its_bytes.view(part.dtype) for its_bytes in parts], dim=1).flatten(0, 1)
             start = block.start * ranks
             whole[start : start + len(rows)] = rows[: count - start].cpu()
     return whole
 
 
 def write_file(path: Path, state: dict[str, Any]) -> None:
-    """Writes a state aside and puts it in its place when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Writes a state to a bank file, whole or not at all.
+
+    Raises:
+        UnwritableFile: if the system refuses to write.
+    """
+    content = {"format": FORMAT, "version": VERSION, **state}
+    with replacing(path) as aside, open(aside, "wb") as file:
+        try:
+            # To a file and not to a path, whose name torch would write into it: equal banks make equal files.
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch 2.14 covers the error of a full disk with one about positions in its archive.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -124,7 +138,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise InputError(f"there is no memory bank file {path}; give one that MemoryBank.save wrote")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what arbitrary bytes raise is not limited
+    except Exception as error:  # arbitrary bytes raise any error
         raise InputError(
             f"{path} is not a memory bank file, or was cut off ({type(error).__name__}); give one that MemoryBank.save "
             "wrote"

@@ -1,4 +1,4 @@
-"""What the rows of a bank amount to: moments, a map of all rows, and a summary."""
+"""Statistics of the rows of a bank: moments, a map of all rows, and a summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Catches what a submodule returns inside the training step, so that it can be used before the loss is."""
+"""A watch on a submodule, which hands over its output in the middle of a training step, before the loss is there."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class EncoderWatch:
     """Hands the first output of a module after each `arm` to a receiver, detached.
 
-    Only the first call counts: an evaluation of the same module later in the step, or one that activation
-    checkpointing repeats in the backward pass, is none of the batch. Works inside compiled modules, where it is
-    called outside the graph.
+    Only the first call counts: a later call in the same step, such as an evaluation or the repeated forward pass of
+    activation checkpointing, does not belong to the batch. It works inside compiled modules too, where the hook runs
+    outside the graph.
 
     Args:
         module: the module to watch, until `remove`.
@@ -26,7 +26,7 @@ class EncoderWatch:
 
     @property
     def armed(self) -> bool:
-        """Whether an output is still waited for."""
+        """True while it waits for an output."""
         return self._receive is not None
 
     def arm(self, receive: Callable[[Any], None]) -> None:
@@ -49,7 +49,7 @@ class EncoderWatch:
 
 
 class _Hook:
-    """The forward hook; a copy of the module, such as a momentum encoder, gets one that does nothing."""
+    """The forward hook; in a copy of the module, such as a momentum encoder, it does nothing."""
 
     def __init__(self, watch: EncoderWatch | None) -> None:
         self._watch = watch

@@ -1,4 +1,4 @@
-"""What stands between a training and its memory bank: rows of all ranks are gathered, adapted to, and written."""
+"""The feed of a memory bank in a training: gathers the keys of all ranks, adapts the bank to them and writes them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from lightning_dml import distributed
-from lightning_dml.checks import check_choice
+from lightning_dml.checks import check_choice, check_count, check_number
 from lightning_dml.errors import InputError
-from lightning_dml.memory import MemoryBank, MomentAdaptation
-from lightning_dml.memory.slots import DTYPES, check_batch
+from lightning_dml.memory.adaptation import MomentAdaptation
+from lightning_dml.memory.bank import MemoryBank
+from lightning_dml.memory.momentum import check_momentum
+from lightning_dml.memory.slots import DTYPES, check_batch, check_policy
 
 
 @dataclass(frozen=True)
 class BankSchedule:
-    """How the weight of the bank and the momentum of its encoder go over the optimizer steps.
+    """The weight of the bank and the momentum of its encoder over the optimizer steps.
 
     Attributes:
         start_step: step at which the bank starts.
@@ -38,14 +40,12 @@ class BankSchedule:
     momentum_end: float | None
 
     def __post_init__(self) -> None:
-        for name, steps in (("start_step", self.start_step), ("warmup_steps", self.warmup_steps)):
-            if steps < 0:
-                raise InputError(f"{name} must not be negative, got {steps}")
-        if self.weight < 0 or not math.isfinite(self.weight):
-            raise InputError(f"weight must not be negative, got {self.weight}; 0 leaves the bank out of the loss")
+        check_count("start_step", self.start_step, 0)
+        check_count("warmup_steps", self.warmup_steps, 0)
+        check_number("weight", self.weight, least=0, hint="0 leaves the bank out of the loss")
         momentum, end = self.momentum, self.momentum_end
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise InputError(f"momentum must lie in [0, 1], such as 0.99, or be None for online keys, got {momentum}")
+        if momentum is not None:
+            check_momentum(momentum, hint="None takes online keys")
         if end is not None and (momentum is None or not momentum <= end <= 1):
             raise InputError(f"momentum_end must lie between momentum and 1, got {end} with momentum={momentum}")
 
@@ -85,12 +85,8 @@ class BankFeed:
 
     def __init__(self, dtype: str, policy: str, average: float, adaptation: str | None, sharded: bool) -> None:
         check_choice("memory dtype", dtype, tuple(DTYPES))
-        check_choice("policy", policy, ("queue", "samples"))
+        check_policy(policy, average)
         check_choice("adaptation", adaptation, (None, "moments", "kalman"))
-        if not 0 <= average < 1 or (average and policy != "samples"):
-            raise InputError(
-                f"average must lie in [0, 1) and needs policy='samples', got {average} with policy={policy!r}"
-            )
         self.dtype = DTYPES[dtype]
         self.policy = policy
         self.average = average
@@ -117,12 +113,12 @@ class BankFeed:
             indices: (n,) integer sample indices.
             step: the optimizer step.
             mask: (n,) bool; rows where it is False stay out.
-            gathered: whether every rank gives the same rows, those of all ranks.
+            gathered: True where every rank gives the same rows, those of all ranks.
 
         Raises:
             InputError: if a column does not fit the keys, or the bank holds rows of another dimension.
         """
-        check_batch(keys.shape[1], keys, labels, indices, mask, names=("label", "index", "enqueue"))
+        check_batch(None, keys, labels, indices, mask, names=("label", "index", "enqueue"))
         if mask is not None:
             keys, labels, indices = keys[mask], labels[mask], indices[mask]
         keys, identity = keys.to(self.dtype), torch.stack((labels.long(), indices.long()), dim=1)

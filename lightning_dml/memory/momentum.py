@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_number
+from lightning_dml.errors import InputError, one_line
 
 
 class MomentumEncoder(nn.Module):
@@ -42,8 +43,7 @@ class MomentumEncoder(nn.Module):
 
     def __init__(self, module: nn.Module, momentum: float = 0.99) -> None:
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise InputError(f"momentum must lie in [0, 1], such as 0.99, got {momentum}")
+        check_momentum(momentum)
         check_precision(module)
         self.momentum = momentum
         self.encoder = copy.deepcopy(module).requires_grad_(False)
@@ -66,20 +66,20 @@ class MomentumEncoder(nn.Module):
 
     def state_of_encoder(self) -> dict[str, Any]:
         """State of the copied embedder, under the names it has without `torch.compile`."""
-        return _plain(self.encoder).state_dict()
+        return uncompiled(self.encoder).state_dict()
 
     def load_state_of_encoder(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_of_encoder` gave.
+        """Takes over a state that `state_of_encoder` gave.
 
         Raises:
             InputError: if the state is of another embedder.
         """
         try:
-            _plain(self.encoder).load_state_dict(state)
+            uncompiled(self.encoder).load_state_dict(state)
         except RuntimeError as error:
             raise InputError(
                 "the saved momentum encoder does not fit the embedder: "
-                f"{' '.join(str(error).split())[:300]}; resume with the embedder that the run was started with"
+                f"{one_line(error)}; resume with the embedder that the run was started with"
             ) from error
 
     def match_mode(self, module: nn.Module) -> None:
@@ -89,13 +89,18 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Keys of a batch, what the copied embedder returns, without gradient."""
+        """Keys of a batch: the output of the copied embedder, without gradient."""
         keys: Tensor = self.encoder(images)
         return keys
 
 
+def check_momentum(momentum: float, hint: str = "") -> None:
+    """Raises InputError unless `momentum` lies in [0, 1]."""
+    check_number("momentum", momentum, "the share of the older weights, such as 0.99", least=0, most=1, hint=hint)
+
+
 def check_precision(module: nn.Module) -> None:
-    """Raises `InputError` if a parameter is in half precision, in which the encoder's steps would round to nothing."""
+    """Raises InputError if a parameter is in half precision, in which the encoder's steps would round to nothing."""
     for name, parameter in module.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise InputError(
@@ -104,7 +109,8 @@ def check_precision(module: nn.Module) -> None:
             )
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` returns."""
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` returns, or the module itself."""
+    # torch (2.14, observed) has no public way to it, and names the state's tensors after this attribute.
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner

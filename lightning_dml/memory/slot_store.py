@@ -1,4 +1,4 @@
-"""The tensors of a bank: slots of rows, all of them or one rank's share, and the two ways to write them."""
+"""The slots of a bank: their tensors, all of them or one rank's share, and the two ways to write them."""
 
 from __future__ import annotations
 
@@ -21,25 +21,41 @@ class SlotStore:
         dtype: floating dtype of the stored embeddings.
         device: where the tensors live.
         share: (rank, ranks).
+
+    Attributes:
+        count: slots in use, over all ranks, the first ones: those that a queue has written, or every slot of "samples"
+            once a row has come.
+        pointer: the slot that a queue writes next.
     """
 
     def __init__(
         self, size: int, dim: int, dtype: torch.dtype, device: torch.device | str | None, share: tuple[int, int]
     ) -> None:
         self.size, self.share = size, share
-        # One slot more than there are: rows that are not to be written go there, where nobody reads.
+        self.count = self.pointer = 0
+        # One slot more than there are: rows that are not to be written go there, and it is never read.
         self.embeddings = torch.zeros(own_count(size, *share) + 1, dim, dtype=dtype, device=device)
         self.labels = torch.full((size + 1,), UNLABELLED, dtype=torch.int64, device=device)
         self.indices = torch.full_like(self.labels, UNLABELLED)
         self.steps = torch.full_like(self.labels, UNLABELLED)
 
-    def own(self, column: Tensor, count: int) -> Tensor:
-        """View of a whole column at this rank's slots among the first `count`."""
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, indices and steps, (count,) int64 views of the slots in use, the same on every rank."""
+        return self.labels[: self.count], self.indices[: self.count], self.steps[: self.count]
+
+    @property
+    def labelled(self) -> Tensor:
+        """Number of rows with a label, over all ranks; 0-dim int64."""
+        return (self.labels[: self.size] != UNLABELLED).sum()
+
+    def own(self, column: Tensor) -> Tensor:
+        """View of a whole column at this rank's slots in use."""
         rank, ranks = self.share
-        return column[:count][rank::ranks]
+        return column[: self.count][rank::ranks]
 
     def own_slots(self, slots: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows go to this rank, (n,) bool, and their place in its embeddings, the spare one for the others."""
+        """Rows that go to this rank, (n,) bool, and their place in its embeddings, the spare one for the others."""
         rank, ranks = self.share
         own = keep & (slots % ranks == rank)
         return own, torch.where(own, slots // ranks, len(self.embeddings) - 1)
@@ -59,6 +75,8 @@ class SlotStore:
             self.steps[slots] = UNLABELLED if step is None else step
         for part, slot in parts:
             self.labels[slot : slot + len(labels[part])] = labels[part]
+        self.pointer = (start + len(rows)) % self.size
+        self.count = min(self.size, self.count + len(rows))
 
     def write_at(self, slots: Tensor, keep: Tensor, rows: Tensor, labels: Tensor, step: int | None) -> None:
         """Writes row i to slot `slots[i]`, which is its sample index, where `keep[i]`; kept slots are distinct.
@@ -72,6 +90,7 @@ class SlotStore:
         self.indices.index_copy_(0, slots, torch.where(keep, slots, UNLABELLED))
         self.steps.index_fill_(0, slots, UNLABELLED if step is None else step)
         self.labels.index_copy_(0, slots, torch.where(keep, labels, UNLABELLED))
+        self.count = self.size
 
     def take_over(self, slots: Tensor, rows: Tensor, saved: dict[str, Tensor]) -> None:
         """Writes rows `rows` (n,) of saved columns to `slots` (n,), converted; a share takes its own."""
@@ -80,8 +99,8 @@ class SlotStore:
         own_rows, own_slots = rows[own], (slots[own] // ranks).to(self.embeddings.device)
         source = saved["embeddings"]
         for block in blocks(len(own_rows), source.shape[1] * max(source.element_size(), self.embeddings.itemsize)):
-            taken = source[own_rows[block].to(source.device)]
-            self.embeddings[own_slots[block]] = taken.to(self.embeddings)
+            saved_rows = source[own_rows[block].to(source.device)]
+            self.embeddings[own_slots[block]] = saved_rows.to(self.embeddings)
         slots = slots.to(self.labels.device)
         for column, name in ((self.indices, "indices"), (self.steps, "steps"), (self.labels, "labels")):
             column[slots] = saved[name][rows.to(saved[name].device)].to(column)
@@ -91,6 +110,7 @@ class SlotStore:
         for column in (self.labels, self.indices, self.steps):
             column.fill_(UNLABELLED)
         self.embeddings.zero_()
+        self.count = self.pointer = 0
 
     def to(self, device: torch.device | str) -> None:
         """Moves the tensors."""

@@ -1,4 +1,4 @@
-"""Rows and slots of a bank: which rows may come, which slots are a rank's own, which row wins a slot."""
+"""Rows and slots of a bank as plain numbers: what may enter, which slots are a rank's own, which row wins a slot."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_dml.checks import check_choice, check_embeddings, check_flags, check_integers, check_number
 from lightning_dml.errors import InputError
+
+POLICIES = ("queue", "samples")
+"""Policies of a bank: first in, first out, or one slot for each training sample."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that a bank may keep its embeddings in, by the names that configs use."""
@@ -20,19 +24,19 @@ MIN_NORM = 1e-6
 
 
 def own_count(count: int, rank: int, ranks: int) -> int:
-    """How many of the first `count` slots live on `rank`, where slot s lives on rank s % ranks."""
+    """Number of slots on `rank` among the first `count`, where slot s lives on rank s % ranks."""
     return len(range(rank, count, ranks))
 
 
 def segments(start: int, count: int, size: int) -> list[tuple[slice, int]]:
-    """Where `count` <= `size` rows go in a ring of `size` slots: (rows, first slot), in two parts at the wrap."""
+    """Places of `count` <= `size` rows in a ring of `size` slots: (rows, first slot), in two parts at the wrap."""
     before_end = min(count, size - start)
     parts = [(slice(0, before_end), start), (slice(before_end, count), 0)]
     return [(rows, slot) for rows, slot in parts if rows.stop > rows.start]
 
 
 def last_of_each(slots: Tensor) -> Tensor:
-    """(n,) bool: whether a row is the last of those with its slot; `slots` is (n,) int64.
+    """True for a row that is the last of those with its slot, (n,) bool; `slots` is (n,) int64.
 
     The shapes do not depend on the data, so an accelerator's host need not wait.
     """
@@ -56,32 +60,29 @@ def blocks(rows: int, row_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def check_policy(policy: str, average: float) -> None:
+    """Raises InputError for a policy that there is not, or an average out of range or in a queue."""
+    check_choice("memory policy", policy, POLICIES)
+    check_number("memory average", average, "the share of the old embedding, such as 0.5", least=0, below=1)
+    if average and policy != "samples":
+        raise InputError(f"memory average {average} needs policy 'samples': a queue has no older row of a sample")
+
+
 def check_batch(
-    dim: int,
+    dim: int | None,
     embeddings: Tensor,
     labels: Tensor,
     indices: Tensor | None,
     mask: Tensor | None,
     names: tuple[str, str, str] = ("labels", "indices", "mask"),
 ) -> None:
-    """Raises `InputError` unless the columns of a batch have the right kinds and one entry per embedding (n, dim).
+    """Raises InputError unless the columns of a batch have the right kinds and one entry per embedding (n, dim).
 
-    `names` are those that the caller knows labels, indices and mask by.
+    `dim` None takes any number of columns, and `names` are those that the caller knows labels, indices and mask by.
     """
-    if embeddings.ndim != 2 or embeddings.shape[1] != dim or not embeddings.is_floating_point():
-        raise InputError(
-            f"embeddings must be a float tensor of shape (n, {dim}), got {embeddings.dtype} {tuple(embeddings.shape)}"
-        )
-    for name, column in zip(names, (labels, indices, mask), strict=True):
-        if column is None:
-            continue
-        if not isinstance(column, Tensor):
-            raise InputError(f"{name} must be a tensor of shape ({len(embeddings)},), got {type(column).__name__}")
-        if name == names[2] and column.dtype != torch.bool:
-            raise InputError(f"{name} must be bool, got {column.dtype}; convert with .bool()")
-        if name != names[2] and (column.is_floating_point() or column.is_complex() or column.dtype == torch.bool):
-            raise InputError(f"{name} must be integers, got {column.dtype}; convert with .long()")
-        if column.shape != embeddings.shape[:1]:
-            raise InputError(
-                f"{name} must have one entry per embedding, shape ({len(embeddings)},), got {tuple(column.shape)}"
-            )
+    check_embeddings("embeddings", embeddings, dim)
+    check_integers(names[0], labels, len(embeddings))
+    if indices is not None:
+        check_integers(names[1], indices, len(embeddings))
+    if mask is not None:
+        check_flags(names[2], mask, len(embeddings))

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_count
+from lightning_dml.errors import InputError, one_line
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Embedder(nn.Module):
@@ -28,7 +31,8 @@ class Embedder(nn.Module):
         model_args: further arguments of `timm.create_model`, such as `drop_path_rate` or `img_size`.
 
     Raises:
-        InputError: for a name that timm does not know (the nearest ones are named), or a `dim` that is not positive.
+        InputError: for a name that timm does not know (the nearest ones are named), a `dim` that is no positive
+            integer, or settings that timm cannot build.
 
     Examples:
         >>> embedder = Embedder("test_resnet", dim=16).eval()
@@ -39,6 +43,7 @@ class Embedder(nn.Module):
     def __init__(
         self,
         model_name: str = "resnet50",
+        *,
         dim: int | None = 128,
         pretrained: bool = False,
         pooling: str | None = None,
@@ -48,8 +53,8 @@ class Embedder(nn.Module):
     ) -> None:
         super().__init__()
         _check_model_name(model_name)
-        if dim is not None and dim < 1:
-            raise InputError(f"dim must be a positive number of columns, or None for no projection, got {dim}")
+        if dim is not None:
+            check_count("dim", dim, hint="None leaves the projection out")
         settings = dict(model_args or {}, num_classes=0, in_chans=in_chans)
         if pooling is not None:
             settings["global_pool"] = pooling
@@ -59,7 +64,7 @@ class Embedder(nn.Module):
         except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"timm could not build model_name {model_name!r} with pooling={pooling!r}, pretrained={pretrained} and "
-                f"model_args={model_args}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+                f"model_args={model_args}: {one_line(error)}"
             ) from error
         self.projection = nn.Identity() if dim is None else nn.Linear(features, dim)
         self.dim = features if dim is None else dim
@@ -90,7 +95,7 @@ class Embedder(nn.Module):
         return self
 
     def _batch_norms(self) -> list[nn.Module]:
-        return [layer for layer in self.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        return [layer for layer in self.modules() if isinstance(layer, _BATCH_NORMS)]
 
 
 def _check_model_name(name: str) -> None:
@@ -105,7 +110,7 @@ def _check_model_name(name: str) -> None:
 
 
 def _feature_count(backbone: nn.Module, in_chans: int) -> int:
-    """Columns that the pooled backbone returns: asked of the model itself, since timm's attributes differ by family."""
+    """Columns of the pooled backbone's output, from the model itself, since timm's attributes differ by family."""
     config: dict[str, Any] = getattr(backbone, "pretrained_cfg", {})
     _, height, width = config.get("input_size", (in_chans, 224, 224))
     if size := getattr(getattr(backbone, "patch_embed", None), "img_size", None):

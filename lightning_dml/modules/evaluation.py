@@ -1,25 +1,27 @@
-"""What evaluation adds to a module: a metric for each data set, and ranks of which some may have no batches."""
+"""Evaluation of a module: a metric for each data set, and ranks of which some may have no batches."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_dml import distributed
 from lightning_dml.errors import InputError, NothingToEvaluate
 from lightning_dml.retrieval import RetrievalMetrics, RetrievalResult
 
-# What a batch calls the arguments of `RetrievalMetrics.update`; it must have the first two.
+# The arguments of `RetrievalMetrics.update` by the names that they have in a batch, which must have the first two.
 _REQUIRED = {"label": "labels", "index": "indices"}
 _COLUMNS = {**_REQUIRED, "is_query": "is_query", "is_gallery": "is_gallery", "group": "groups"}
 
 
 class SetMetrics:
-    """One evaluator for each of the data sets that a stage evaluates, all of them made after one.
+    """One evaluator for each of the data sets of a stage, all of them copies of one.
 
     Args:
         stage: `val` or `test`, which the keys begin with.
@@ -94,20 +96,20 @@ class SetMetrics:
     def _compute_one(self, number: int, prefix: str, sanity_check: bool) -> dict[str, float]:
         evaluator = self[number]
         if sanity_check:
-            evaluator.index, evaluator.index_parameters = None, ""
+            evaluator.options = replace(evaluator.options, index=None, index_parameters="")
         # Without its set in it, a warning of the second set would often be the same as that of the first, and Python
         # shows equal ones once.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             values = evaluator.compute()
-        for each in caught:
-            if not (sanity_check and issubclass(each.category, UserWarning)):
-                warnings.warn(f"{prefix}: {each.message}", each.category, stacklevel=4)
+        for warning in caught:
+            if not (sanity_check and issubclass(warning.category, UserWarning)):
+                warnings.warn(f"{prefix}: {warning.message}", warning.category, stacklevel=4)
         return values
 
 
 def evaluation_columns(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `RetrievalMetrics.update` takes of a batch besides the embeddings, by the names of its arguments.
+    """Arguments of `RetrievalMetrics.update` from a batch, all but the embeddings, by name.
 
     Args:
         batch: see `SetMetrics.update`.
@@ -125,12 +127,43 @@ def evaluation_columns(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def empty_copy(evaluator: RetrievalMetrics) -> RetrievalMetrics:
-    """A copy without rows, which may be computed on a rank that adds none."""
+    """A copy of an evaluator without rows, which may be computed on a rank that adds none."""
     copied = copy.deepcopy(evaluator)
     copied.reset()
     # torchmetrics warns of a compute() before the first update().
     copied.update(torch.empty(0, 1), torch.empty(0, dtype=torch.int64))
     return copied
+
+
+class EvaluatedRows(NamedTuple):
+    """The rows of an evaluation: embeddings with their identity and their roles."""
+
+    embeddings: Tensor
+    """(N, D) float."""
+    labels: Tensor
+    """(N,) int64."""
+    indices: Tensor
+    """(N,) int64, the sample indices; a padded sampler repeats some."""
+    is_query: Tensor
+    """(N,) bool."""
+    is_gallery: Tensor
+    """(N,) bool."""
+
+
+def gathered_rows(evaluator: RetrievalMetrics) -> EvaluatedRows:
+    """The rows that an evaluator has on all ranks, on the CPU; a collective. A rank may have none."""
+    device = distributed.collective_device()
+    own = evaluator.embeddings[0].shape[1] if evaluator.embeddings else 0
+    dimensions = max(columns for (columns,) in distributed.gather_numbers([own], device))
+    flags, whole = torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+    columns = (
+        [torch.zeros(0, dimensions), *evaluator.embeddings],
+        [whole, *evaluator.labels],
+        [whole, *evaluator.indices],
+        [flags, *evaluator.is_query],
+        [flags, *evaluator.is_gallery],
+    )
+    return EvaluatedRows(*(distributed.gather_rows(torch.cat(column).to(device)).cpu() for column in columns))
 
 
 def named_loaders(loaders: Any) -> dict[str, Any]:

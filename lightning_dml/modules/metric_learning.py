@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from pytorch_lightning.core.mixins import hparams_mixin
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_dml import distributed
+from lightning_dml.checks import check_choice, check_counts, check_number
 from lightning_dml.errors import InputError
-from lightning_dml.labels import UNLABELLED
-from lightning_dml.lightning_repairs import evaluate_on_every_rank
-from lightning_dml.losses import PairWeightingLoss
+from lightning_dml.lightning_repairs import evaluate_on_every_rank, made_from_a_config
+from lightning_dml.losses.calling import Rows, call_loss
 from lightning_dml.memory import MemoryBank
 from lightning_dml.modules.evaluation import SetMetrics, named_loaders
 from lightning_dml.retrieval import RetrievalMetrics
@@ -64,7 +62,7 @@ class MetricLearningModule(LightningModule):
         memory_bank: the `MemoryBank` in use, or None.
 
     Raises:
-        InputError: for weights that are negative or both 0, a `loss_lr` that is not positive, an unknown
+        InputError: for weights that are negative, not finite or both 0, a `loss_lr` that is not positive, an unknown
             `lr_interval`, both of `ks` and `metrics`, `ks` that are no list of integers of at least 1, or `metrics`
             that are no `RetrievalMetrics`.
     """
@@ -75,6 +73,7 @@ class MetricLearningModule(LightningModule):
         self,
         embedder: nn.Module,
         loss: nn.Module,
+        *,
         memory_loss: nn.Module | None = None,
         batch_weight: float = 1.0,
         memory_weight: float = 1.0,
@@ -90,22 +89,20 @@ class MetricLearningModule(LightningModule):
         # load_from_checkpoint needs no arguments. Built in Python, the parts are objects that no checkpoint should
         # pickle: give them again when loading.
         objects = ["embedder", "loss", "memory_loss", "optimizer", "lr_scheduler", "metrics"]
-        self.save_hyperparameters(ignore=[] if hparams_mixin._given_hyperparameters.get() else objects)
+        self.save_hyperparameters(ignore=[] if made_from_a_config() else objects)
         for name, weight in (("batch_weight", batch_weight), ("memory_weight", memory_weight)):
-            if weight < 0:
-                raise InputError(f"{name} must not be negative, got {weight}; 0 leaves that part out")
+            check_number(name, weight, least=0, hint="0 leaves that part out")
         if batch_weight == 0 and memory_weight == 0:
             raise InputError("batch_weight and memory_weight are both 0, so nothing would be trained; raise one")
-        if lr_interval not in ("epoch", "step"):
-            raise InputError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
-        if loss_lr is not None and loss_lr <= 0:
-            raise InputError(f"loss_lr must be positive, or None for the embedder's rate, got {loss_lr}")
-        if ks is not None and (isinstance(ks, str) or not isinstance(ks, Sequence)):
-            raise InputError(f"ks must be a list of integers of at least 1, such as [1, 2, 4], got {ks!r}")
+        check_choice("lr_interval", lr_interval, ("epoch", "step"))
+        if loss_lr is not None:
+            check_number("loss_lr", loss_lr, above=0, hint="None takes the embedder's rate")
+        if ks is not None:
+            check_counts("ks", ks, hint="give a list, such as [1, 2, 4]")
         if metrics is not None and not isinstance(metrics, RetrievalMetrics):
-            given = f"the class {metrics.__name__}" if isinstance(metrics, type) else f"a {type(metrics).__name__}"
+            value = f"the class {metrics.__name__}" if isinstance(metrics, type) else f"a {type(metrics).__name__}"
             raise InputError(
-                f"metrics must be a RetrievalMetrics, got {given}: give metrics=RetrievalMetrics(ks=(1, 5), ...), or "
+                f"metrics must be a RetrievalMetrics, got {value}: give metrics=RetrievalMetrics(ks=(1, 5), ...), or "
                 "None for the default"
             )
         if ks is not None and metrics is not None:
@@ -138,28 +135,29 @@ class MetricLearningModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of a batch; also returns what `MemoryBankCallback` reads, detached."""
-        embeddings, labels, indices = self(batch["image"]), batch["label"], batch["index"]
+        rows = embeddings, labels, indices = Rows(self(batch["image"]), batch["label"], batch["index"])
         total = embeddings.new_zeros(())
         if self.batch_weight:
-            in_batch = _call_loss(self.loss, embeddings, labels, indices, None)
+            in_batch = call_loss(self.loss, rows)
             self._log_train("train/batch_loss", in_batch, len(labels))
             total = total + self.batch_weight * in_batch
         bank = self.memory_bank
-        if bank is not None and bank.total and self.memory_weight * bank.weight:
+        if bank is not None and bank.store.count and self.memory_weight * bank.weight:
             loss = self.loss if self.memory_loss is None else self.memory_loss
-            against_bank = _call_loss(loss, embeddings, labels, indices, bank)
+            contents = Rows(bank.embeddings, bank.labels, bank.indices)
+            against_bank = call_loss(loss, rows, contents, sharded=bank.share[1] > 1)
             self._log_train("train/memory_loss", against_bank, len(labels))
             total = total + self.memory_weight * bank.weight * against_bank
         if not total.requires_grad:  # batch_weight 0 while the bank is still empty
             total = total + 0 * embeddings.sum()
         for part in (self.loss, self.memory_loss):
             # DDP waits for a gradient of every parameter, also of a loss that is not in use yet.
-            total = total + sum(0 * each.sum() for each in ([] if part is None else part.parameters()))
+            total = total + sum(0 * parameter.sum() for parameter in ([] if part is None else part.parameters()))
         self._log_train("train/loss", total, len(labels), prog_bar=True)
         return {"loss": total, "embeddings": embeddings.detach(), "labels": labels, "indices": indices}
 
     def on_validation_epoch_start(self) -> None:
-        """Begins anew, also after an evaluation that did not end."""
+        """Forgets the rows of an earlier evaluation, also of one that did not end."""
         self.val_metrics.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -171,7 +169,7 @@ class MetricLearningModule(LightningModule):
         self._log_metrics(self.val_metrics, self.trainer.val_dataloaders)
 
     def on_test_epoch_start(self) -> None:
-        """Begins anew, also after an evaluation that did not end."""
+        """Forgets the rows of an earlier evaluation, also of one that did not end."""
         self.test_metrics.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -210,15 +208,14 @@ class MetricLearningModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """What trains, the losses' own parameters in a group of their own where they have another rate."""
+        """Groups of the parameters that train, those of the losses apart where they have another rate."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.loss_lr is None:
             return [{"params": trained}]
-        of_losses = {
-            id(each) for part in (self.loss, self.memory_loss) if part is not None for each in part.parameters()
-        }
-        with_own_rate = [each for each in trained if id(each) in of_losses]
-        others = [each for each in trained if id(each) not in of_losses]
+        losses = [loss for loss in (self.loss, self.memory_loss) if loss is not None]
+        of_losses = {id(parameter) for loss in losses for parameter in loss.parameters()}
+        with_own_rate = [parameter for parameter in trained if id(parameter) in of_losses]
+        others = [parameter for parameter in trained if id(parameter) not in of_losses]
         groups: list[dict[str, Any]] = [{"params": others}, {"params": with_own_rate, "lr": self.loss_lr}]
         return [group for group in groups if group["params"]]
 
@@ -232,42 +229,3 @@ class MetricLearningModule(LightningModule):
         for name, value in values.items():
             # The ranks agree already; the maximum of equal values is that value, which a mean of three need not be.
             self.log(name, value, prog_bar=name in in_bar, sync_dist=True, reduce_fx="max")
-
-
-def _call_loss(loss: nn.Module, embeddings: Tensor, labels: Tensor, indices: Tensor, bank: MemoryBank | None) -> Tensor:
-    references: dict[str, Tensor] = {}
-    if bank is not None:
-        references = {"ref_emb": bank.embeddings, "ref_labels": bank.labels}
-    if isinstance(loss, PairWeightingLoss):
-        if bank is not None:
-            references["ref_indices"] = bank.indices
-        value: Tensor = loss(
-            embeddings, labels, indices=indices, ref_sharded=bank is not None and bank.share[1] > 1, **references
-        )
-        return value
-    if bank is not None and bank.share[1] > 1:
-        raise InputError(
-            f"{type(loss).__name__} knows nothing of ranks and cannot work against a sharded memory bank: set "
-            "MemoryBankCallback(sharded=False), or take a loss of lightning_dml"
-        )
-    if bank is not None:  # our losses compute in a fitting precision, others in that of what they are given
-        references["ref_emb"] = bank.embeddings.to(embeddings.dtype)
-    if distributed.is_distributed() and any(isinstance(m, PairWeightingLoss) and m.gather for m in loss.modules()):
-        raise InputError(
-            f"{type(loss).__name__} contains a loss of lightning_dml, which gathers the batches itself, inside one "
-            "that is given the gathered batch: make the inner loss with gather=False"
-        )
-    # A loss that knows nothing of ranks: every rank computes it on the whole batch. The backward pass of the gather
-    # sums the ranks' equal gradients and DDP takes the mean, which leaves the gradient of one process.
-    counts = distributed.row_counts(len(embeddings), embeddings.device)
-    if bank is not None:
-        # Our losses know empty slots, and by its index a sample's own copies; to others they would be pairs.
-        own = distributed.gather_rows(indices, counts)
-        kept = (bank.labels != UNLABELLED) & ~((bank.indices >= 0) & torch.isin(bank.indices, own))
-        references = {name: rows[kept] for name, rows in references.items()}
-        if not len(references["ref_labels"]):  # on every rank; not all of these losses can do without rows
-            return 0 * embeddings.sum()
-    value = loss(
-        distributed.gather_rows_with_grad(embeddings, counts), distributed.gather_rows(labels, counts), **references
-    )
-    return value

@@ -1,4 +1,4 @@
-"""Encoding training samples between two steps of a training that must not notice it."""
+"""Training samples encoded between two steps of a training that must not notice it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_dml import distributed
+from lightning_dml.checks import check_count
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
+from lightning_dml.lightning_repairs import batch_on_device, without_forward_hooks
+from lightning_dml.memory.momentum import uncompiled
 from lightning_dml.seeds import mixed_seed
 
 
@@ -64,15 +67,15 @@ def encode_samples(
         for number, batch in load_batches(trainer, pl_module, positions, plan, seed):
             embeddings.append(encode_images(trainer, encode, batch["image"], seed, number))
             labels = batch["label"].long()
-            if (wanted := batch.get("enqueue")) is not None:
-                labels = torch.where(wanted, labels, UNLABELLED)
+            if (mask := batch.get("enqueue")) is not None:
+                labels = torch.where(mask, labels, UNLABELLED)
             identities.append(torch.stack((labels, batch["index"].long()), dim=1))
     identity = plan.gather(identities)
     return plan.gather(embeddings), identity[:, 0], identity[:, 1]
 
 
 class BatchPlan:
-    """Which rows make which batch, and which batches are this rank's: number k goes to rank k modulo the ranks.
+    """A division of rows into batches, and of batches among ranks: batch k goes to rank k modulo the ranks.
 
     All ranks have equally many batches, as an encoder may hold collectives (synchronised batch norm): a rank that would
     have one less takes the last batch as well, and what it makes of it is left out.
@@ -97,8 +100,7 @@ class BatchPlan:
     def __init__(self, rows: int, batch_size: int) -> None:
         if rows < 1:
             raise InputError("positions is empty: there is nothing to encode; leave the call out")
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        check_count("batch_size", batch_size)
         count, self._ranks = -(-rows // batch_size), distributed.world_size()
         bounds = [-(-rows * number // count) for number in range(count + 1)]
         self.batches = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
@@ -106,13 +108,13 @@ class BatchPlan:
         self.mine = [min(turn * self._ranks + distributed.rank(), count - 1) for turn in range(rounds)]
 
     def gather(self, parts: Sequence[Tensor]) -> Tensor:
-        """Rows of all ranks in the order of their places, from what this rank has of each of its batches."""
+        """Rows of all ranks in the order of their places; `parts` are those of each of this rank's batches."""
         numbers = range(len(self.batches))
         by_rank = [[number for number in numbers if number % self._ranks == rank] for rank in range(self._ranks)]
-        counts = [sum(len(self.batches[number]) for number in each) for each in by_rank]
-        kept = torch.cat(list(parts))[: counts[distributed.rank()]]
-        order = [place for each in by_rank for number in each for place in self.batches[number]]
-        return distributed.gather_rows(kept, counts)[torch.tensor(order, device=kept.device).argsort()]
+        counts = [sum(len(self.batches[number]) for number in own) for own in by_rank]
+        rows = torch.cat(list(parts))[: counts[distributed.rank()]]
+        order = [place for own in by_rank for number in own for place in self.batches[number]]
+        return distributed.gather_rows(rows, counts)[torch.tensor(order, device=rows.device).argsort()]
 
 
 def load_batches(
@@ -125,8 +127,7 @@ def load_batches(
     Raises:
         InputError: as `encode_samples` does.
     """
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
+    check_count("seed", seed, least=0)
     loader = training_loader(trainer)
     places = [int(position) for position in positions]
     size = len(loader.dataset)  # type: ignore[arg-type]
@@ -148,14 +149,12 @@ def load_batches(
     )
     for number, batch in zip(plan.mine, own, strict=True):
         _seed_for(pl_module.device, seed, number, 1)
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        batch = batch_on_device(trainer, pl_module, batch)
         if not (isinstance(batch, Mapping) and {"image", "label", "index"} <= set(batch)):
-            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            content = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise InputError(
                 "training samples are encoded from batches that are a dict with 'image', 'label' and 'index', "
-                f"got {found}; return such a dict from the dataset"
+                f"got {content}; return such a dict from the dataset"
             )
         yield number, dict(batch)
 
@@ -171,39 +170,48 @@ def encode_images(trainer: Trainer, encoder: nn.Module, images: Tensor, seed: in
     with trainer.precision_plugin.forward_context():
         embeddings = encoder(images)
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or len(embeddings) != len(images):
-        found = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise InputError(
             f"encoder must map images to embeddings of shape ({len(images)}, D), {type(encoder).__name__} gave "
-            f"{found}; name the attribute of the module that does"
+            f"{shape}; name the attribute of the module that does"
         )
     return embeddings.detach()
 
 
 @contextlib.contextmanager
 def undisturbed(encoder: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """Gives the uncompiled encoder to use; puts back what that changes, random states included."""
-    inner = getattr(encoder, "_orig_mod", encoder)
-    assert isinstance(inner, nn.Module)
-    modes = [(module, module.training) for module in inner.modules()]
+    """Gives the uncompiled encoder to use; afterwards its modes, buffers and hooks and the random states are as before.
+
+    Calls of the encoder run none of its forward hooks: a callback that catches the embeddings of the training step
+    would take these for them.
+    """
+    inner = uncompiled(encoder)
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in inner.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    # A callback that catches the embeddings of the training step would take these for them.
-    hooks, inner._forward_hooks = inner._forward_hooks, type(inner._forward_hooks)()
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with fork, torch.no_grad(), modes_restored(inner), without_forward_hooks(inner):
         try:
             yield inner
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
-            inner._forward_hooks = hooks
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer.copy_(value))
-            for module, training in modes:
-                module.training = training
+
+
+@contextlib.contextmanager
+def modes_restored(module: nn.Module) -> Iterator[None]:
+    """Puts every layer, frozen ones included, back into its own mode at the end of the block."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any]:
@@ -230,7 +238,7 @@ def training_loader(trainer: Trainer) -> DataLoader[Any]:
 
 
 class _SeededSamples(Dataset[Any]):
-    """The samples at `positions`; what each draws follows from the seed and its place alone."""
+    """The samples at `positions`; what a sample draws follows from the seed and its place alone."""
 
     def __init__(self, dataset: Dataset[Any], positions: Sequence[int], seed: int) -> None:
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""What the memory bank reads of a training's batches and of its data set."""
+"""Reading the batches, the step outputs and the training set of a training, with errors that say what is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.losses.inspection.observed import Rows
+from lightning_dml.losses.calling import Rows
 
 BATCH = {"image", "label", "index"}
 
@@ -22,17 +22,17 @@ def identity_of(batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         InputError: for a batch that is no dict with `image`, `label` and `index`.
     """
     if not (isinstance(batch, Mapping) and set(batch) >= BATCH):
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        content = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise InputError(
             "keys that enter the memory bank before the loss are made from a batch that is a dict with 'image', "
-            f"'label' and 'index', got {found}; return such a dict from the dataset, or set momentum=None and "
+            f"'label' and 'index', got {content}; return such a dict from the dataset, or set momentum=None and "
             "enqueue='after'"
         )
     return batch["label"], batch["index"], mask_of(batch)
 
 
 def outputs_of(outputs: Any, purpose: str, embeddings: str = "embeddings") -> tuple[Tensor, Tensor, Tensor]:
-    """What a training step returned under the names `embeddings` (N, D), `labels` (N,) and `indices` (N,).
+    """The outputs `embeddings` (N, D), `labels` (N,) and `indices` (N,) of a training step.
 
     Args:
         outputs: of `training_step`.
@@ -83,8 +83,26 @@ def training_samples(trainer: Trainer, setting: object) -> int:
         ) from error
 
 
-def check_slots(trainer: Trainer, slots: int) -> None:
-    """Raises `InputError` if a bank of `slots` lacks one for a training sample, as far as their number is known."""
+def bank_entries(trainer: Trainer, size: int | float, policy: str) -> int:
+    """Entries of a memory bank in this training.
+
+    Args:
+        trainer: in a fit that has started.
+        size: entries, or as a float the share of the training set.
+        policy: `queue` or `samples`; with `samples` every training sample needs a slot.
+
+    Raises:
+        InputError: for a share of a training set of unknown length, or too few slots, as far as the number of samples
+            is known.
+    """
+    if isinstance(size, float):
+        return max(1, round(size * training_samples(trainer, size)))
+    if policy == "samples":
+        _check_slots(trainer, size)
+    return size
+
+
+def _check_slots(trainer: Trainer, slots: int) -> None:
     try:
         samples = _length_of_training_set(trainer)
     except (AttributeError, TypeError):
@@ -102,7 +120,7 @@ def _length_of_training_set(trainer: Trainer) -> int:
 
 
 def batch_of(outputs: Any, automatic: bool) -> tuple[Rows | None, str]:
-    """What a training step returned, or why it cannot be used; neither for a batch that the step left out.
+    """The rows that a training step returned, or why it cannot be used; neither for a batch that the step left out.
 
     Args:
         outputs: of `training_step`, as callbacks get them.
@@ -115,7 +133,7 @@ def batch_of(outputs: Any, automatic: bool) -> tuple[Rows | None, str]:
         embeddings, labels, indices = outputs_of(outputs, "WeightCurveLogger to see the pairs")
     except InputError as error:
         return None, str(error)
-    tensors = all(isinstance(each, Tensor) for each in (embeddings, labels, indices))
+    tensors = all(isinstance(column, Tensor) for column in (embeddings, labels, indices))
     if not tensors or embeddings.ndim != 2 or not labels.shape == indices.shape == embeddings.shape[:1]:
         return None, "'embeddings', 'labels' and 'indices' of training_step must be tensors (N, D), (N,) and (N,)"
     return Rows(embeddings.detach(), labels, indices), ""

@@ -1,4 +1,4 @@
-"""Handing matplotlib figures to whatever loggers a training has."""
+"""Matplotlib figures for whatever loggers a training has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int) -> bool:
     Raises:
         Exception: what the logger raises.
     """
-    kinds = {each.__name__ for each in type(logger).__mro__}
+    kinds = {kind.__name__ for kind in type(logger).__mro__}
     if "MLFlowLogger" in kinds:
         logger.experiment.log_figure(logger.run_id, figure, f"{name}/step_{step:06d}.png")
     elif "CometLogger" in kinds:

@@ -1,24 +1,24 @@
-"""The pairs that a training step is about, and the weights that its loss gives them, the same on every rank."""
+"""The pairs of a training step and the weights that its loss gives them, the same on every rank."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dml import distributed
 from lightning_dml.errors import InputError
 from lightning_dml.labels import UNLABELLED
 from lightning_dml.losses import ObservedWeights, PairWeightingLoss, observed_weights
-from lightning_dml.losses.inspection.observed import ObservedSide, Rows
+from lightning_dml.losses.calling import Rows, references_for
+from lightning_dml.losses.inspection.observed import ObservedSide
 from lightning_dml.memory import MemoryBank
 from lightning_dml.memory.contents import BankContents
-from lightning_dml.report import DrawnCurve
 from lightning_dml.seeds import mixed_seed
 
 SIDES = ("positive", "negative")
@@ -30,9 +30,9 @@ FIGURES = tuple(
 )
 
 
-def gathered(rows: Rows, counts: list[int]) -> Rows:
+def gather_batch(rows: Rows, counts: list[int]) -> Rows:
     """The rows of all ranks in rank order; a collective."""
-    return Rows(*(distributed.gather_rows(each, counts) for each in rows))
+    return Rows(*(distributed.gather_rows(column, counts) for column in rows))
 
 
 def drawn_from(bank: MemoryBank, limit: int, seed: int, step: int, device: torch.device) -> Rows:
@@ -46,7 +46,25 @@ def drawn_from(bank: MemoryBank, limit: int, seed: int, step: int, device: torch
         generator = torch.Generator().manual_seed(mixed_seed(seed, step))
         slots = slots[torch.randperm(len(slots), generator=generator)[:limit].sort().values]
     columns = contents.embeddings_of(slots), contents.labels[slots], contents.indices[slots]
-    return Rows(*(each.to(device) for each in columns))
+    return Rows(*(column.to(device) for column in columns))
+
+
+def observed_figures(
+    loss: nn.Module, batch: Rows, references: Rows | None, counts: Sequence[int], factor: float
+) -> tuple[dict[str, float], ObservedWeights | None]:
+    """The figures of all pairs on every rank, and the weights that they are made of on rank zero, which alone computes.
+
+    A collective; `factor` is that of the loss in the training, the other arguments are those of `observe`.
+    """
+    observed: ObservedWeights | None = None
+
+    def look(_: Callable[[], None]) -> Tensor:
+        nonlocal observed
+        observed = observe(loss, batch, references, counts)
+        return torch.tensor(list(figures_of(observed, factor).values()), dtype=torch.float64)
+
+    values = distributed.on_first_rank(look).tolist()
+    return dict(zip(FIGURES, values, strict=True)), observed
 
 
 def observe(loss: nn.Module, batch: Rows, references: Rows | None, counts: Sequence[int]) -> ObservedWeights | None:
@@ -67,21 +85,20 @@ def observe(loss: nn.Module, batch: Rows, references: Rows | None, counts: Seque
     Raises:
         InputError: for a loss without weights of pairs.
     """
-    ours = isinstance(loss, PairWeightingLoss)
-    if not ours and references is not None:
-        references = _as_others_get_them(batch, references)
+    if references is not None:
+        references = references_for(loss, references, batch.indices)
     if not len(batch.labels) or (references is not None and not len(references.labels)):
         return None
     loss = copy.deepcopy(loss)
     apart = isinstance(loss, PairWeightingLoss) and not loss.gather and len(counts) > 1
     bounds = list(itertools.accumulate(counts))[:-1]
-    parts = [Rows(*each) for each in zip(*(column.tensor_split(bounds) for column in batch), strict=True)]
+    parts = [Rows(*columns) for columns in zip(*(column.tensor_split(bounds) for column in batch), strict=True)]
     seen = [_observed(loss, part, references) for part in (parts if apart else [batch]) if len(part.labels)]
     return _merged(seen, len(counts)) if apart else seen[0]
 
 
 def figures_of(observed: ObservedWeights | None, factor: float) -> dict[str, float]:
-    """The figures by the names of `FIGURES`; NaN for what there are no pairs for.
+    """The figures by the names of `FIGURES`; NaN where a side has no pairs.
 
     Args:
         observed: all pairs.
@@ -100,17 +117,6 @@ def figures_of(observed: ObservedWeights | None, factor: float) -> dict[str, flo
     return figures
 
 
-def exact_curve(loss: nn.Module) -> DrawnCurve | None:
-    """The loss's weight curve, where the points of a batch, times its anchors, must lie on it."""
-    if not isinstance(loss, PairWeightingLoss) or loss.reduction != "anchors" or not loss.weighting.separable:
-        return None
-    if loss.miner is not None and not loss.miner.separable:
-        return None
-    device = next((each.device for each in loss.parameters()), torch.device("cpu"))
-    curve = DrawnCurve.of(copy.deepcopy(loss), torch.linspace(-1, 1, 401, dtype=torch.float64, device=device))
-    return DrawnCurve(*(each.cpu() for each in curve))
-
-
 def loss_of(pl_module: nn.Module, attribute: str) -> nn.Module:
     """The loss in an attribute of the module.
 
@@ -119,9 +125,9 @@ def loss_of(pl_module: nn.Module, attribute: str) -> nn.Module:
     """
     loss = getattr(pl_module, attribute, None)
     if not isinstance(loss, nn.Module):
-        found = "no such attribute" if not hasattr(pl_module, attribute) else f"a {type(loss).__name__} there"
+        content = "no such attribute" if not hasattr(pl_module, attribute) else f"a {type(loss).__name__} there"
         raise InputError(
-            f"WeightCurveLogger asks the loss for the weights of pairs, but {type(pl_module).__name__} has {found}: "
+            f"WeightCurveLogger asks the loss for the weights of pairs, but {type(pl_module).__name__} has {content}: "
             f"set loss (now {attribute!r}) to the attribute that holds the loss as an nn.Module, or take the callback "
             "out"
         )
@@ -129,15 +135,9 @@ def loss_of(pl_module: nn.Module, attribute: str) -> nn.Module:
 
 
 def factor_of(pl_module: nn.Module, attribute: str) -> float:
-    """A factor that the module gives a loss, 1 where it has no such number."""
+    """The factor that the module gives a loss, 1 where it has no such number."""
     value = getattr(pl_module, attribute, 1.0)
     return float(value) if isinstance(value, int | float) else 1.0
-
-
-def _as_others_get_them(batch: Rows, references: Rows) -> Rows:
-    """Without the samples of the batch, which a loss that knows no indices would take for positives."""
-    own = (references.indices >= 0) & torch.isin(references.indices, batch.indices)
-    return Rows(*(column[~own] for column in references))
 
 
 def _observed(loss: nn.Module, batch: Rows, references: Rows | None) -> ObservedWeights:
@@ -154,19 +154,19 @@ def _observed(loss: nn.Module, batch: Rows, references: Rows | None) -> Observed
     )
 
 
-def _merged(seen: Sequence[ObservedWeights], ranks: int) -> ObservedWeights:
+def _merged(parts: Sequence[ObservedWeights], ranks: int) -> ObservedWeights:
     def side(sides: Sequence[ObservedSide]) -> ObservedSide:
         return ObservedSide(
-            torch.cat([each.similarity for each in sides]),
-            torch.cat([each.weight for each in sides]) / ranks,
-            sum(each.force for each in sides) / ranks,
-            sum(each.pairs for each in sides),
-            torch.stack([each.counts for each in sides]).sum(dim=0),
+            torch.cat([part.similarity for part in sides]),
+            torch.cat([part.weight for part in sides]) / ranks,
+            sum(part.force for part in sides) / ranks,
+            sum(part.pairs for part in sides),
+            torch.stack([part.counts for part in sides]).sum(dim=0),
         )
 
     return ObservedWeights(
-        side([each.positives for each in seen]),
-        side([each.negatives for each in seen]),
-        seen[0].edges,
-        sum(each.anchors for each in seen),
+        side([part.positives for part in parts]),
+        side([part.negatives for part in parts]),
+        parts[0].edges,
+        sum(part.anchors for part in parts),
     )

@@ -52,7 +52,11 @@ def training_figure(history: History, *, prefix: str = "pairs/") -> Figure:
         >>> [panel.get_ylabel() for panel in figure.axes]
         ['cosine similarity S', 'total force, sum of weights']
     """
-    parts = [part for part in PARTS if any(name.startswith(f"{prefix}{part}/") for each in history for name in each)]
+    parts = [
+        part
+        for part in PARTS
+        if any(name.startswith(f"{prefix}{part}/") for measurement in history for name in measurement)
+    ]
     if not parts:
         raise InputError(
             f"history has no figures named {prefix}batch/... or {prefix}memory/..., so there is nothing to draw; a "
@@ -81,7 +85,7 @@ def training_figure(history: History, *, prefix: str = "pairs/") -> Figure:
 
 
 def save_training(figure: Figure, history: History, path_stem: str | Path) -> list[Path]:
-    """Writes a figure as PNG and SVG, and the history as CSV, each aside and then renamed.
+    """Writes a figure as PNG and SVG, and the history as CSV, each written whole or not at all.
 
     The table has a row for each measurement and a column for each name, empty where a measurement has none.
 
@@ -98,8 +102,9 @@ def save_training(figure: Figure, history: History, path_stem: str | Path) -> li
 
 def _points(history: History, *names: str) -> tuple[list[float], ...]:
     """Steps and values of the measurements that have all of the names."""
-    found = [[each["step"], *(each[name] for name in names)] for each in history if all(name in each for name in names)]
-    return tuple(map(list, zip(*found, strict=True))) if found else tuple([] for _ in range(1 + len(names)))
+    complete = [measurement for measurement in history if all(name in measurement for name in names)]
+    rows = [[measurement["step"], *(measurement[name] for name in names)] for measurement in complete]
+    return tuple(map(list, zip(*rows, strict=True))) if rows else tuple([] for _ in range(1 + len(names)))
 
 
 def _similarities(panel: Axes, history: History, name: str, side: str) -> None:
@@ -149,15 +154,15 @@ def _finite(line: Line2D) -> list[float]:
 
 
 def _legend(figure: Figure, columns: int) -> None:
-    found: dict[str, Any] = {}
+    by_label: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
-        found.update(zip(labels, handles, strict=True))
+        by_label.update(zip(labels, handles, strict=True))
     # Lines above their bands.
-    labels = sorted(found, key=lambda label: ("5 %" in label, label.startswith("negative")))
+    labels = sorted(by_label, key=lambda label: ("5 %" in label, label.startswith("negative")))
     labels = [label for side in LOOKS for label in labels if label.startswith(side)]
     figure.legend(
-        [found[label] for label in labels],
+        [by_label[label] for label in labels],
         labels,
         loc="outside upper center",
         ncols=columns,
@@ -167,7 +172,7 @@ def _legend(figure: Figure, columns: int) -> None:
 
 
 def _write_table(path: Path, history: History) -> None:
-    names = list(dict.fromkeys(name for each in history for name in each))
+    names = list(dict.fromkeys(name for measurement in history for name in measurement))
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, names)
         table.writeheader()

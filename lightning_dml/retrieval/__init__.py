@@ -5,10 +5,11 @@ from lightning_dml.retrieval.clustering import adjusted_mutual_information, norm
 from lightning_dml.retrieval.functional import map_at_r, ndcg_at_k, precision_at_k, r_precision, recall_at_k
 from lightning_dml.retrieval.index.approximate import ApproximateIndex
 from lightning_dml.retrieval.knn import knn
-from lightning_dml.retrieval.metrics import RetrievalMetrics, RetrievalResult
+from lightning_dml.retrieval.metrics import RetrievalMetrics
 from lightning_dml.retrieval.ranks import average_precision, reciprocal_rank
 from lightning_dml.retrieval.reranking.expansion import DatabaseAugmentation, QueryExpansion
 from lightning_dml.retrieval.reranking.k_reciprocal import KReciprocal, k_reciprocal_nearest
+from lightning_dml.retrieval.results import RetrievalResult
 from lightning_dml.retrieval.ties import Ties, tie_runs
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""From values per query to numbers: class means, averages over queries or classes, and how sure those are.
+"""Class means of the values of queries, averages over queries or classes, and intervals of those averages.
 
 Sums here run in one thread and in an order that the data alone gives, so every rank comes to the same bits.
 """
@@ -15,12 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_dml.checks import check_integers, is_integer
+from lightning_dml.checks import check_choice, check_count, check_integers, check_number
 from lightning_dml.errors import InputError
 
 AverageName = Literal["micro", "macro"]
 
-# Resampled classes that are held at a time, over the draws of a block (one draw at least): four arrays of 8 MiB.
+# Resampled classes in memory at a time, over the draws of a block (one draw at least): four arrays of 8 MiB.
 _BLOCK_ENTRIES = 2**20
 
 
@@ -68,13 +68,13 @@ class PerClass:
 
         Args:
             class_names: what to call class i, such as a data module's `class_names`; the labels by default.
-            limit: how many classes to show, all by default; a last line says how many are left out.
+            limit: how many classes to show, all by default; a last line tells how many are left out.
 
         Raises:
             InputError: `limit` is negative or no integer, or `class_names` has none for a label.
         """
-        if limit is not None and not is_integer(limit, 0):
-            raise InputError(f"limit must be an integer of at least 0, or None for all classes, got {limit!r}")
+        if limit is not None:
+            check_count("limit", limit, 0, hint="None shows all classes")
         worst = self.values[:, 0].argsort(stable=True)[:limit].tolist()
         rows = [["class", "queries", *self.names]]
         for row in worst:
@@ -103,7 +103,7 @@ def class_means(values: Tensor, labels: Tensor, names: Sequence[str]) -> PerClas
         InputError: shapes or dtypes do not fit each other.
     """
     _check_values(values)
-    check_integers("labels", labels, len(values))
+    check_integers("labels", labels, len(values), "values")
     if len(names) != values.shape[1]:
         raise InputError(f"names must name the {values.shape[1]} columns of values, got {len(names)}: {tuple(names)}")
     classes, numbers = torch.unique(labels.long(), return_inverse=True)
@@ -205,17 +205,14 @@ def bootstrap_interval(
 
 def check_average(average: str) -> None:
     """Raises InputError unless `average` is one that there is."""
-    if average not in get_args(AverageName):
-        raise InputError(f"average must be one of {', '.join(get_args(AverageName))}, got {average!r}")
+    check_choice("average", average, get_args(AverageName))
 
 
 def check_bootstrap(confidence: float, draws: int, seed: int) -> None:
     """Raises InputError unless an interval can be made with these; see `bootstrap_interval`."""
-    if not isinstance(confidence, float) or not 0 < confidence < 1:
-        raise InputError(f"confidence must be a share between 0 and 1, such as 0.95, got {confidence!r}")
-    for name, value, least in (("draws", draws, 1), ("seed", seed, 0)):
-        if not is_integer(value, least):
-            raise InputError(f"{name} of the bootstrap must be an integer of at least {least}, got {value!r}")
+    check_number("confidence", confidence, "a share, such as 0.95", above=0, below=1)
+    check_count("draws of the bootstrap", draws)
+    check_count("seed of the bootstrap", seed, 0)
 
 
 def _resampled_averages(
@@ -230,9 +227,9 @@ def _resampled_averages(
     block = max(1, _BLOCK_ENTRIES // classes)
     for start in range(0, draws, block):
         rows = min(block, draws - start)
-        taken = generator.integers(0, classes, size=(rows, classes))
-        taken += classes * np.arange(rows)[:, None]
-        counts = np.bincount(taken.ravel(), minlength=rows * classes).reshape(rows, classes)
+        choices = generator.integers(0, classes, size=(rows, classes))
+        choices += classes * np.arange(rows)[:, None]
+        counts = np.bincount(choices.ravel(), minlength=rows * classes).reshape(rows, classes)
         totals = counts @ weights
         times = counts.astype(np.float64)
         for place, column in enumerate(columns):

@@ -1,4 +1,4 @@
-"""Clusters of embeddings and how well they agree with the labels: seeded k-means, and exact NMI and AMI.
+"""Clusters of embeddings and their agreement with the labels: seeded k-means, and exact NMI and AMI.
 
 Both scores treat every value as a class or a cluster, negative ones too: the caller leaves distractors out.
 """
@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dml.checks import check_embeddings, check_finite, check_integers, is_integer
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_count, check_embeddings, check_finite, check_integers, check_not_empty
+from lightning_dml.retrieval.search import check_on_cpu
 
-# Terms of the expected mutual information that are held at a time: 2 MiB of float64 for each intermediate.
+# Terms of the expected mutual information in memory at a time: 2 MiB of float64 for each intermediate.
 _BLOCK_ENTRIES = 2**18
 
 # Table entries whose probability is surely below exp(-80), about 2e-35, are left out: far below float64's rounding.
@@ -40,10 +40,11 @@ def kmeans_labels(
     centroids; global random states have no part in it. As in all k-means from random rows, the end may be a local
     optimum.
 
-    What faiss gets are the distinct rows, sorted, weighted by how often each occurs, scaled and centred: so the
-    answer does not depend on the order of the rows, and equal rows always share a cluster. A collapsed model has
-    one cluster, where rounding would otherwise deal its rows out. With as many clusters as distinct rows, or more,
-    each distinct row is a cluster and the rest are empty.
+    What faiss gets are the distinct rows, sorted by value, weighted by how often each occurs, scaled and centred: so
+    the answer does not depend on the order of the rows, and equal rows always share a cluster. Last digits that another
+    processor rounds otherwise leave the first centroids where they are, but may lead to another optimum where a row is
+    as near to two centroids. A collapsed model has one cluster, where rounding would otherwise deal its rows out. With
+    as many clusters as distinct rows, or more, each distinct row is a cluster and the rest are empty.
 
     Under DDP let rank 0 call this and let `after_iteration` join a small collective that the other ranks run
     `iterations` times; none of them then has to wait longer than an iteration.
@@ -69,9 +70,9 @@ def kmeans_labels(
         (True, True, False)
     """
     rows = _check_rows(embeddings)
-    _check_number("clusters", clusters, 1, len(rows), "the number of rows; ask for fewer, or embed more items")
-    _check_number("seed", seed, 0, 2**63 - 1, "the largest that torch takes")
-    _check_number("iterations", iterations, 1, 2**31 - 1, "the largest that faiss takes; 20 is usual")
+    check_count("clusters", clusters, 1, len(rows), "the number of rows is the most: embed more items for more")
+    check_count("seed", seed, 0, 2**63 - 1, "torch takes no larger one")
+    check_count("iterations", iterations, 1, 2**31 - 1, "faiss takes no more; 20 is usual")
     points, point_of_row, weights = _distinct_rows(rows)
     if after_iteration is None:
         after_iteration = _nothing
@@ -125,7 +126,7 @@ def normalized_mutual_information(labels: Tensor, clusters: Tensor) -> float:
 
 
 def adjusted_mutual_information(labels: Tensor, clusters: Tensor) -> float:
-    """AMI: how far mutual information is above chance, over how far it could be: 0 is what random clusters have.
+    """AMI: mutual information above chance, over the most that it could be above it; random clusters have 0.
 
     AMI = (I - E[I]) / ((H(U) + H(V)) / 2 - E[I]), where E[I] is the mean of I (see `normalized_mutual_information`)
     over all pairs of partitions with these sizes. It is computed exactly (to float64's rounding), in memory that
@@ -171,16 +172,15 @@ class _Contingency(NamedTuple):
     total: int
 
     def is_identity(self) -> bool:
-        """Whether the two are one partition under two sets of names."""
+        """True where the two are one partition under two sets of names."""
         return self.class_sizes.numel() == self.cluster_sizes.numel() == self.overlaps.numel()
 
 
 def _contingency(labels: Tensor, clusters: Tensor) -> _Contingency:
-    check_integers("labels", labels, labels.numel())
-    check_integers("clusters", clusters, labels.numel())
     total = labels.numel()
-    if total == 0:
-        raise InputError("labels is empty, got shape (0,); give the label and the cluster of at least one item")
+    check_integers("labels", labels, total, "clusters")
+    check_integers("clusters", clusters, total, "labels")
+    check_not_empty("labels", labels)
     _, class_of, class_sizes = torch.unique(labels.cpu().long(), return_inverse=True, return_counts=True)
     _, cluster_of, cluster_sizes = torch.unique(clusters.cpu().long(), return_inverse=True, return_counts=True)
     columns = len(cluster_sizes)
@@ -196,7 +196,7 @@ def _entropy(sizes: Tensor) -> float:
 
 
 def _expected_information(class_sizes: Tensor, cluster_sizes: Tensor, total: int) -> float:
-    """E[I] over all pairs of partitions with these sizes, each as likely: Vinh et al. (2010), hypergeometric model.
+    """Mean of I over all pairs of partitions with these sizes, all as likely: Vinh et al. (2010), hypergeometric model.
 
     An overlap n of a class of a and a cluster of b items is hypergeometric, so only the distinct pairs (a, b) matter:
     at most 2 N, since sizes that all differ sum to N. Each pair is one row of a block, n runs along it.
@@ -237,14 +237,19 @@ def _overlap_chances(n: Tensor, a: Tensor, b: Tensor, last: Tensor, total: int) 
 
 
 def _nothing() -> None:
-    """What happens after an iteration unless the caller says."""
+    """The call after each iteration where the caller gives none."""
 
 
 def _distinct_rows(rows: Tensor) -> tuple[NDArray[np.float32], Tensor, NDArray[np.float32]]:
-    """The distinct rows (M, D), scaled and centred; which of them each row is (N,); how often each occurs (M,)."""
+    """Distinct rows (M, D), scaled and centred; the number of each row's one (N,); the count of each (M,)."""
     # + 0.0 makes -0.0 the same bytes as 0.0.
     values = (rows + 0.0).numpy()
-    as_bytes = values.view(np.dtype((np.void, values.itemsize * values.shape[1]))).ravel()
+    # Sorted by value, first column first: a last digit that another processor, or another batch size, rounds the other
+    # way then leaves nearly all rows in their places, and so the first centroids. Numbers whose bytes sort like the
+    # floats have the sign bit turned, of negative ones all bits, and the highest byte first.
+    keys = values.view(np.uint32)
+    keys = (keys ^ np.where(keys >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))).astype(">u4")
+    as_bytes = keys.view(np.dtype((np.void, values.itemsize * values.shape[1]))).ravel()
     _, example, point_of_row, counts = np.unique(as_bytes, return_index=True, return_inverse=True, return_counts=True)
     points = values[example]
     # Neither moves a border between clusters. Squares then stay within float32 and keep their digits far from 0.
@@ -254,19 +259,10 @@ def _distinct_rows(rows: Tensor) -> tuple[NDArray[np.float32], Tensor, NDArray[n
 
 
 def _check_rows(embeddings: Tensor) -> Tensor:
-    """`embeddings` as contiguous float32."""
+    """The embeddings as contiguous float32, once they are known to be right."""
     check_embeddings("embeddings", embeddings)
-    if embeddings.device.type != "cpu":
-        raise InputError(
-            f"embeddings must be on the CPU, where faiss runs, got {embeddings.device}; move it with .cpu()"
-        )
-    if len(embeddings) == 0:
-        raise InputError(f"embeddings is empty, got shape {tuple(embeddings.shape)}; give at least one row")
+    check_on_cpu("embeddings", embeddings)
+    check_not_empty("embeddings", embeddings)
     rows = embeddings.float().contiguous()
     check_finite("embeddings", rows)
     return rows
-
-
-def _check_number(name: str, value: int, least: int, most: int, meaning: str) -> None:
-    if not is_integer(value, least) or value > most:
-        raise InputError(f"{name} must be an integer from {least} to {most}, {meaning}; got {value!r}")

@@ -1,4 +1,4 @@
-"""What each query scores: rankings in which ties are known, and every metric of them, for a block of queries."""
+"""Rankings of a block of queries, with their ties, and every metric of those rankings."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def rank_block(
 
 
 def _scale(queries: Items, positions: Tensor, metric: SearchName, lengths: Tensor | None) -> Tensor:
-    """What the rounding of each value is proportional to."""
+    """Scale of each value, which its rounding is proportional to."""
     if lengths is None:
         return torch.ones(1, 1, device=positions.device)
     return _scale_of_pairs(queries.lengths()[:, None], lengths[positions], metric)
@@ -159,28 +159,28 @@ def _scale_of_pairs(query_lengths: Tensor, gallery_lengths: Tensor, metric: Sear
 
 
 def _counts_from(floor: Tensor, queries: Items, gallery: Items, metric: SearchName) -> tuple[Tensor, Tensor]:
-    """How many gallery items, and how many of the query's class, are at least as similar as `floor`."""
+    """Numbers of gallery items, and of those of the query's class, that are at least as similar as `floor`."""
     sizes, positives = [], []
     everyone = torch.arange(len(queries), device=floor.device)
     for rows in torch.split(everyone, max(1, BLOCK_ENTRIES // len(gallery))):
         block = queries.take(rows)
-        found = _allowed_similarities(block, gallery, metric)
-        sizes.append(_passing(found, floor[rows, None], torch.ge).flatten())
+        table = _allowed_similarities(block, gallery, metric)
+        sizes.append(_passing(table, floor[rows, None], torch.ge).flatten())
         same, columns = matching_pairs(block.classes, gallery.classes)
         counts = torch.zeros(len(rows), dtype=torch.int64, device=floor.device)
-        positives.append(counts.index_add_(0, same, (found[same, columns] >= floor[rows[same]]).long()))
+        positives.append(counts.index_add_(0, same, (table[same, columns] >= floor[rows[same]]).long()))
     return torch.cat(sizes), torch.cat(positives)
 
 
 def _allowed_similarities(queries: Items, gallery: Items, metric: SearchName) -> Tensor:
     """All similarities (n, Ng), minus infinity where a query must not find the item."""
-    found = similarities(queries.embeddings, gallery.embeddings, metric)
+    table = similarities(queries.embeddings, gallery.embeddings, metric)
     # A sum over a row is finite unless an entry is not, or the sum itself overflows.
-    suspects = ~found.sum(dim=1).isfinite()
+    suspects = ~table.sum(dim=1).isfinite()
     if suspects.any():
-        check_products(found[suspects].isfinite().all(dim=1))
-    found[matching_pairs(queries.keys, gallery.keys)] = float("-inf")
-    return found
+        check_products(table[suspects].isfinite().all(dim=1))
+    table[matching_pairs(queries.keys, gallery.keys)] = float("-inf")
+    return table
 
 
 def list_metrics(ks: Sequence[int], include: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
@@ -189,7 +189,7 @@ def list_metrics(ks: Sequence[int], include: Sequence[str]) -> dict[str, Callabl
     at_k = {"recall": _recall, "precision": _precision, "ndcg": _ndcg}
     for name in include:
         if name in at_k:
-            functions.update({f"{name}@{each}": partial(at_k[name], k=each) for each in ks})
+            functions.update({f"{name}@{k}": partial(at_k[name], k=k) for k in ks})
         elif name == "precision@1":
             functions[name] = partial(_precision, k=1)
         elif name in ("map@r", "r_precision"):
@@ -212,7 +212,7 @@ def _ndcg(hits: Tensor, relevant: Tensor, ties: Ties | None = None, *, k: int) -
 
 
 def list_values(ranking: Ranking, relevant: Tensor, functions: Sequence[Callable[..., Tensor]]) -> Tensor:
-    """Each function of each query, (Nq, functions) float64 on the CPU."""
+    """Values of all functions for all queries, (Nq, functions) float64 on the CPU."""
     columns = [function(ranking.hits, relevant) for function in functions]
     if len(ranking.mixed):
         hits, counts = ranking.hits[ranking.mixed], relevant[ranking.mixed]
@@ -237,15 +237,15 @@ def positive_ranks(queries: Items, gallery: Items, metric: SearchName, lengths: 
     Returns:
         ranks, tied: (Nq, most positives, one at least) int64.
     """
-    found = _allowed_similarities(queries, gallery, metric)
+    table = _allowed_similarities(queries, gallery, metric)
     rows, columns = matching_pairs(queries.classes, gallery.classes)
     allowed = queries.keys[rows] != gallery.keys[columns]
     rows, columns = rows[allowed], columns[allowed]
     counts = torch.bincount(rows, minlength=len(queries))
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(dim=0) - counts)[rows]
     most = max(1, int(counts.max())) if len(counts) else 1
-    mine = found.new_full((len(queries), most), float("-inf"))
-    mine[rows, place] = found[rows, columns]
+    mine = table.new_full((len(queries), most), float("-inf"))
+    mine[rows, place] = table[rows, columns]
     tolerance = torch.zeros_like(mine)
     tolerance[rows, place] = RESOLUTION * _scale_of_pairs(queries.lengths()[rows], lengths[columns], metric)
     mine, order = mine.sort(dim=1, descending=True)
@@ -257,30 +257,30 @@ def positive_ranks(queries: Items, gallery: Items, metric: SearchName, lengths: 
     runs = tie_runs(present, present[:, 1:] & (mine[:, :-1] <= mine[:, 1:] + reach))
     upper = (mine + tolerance).gather(1, runs.start)
     lower = (mine - tolerance).gather(1, runs.start + runs.size - 1)
-    above, reached = _counts_around(found, upper, lower)
+    above, reached = _counts_around(table, upper, lower)
     return torch.where(present, above + 1, 0), torch.where(present, reached - above, 0)
 
 
-def _counts_around(found: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of each row are above each of `upper`, and how many reach each of `lower`; int64."""
+def _counts_around(table: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts of the entries of each row that are above each of `upper`, and that reach each of `lower`; int64."""
     if upper.shape[1] <= _COUNTED_POSITIVES:
-        return _passing(found, upper, torch.gt), _passing(found, lower, torch.ge)
-    ascending = found.sort(dim=1).values
-    total = found.shape[1]
+        return _passing(table, upper, torch.gt), _passing(table, lower, torch.ge)
+    ascending = table.sort(dim=1).values
+    total = table.shape[1]
     above = total - torch.searchsorted(ascending, upper.contiguous(), right=True)
     return above, total - torch.searchsorted(ascending, lower.contiguous())
 
 
-def _passing(found: Tensor, bounds: Tensor, passes: Callable[..., Tensor]) -> Tensor:
-    """How many of each row of `found` (n, m) pass each of the bounds (n, b); (n, b) int64."""
-    counts = torch.empty(bounds.shape, dtype=torch.int64, device=found.device)
+def _passing(table: Tensor, bounds: Tensor, passes: Callable[..., Tensor]) -> Tensor:
+    """Counts of the entries of each row of `table` (n, m) that pass each of the bounds (n, b); (n, b) int64."""
+    counts = torch.empty(bounds.shape, dtype=torch.int64, device=table.device)
     # Sums of bools take ten times as long as those of floats that stay in the cache; float32 counts up to 2^24.
-    rows = max(1, _COMPARED_ENTRIES // found.shape[1])
-    total = torch.float32 if found.shape[1] <= 2**24 else torch.float64
-    flags = torch.empty(min(rows, len(found)), found.shape[1], device=found.device)
-    for start in range(0, len(found), rows):
+    rows = max(1, _COMPARED_ENTRIES // table.shape[1])
+    total = torch.float32 if table.shape[1] <= 2**24 else torch.float64
+    flags = torch.empty(min(rows, len(table)), table.shape[1], device=table.device)
+    for start in range(0, len(table), rows):
         block = slice(start, start + rows)
-        part = found[block]
+        part = table[block]
         for place in range(bounds.shape[1]):
             passed = passes(part, bounds[block, place, None], out=flags[: len(part)])
             counts[block, place] = passed.sum(dim=1, dtype=total).long()

@@ -1,16 +1,49 @@
-"""Which gallery items a query must not find, or shares a label with: pairs of equal keys."""
+"""Pairs of queries and gallery items with equal keys: those that must not be found, and those that share a label."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from lightning_dml.checks import check_integers
+from lightning_dml.errors import InputError
+
+Exclusions = Sequence[tuple[Tensor, Tensor]]
+"""Pairs of query keys (Nq,) and gallery keys (Ng,), int64; equal ones that are not negative are passed over."""
 
 NOBODY = -1
 """The key of an item that is like no other; every negative key means that."""
 
 
+def key_pairs(
+    name: str, of_queries: Tensor | None, of_gallery: Tensor | None, queries: Tensor, gallery: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """The keys of both sides as int64 on the device of the rows, or nothing where there are none.
+
+    Args:
+        name: of the keys, such as "indices", which the caller's arguments query_indices and gallery_indices have.
+        of_queries: (Nq,) integers, or None.
+        of_gallery: (Ng,) integers, or None.
+        queries: the rows of the queries.
+        gallery: the rows of the gallery.
+
+    Raises:
+        InputError: one side is given and the other is not, or a shape or dtype is wrong.
+    """
+    if of_queries is None and of_gallery is None:
+        return []
+    if of_queries is None or of_gallery is None:
+        missing = f"query_{name}" if of_queries is None else f"gallery_{name}"
+        raise InputError(f"{missing} is missing; items are left out by comparing both {name}, so give both or neither")
+    check_integers(f"query_{name}", of_queries, len(queries), "queries")
+    check_integers(f"gallery_{name}", of_gallery, len(gallery), "gallery")
+    return [(of_queries.to(queries.device, torch.int64), of_gallery.to(queries.device, torch.int64))]
+
+
 def match_counts(query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
-    """How many gallery items have the key of each query; (Nq,) int64, 0 for negative keys.
+    """Number of gallery items with the key of each query; (Nq,) int64, 0 for negative keys.
 
     Args:
         query_keys: (Nq,) int64.
@@ -40,7 +73,7 @@ def matching_pairs(query_keys: Tensor, gallery_keys: Tensor) -> tuple[Tensor, Te
 
 
 def combined_keys(*columns: Tensor) -> Tensor:
-    """One key for each distinct combination of the columns' values, -1 where any of them is negative.
+    """Keys of the distinct combinations of the columns' values, one each; -1 where any of them is negative.
 
     Args:
         columns: (N,) int64 each.
@@ -54,7 +87,7 @@ def combined_keys(*columns: Tensor) -> Tensor:
 
 
 def _ranges(query_keys: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in the sorted gallery keys each query's begin, and how many they are."""
+    """First place of each query's key in the sorted gallery keys, and the number of places that have it."""
     first = torch.searchsorted(ordered, query_keys)
     counts = torch.searchsorted(ordered, query_keys, right=True) - first
     return first, counts.masked_fill(query_keys < 0, 0)

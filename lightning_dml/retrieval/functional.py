@@ -1,8 +1,8 @@
 """Retrieval metrics as functions of ranked hits; each gives one value per query, so that means and shards compose.
 
-`hits[q, i]` says whether the (i+1)-th neighbour of query q has its label; `relevant[q]` is R, how many gallery
+`hits[q, i]` is True where the (i+1)-th neighbour of query q has its label; `relevant[q]` is R, how many gallery
 items have it (the query itself not counted, in either). With `ties`, the runs of neighbours that a search could not
-tell apart, each value is the mean over all orders of theirs, instead of that of the one order that came by chance.
+tell apart, each value is the mean over all orders of theirs, instead of the value of the one order that came by chance.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.checks import check_integers
+from lightning_dml.checks import check_count, check_integers
 from lightning_dml.errors import InputError
 from lightning_dml.retrieval.ties import Ties
 
 
 def recall_at_k(hits: Tensor, k: int, ties: Ties | None = None) -> Tensor:
-    """Whether any of the first `k` neighbours is a hit: 1 or 0; with ties, how probable that is.
+    """1 where any of the first `k` neighbours is a hit, else 0; with ties, the probability of it.
 
     A run of G tied items with g hits, of which m come among the first k, holds none of the g there with probability
     C(G - g, m) / C(G, m). This is the field's Recall@K (Song et al., Deep Metric Learning via Lifted Structured Feature
@@ -45,9 +45,9 @@ def recall_at_k(hits: Tensor, k: int, ties: Ties | None = None) -> Tensor:
     start, size, positives = (column[:, k - 1] for column in ties)
     surely = _hits_before(hits, ties)[:, k - 1] > 0
     # Of the run at place k, the places from its start up to k are drawn one after the other.
-    drawn = torch.arange(k, device=hits.device)
-    left = (size[:, None] - drawn).clamp_min(1).double()
-    misses = ((left - positives[:, None]).clamp_min(0) / left).masked_fill(drawn >= (k - start)[:, None], 1.0)
+    draws = torch.arange(k, device=hits.device)
+    left = (size[:, None] - draws).clamp_min(1).double()
+    misses = ((left - positives[:, None]).clamp_min(0) / left).masked_fill(draws >= (k - start)[:, None], 1.0)
     return torch.where(surely, 1.0, 1.0 - misses.prod(dim=1))
 
 
@@ -127,9 +127,9 @@ def map_at_r(hits: Tensor, relevant: Tensor, ties: Ties | None = None) -> Tensor
     ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
     within = _first_r(hits, relevant)
     if ties is None:
-        counted = (hits & within).double()
-        precisions = counted.cumsum(dim=1) / ranks
-        return (precisions * counted).sum(dim=1) / relevant
+        within_r = (hits & within).double()
+        precisions = within_r.cumsum(dim=1) / ranks
+        return (precisions * within_r).sum(dim=1) / relevant
     # A hit at place t of its run follows, on average, (t - 1) (g - 1) / (G - 1) hits of the same run.
     share = _expected_hits(hits, ties)
     others = (ties.positives - 1).double() / (ties.size - 1).clamp_min(1)
@@ -169,7 +169,7 @@ def ndcg_at_k(hits: Tensor, relevant: Tensor, k: int, ties: Ties | None = None) 
 
 
 def _expected_hits(hits: Tensor, ties: Ties | None) -> Tensor:
-    """How probable a hit is at each place, float64; `hits` itself without ties."""
+    """Probability of a hit at each place, float64; `hits` itself without ties."""
     return hits if ties is None else ties.positives.double() / ties.size
 
 
@@ -180,14 +180,14 @@ def _hits_before(hits: Tensor, ties: Ties) -> Tensor:
 
 
 def _first_r(hits: Tensor, relevant: Tensor) -> Tensor:
-    """Which places are among the first R, bool."""
+    """True at the places among the first R, bool."""
     return torch.arange(hits.shape[1], device=hits.device) < relevant[:, None]
 
 
 def _check_relevant(hits: Tensor, relevant: Tensor, whole: bool = True) -> Tensor:
-    """`relevant` as int64; `whole` asks for a column for each of the R."""
+    """Returns `relevant` as int64; `whole` asks for a column for each of the R."""
     _check_hits(hits)
-    check_integers("relevant", relevant, len(hits))
+    check_integers("relevant", relevant, len(hits), "hits")
     relevant = relevant.long()
     if len(hits) == 0:
         return relevant
@@ -213,7 +213,4 @@ def _check_hits(hits: Tensor) -> None:
 
 
 def _check_k(hits: Tensor, k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= hits.shape[1]:
-        raise InputError(
-            f"k must be an integer from 1 to the {hits.shape[1]} columns of hits, got {k!r}; search for more neighbours"
-        )
+    check_count("k", k, 1, hits.shape[1], "hits has that many columns: search for more neighbours for a larger k")

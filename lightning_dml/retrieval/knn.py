@@ -1,4 +1,4 @@
-"""`knn`: the nearest gallery rows of each query, for anybody's tensors."""
+"""The nearest gallery rows of each query, for tensors of any origin."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lightning_dml.checks import check_embeddings, check_finite, check_integers, is_integer
+from lightning_dml.checks import check_choice, check_count, check_embeddings, check_finite, check_not_empty
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.exclusion import combined_keys, match_counts
-from lightning_dml.retrieval.search import Exclusions, SimilarityName, nearest, unit_rows
+from lightning_dml.retrieval.exclusion import Exclusions, combined_keys, key_pairs, match_counts
+from lightning_dml.retrieval.search import SimilarityName, nearest, search_metric, unit_rows
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def knn(
         ("indices", query_indices, gallery_indices),
         ("groups", query_groups, gallery_groups),
     ):
-        exclude += _key_pair(name, of_queries, of_gallery, queries, gallery)
+        exclude += key_pairs(name, of_queries, of_gallery, queries, gallery)
     available = len(gallery) - _most_excluded(exclude)
     if available < 1:
         raise InputError(
@@ -85,26 +85,12 @@ def knn(
     queries, gallery = queries.float(), gallery.float()
     if metric == "cosine":
         queries, gallery = unit_rows(queries), unit_rows(gallery)
-    found = nearest(queries, gallery, min(k, available), "l2" if metric == "l2" else "inner_product", exclude)
-    return _in_row_order(*found, descending=metric != "l2")
-
-
-def _key_pair(
-    name: str, of_queries: Tensor | None, of_gallery: Tensor | None, queries: Tensor, gallery: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """The keys as int64 on the device of the rows, or nothing where there are none."""
-    if of_queries is None and of_gallery is None:
-        return []
-    if of_queries is None or of_gallery is None:
-        missing = f"query_{name}" if of_queries is None else f"gallery_{name}"
-        raise InputError(f"{missing} is missing; items are left out by comparing both {name}, so give both or neither")
-    check_integers(f"query_{name}", of_queries, len(queries))
-    check_integers(f"gallery_{name}", of_gallery, len(gallery))
-    return [(of_queries.to(queries.device, torch.int64), of_gallery.to(queries.device, torch.int64))]
+    values, positions = nearest(queries, gallery, min(k, available), search_metric(metric), exclude)
+    return _in_row_order(values, positions, descending=metric != "l2")
 
 
 def _most_excluded(exclude: Exclusions) -> int:
-    """The most gallery rows that any query passes over."""
+    """Number of gallery rows that the query with the most of them passes over."""
     if not exclude:
         return 0
     counts = [match_counts(*keys) for keys in exclude]
@@ -116,7 +102,7 @@ def _most_excluded(exclude: Exclusions) -> int:
 
 
 def _in_row_order(values: Tensor, positions: Tensor, descending: bool) -> tuple[Tensor, Tensor]:
-    """Neighbours of equal value by ascending row."""
+    """The same neighbours, those of equal value by ascending row."""
     tied = (values[:, 1:] == values[:, :-1]).any(dim=1).nonzero().flatten()
     if len(tied):
         some, order = positions[tied].sort(dim=1)
@@ -127,19 +113,13 @@ def _in_row_order(values: Tensor, positions: Tensor, descending: bool) -> tuple[
 
 
 def _check_request(queries: Tensor, gallery: Tensor, k: int, metric: str) -> None:
-    for name, tensor in (("queries", queries), ("gallery", gallery)):
-        check_embeddings(name, tensor)
-        if len(tensor) == 0:
-            raise InputError(f"{name} is empty, got shape {tuple(tensor.shape)}; give at least one row")
-    if queries.shape[1] != gallery.shape[1]:
-        raise InputError(
-            f"gallery has {gallery.shape[1]} dimensions and queries have {queries.shape[1]}; embed both with one model"
-        )
+    check_embeddings("queries", queries)
+    check_embeddings("gallery", gallery, queries.shape[1])
+    check_not_empty("queries", queries)
+    check_not_empty("gallery", gallery)
     if queries.device != gallery.device:
         raise InputError(f"gallery is on {gallery.device} and queries are on {queries.device}; move one of them")
-    if not is_integer(k, 1):
-        raise InputError(f"k must be an integer of at least 1, got {k!r}")
-    if metric not in get_args(SimilarityName):
-        raise InputError(f"metric must be one of {', '.join(get_args(SimilarityName))}, got {metric!r}")
+    check_count("k", k)
+    check_choice("metric", metric, get_args(SimilarityName))
     check_finite("queries", queries)
     check_finite("gallery", gallery)

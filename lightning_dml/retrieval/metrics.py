@@ -1,11 +1,8 @@
-"""`RetrievalMetrics`: the torchmetrics front of this package; it holds the rows, functions hold the mathematics."""
+"""The torchmetrics front of this package: `RetrievalMetrics` collects rows, functions do the mathematics."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,50 +10,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_dml.checks import check_embeddings, check_finite, check_flags, check_integers
-from lightning_dml.distributed import collective_device, gather_numbers, on_first_rank, rank
-from lightning_dml.errors import InputError, NothingToEvaluate
-from lightning_dml.retrieval.averaging import (
-    AverageName,
-    PerClass,
-    bootstrap_interval,
-    class_means,
-    macro_average,
-    micro_average,
-)
-from lightning_dml.retrieval.clustering import (
-    adjusted_mutual_information,
-    kmeans_labels,
-    normalized_mutual_information,
-)
-from lightning_dml.retrieval.evaluation import Items
-from lightning_dml.retrieval.options import StoredName, check_options, check_search, metric_names
+from lightning_dml.errors import InputError
+from lightning_dml.labels import UNLABELLED
+from lightning_dml.retrieval.averaging import AverageName
+from lightning_dml.retrieval.options import Options, StoredName
 from lightning_dml.retrieval.reranking.step import RerankingStep
+from lightning_dml.retrieval.results import RetrievalResult, evaluate
 from lightning_dml.retrieval.rows import Rows, gather_items
-from lightning_dml.retrieval.scoring import Scores, Settings, score
 from lightning_dml.retrieval.search import SimilarityName, unit_rows
-from lightning_dml.retrieval.tasks import IgnoreName, Task, by_draws, by_roles, dense_classes, exclusion_keys
+from lightning_dml.retrieval.tasks import IgnoreName
 
-_CLUSTERING = {"nmi": normalized_mutual_information, "ami": adjusted_mutual_information}
 _STATES = ("embeddings", "labels", "indices", "is_query", "is_gallery", "groups")
-
-
-@dataclass(frozen=True, eq=False)
-class RetrievalResult:
-    """What an evaluation found.
-
-    Attributes:
-        values: what `RetrievalMetrics.compute` returns.
-        per_class: the mean of each metric over the queries of each class; None for clustering metrics alone.
-        queries: how many queries there were, over all draws; 0 for clustering metrics alone.
-        unmatched: how many of them have no match in the gallery and are left out of the means.
-        items: how many different items were evaluated.
-    """
-
-    values: dict[str, float]
-    per_class: PerClass | None
-    queries: int
-    unmatched: int
-    items: int
 
 
 class RetrievalMetrics(Metric):
@@ -95,7 +59,7 @@ class RetrievalMetrics(Metric):
         gallery_draws: above 0, the protocol of VehicleID: one random item of each class is the gallery, the others
             are queries, and the values are means over so many draws. Items with a role of their own are refused.
         seed: of draws, bootstrap, k-means and indexes.
-        dtype: in which rows are kept, "float32" or, at half the memory, "float16".
+        dtype: of the collected rows, "float32" or, at half the memory, "float16".
         reranking: steps such as `QueryExpansion()`, `DatabaseAugmentation()`, or `KReciprocal()` alone; for "cosine".
         index: a faiss factory string such as "IVF4096,Flat" or "HNSW32" for an approximate search of a very large
             gallery; `index_recall` then says which share of the exact neighbours it finds, measured on up to 1,000
@@ -103,6 +67,7 @@ class RetrievalMetrics(Metric):
         index_parameters: of its search, in faiss's words, such as "nprobe=16".
 
     Attributes:
+        options: the arguments, as `options.ks`, `options.metric` and so on.
         result: the `RetrievalResult` of the last `compute`, with values per class; None before.
 
     Raises:
@@ -145,21 +110,21 @@ class RetrievalMetrics(Metric):
         """Checks the settings; see the class for what they mean."""
         # torchmetrics must not gather: its "cat" fails if a rank saw nothing, `None` if batch counts differ.
         super().__init__(sync_on_compute=False, compute_with_cache=False)
-        check_options(ks, metric, include, average, confidence, bootstrap_draws, ignore, gallery_draws, seed, dtype)
-        check_search(metric, include, reranking, index, index_parameters)
-        self.ks = tuple(ks)
-        self.metric: SimilarityName = metric
-        self.include = tuple(dict.fromkeys(include))
-        self.average: AverageName = average
-        self.confidence = confidence
-        self.bootstrap_draws = bootstrap_draws
-        self.ignore: IgnoreName = ignore
-        self.gallery_draws = gallery_draws
-        self.seed = seed
-        self.dtype_name: StoredName = dtype
-        self.reranking = tuple(reranking)
-        self.index = index
-        self.index_parameters = index_parameters
+        self.options = Options(
+            ks,
+            metric,
+            include,
+            average,
+            confidence,
+            bootstrap_draws,
+            ignore,
+            gallery_draws,
+            seed,
+            dtype,
+            reranking,
+            index,
+            index_parameters,
+        )
         self.result: RetrievalResult | None = None
         self._rows_device = torch.device("cpu")
         for name in _STATES:
@@ -199,10 +164,10 @@ class RetrievalMetrics(Metric):
         for name, flags in (("is_query", is_query), ("is_gallery", is_gallery)):
             if flags is not None:
                 check_flags(name, flags, count)
-                if self.gallery_draws and not flags.all():
+                if self.options.gallery_draws and not flags.all():
                     raise InputError(
-                        f"{name} is not True for all rows, but gallery_draws={self.gallery_draws} draws the roles; "
-                        "leave one of them out"
+                        f"{name} is not True for all rows, but gallery_draws={self.options.gallery_draws} draws the "
+                        "roles; leave one of them out"
                     )
         if count == 0:
             return
@@ -216,17 +181,17 @@ class RetrievalMetrics(Metric):
                 f"embeddings have {embeddings.shape[1]} dimensions, earlier batches {self.embeddings[0].shape[1]}; "
                 "call reset() before another model is evaluated"
             )
-        rows = self._kept_rows(embeddings)
+        rows = self._stored_rows(embeddings)
 
         self.embeddings.append(rows)
-        self.labels.append(_kept(labels, torch.int64))
+        self.labels.append(_copied(labels, torch.int64))
         if indices is not None:
-            self.indices.append(_kept(indices, torch.int64))
+            self.indices.append(_copied(indices, torch.int64))
         if groups is not None:
-            self.groups.append(_kept(groups, torch.int64))
+            self.groups.append(_copied(groups, torch.int64))
         everything = torch.ones(count, dtype=torch.bool)
-        self.is_query.append(everything if is_query is None else _kept(is_query, torch.bool))
-        self.is_gallery.append(everything if is_gallery is None else _kept(is_gallery, torch.bool))
+        self.is_query.append(everything if is_query is None else _copied(is_query, torch.bool))
+        self.is_gallery.append(everything if is_gallery is None else _copied(is_gallery, torch.bool))
         self._rows_device = embeddings.device
 
     @torch.no_grad()
@@ -244,85 +209,12 @@ class RetrievalMetrics(Metric):
             RuntimeError: where another rank failed.
         """
         rows = gather_items(self._local_rows(), bool(self.indices), bool(self.groups))
-        classes = dense_classes(rows.labels)
-        keys = exclusion_keys(rows.labels, rows.groups, self.ignore)
-        blind = exclusion_keys(rows.labels, rows.groups if self.ignore == "group" else None, "group")
-        items = Items(rows.embeddings, classes, keys)
-        tasks = self._tasks(rows, classes)
-        means: dict[str, float] = {}
-        counts, per_class = (0, 0), None
-        names = metric_names(self.ks, self.include)
-        if names:
-            settings = self._settings(_search_device(self._rows_device))
-            scores = [score(items, blind, task, settings) for task in tasks]
-            answered = torch.cat([each.answered for each in scores])
-            counts = sum(each.queries for each in scores), len(answered)
-            self._warn(*counts, max(each.candidates for each in scores))
-            values = torch.cat([each.values for each in scores])
-            per_class = class_means(values, rows.labels[answered], names)
-            means = self._means(values, per_class) | self._index_recall(scores)
-        means |= self._clustering(rows.embeddings, classes)
-        order = [name for each in self.include for name in (metric_names(self.ks, [each]) or [each])]
-        values_by_name = {name: means[name] for name in order} | self._intervals(per_class) | means
-        self.result = RetrievalResult(values_by_name, per_class, counts[0], counts[0] - counts[1], len(rows))
-        return dict(values_by_name)
+        self.result = evaluate(rows, self.options, self._rows_device)
+        return dict(self.result.values)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a batch has no retrieval value of its own."""
         raise NotImplementedError("RetrievalMetrics has no value per batch; call update(), and compute() at the end")
-
-    def _tasks(self, rows: Rows, classes: Tensor) -> Iterable[Task]:
-        if self.gallery_draws:
-            return by_draws(classes, self.gallery_draws, self.seed)
-        for name, flags in (("is_query", rows.is_query), ("is_gallery", rows.is_gallery)):
-            if not flags.any():
-                raise NothingToEvaluate(
-                    f"{name} is False for all {len(rows)} items, so there is "
-                    f"{'nothing to search for' if name == 'is_query' else 'no gallery'}; evaluate queries and gallery "
-                    "together, or leave the roles out for self-retrieval"
-                )
-        return [by_roles(rows.is_query, rows.is_gallery)]
-
-    def _settings(self, device: torch.device) -> Settings:
-        return Settings(
-            self.ks,
-            "l2" if self.metric == "l2" else "inner_product",  # rows are of unit length where it is "cosine"
-            self.include,
-            self.reranking,
-            self.index,
-            self.index_parameters,
-            self.seed,
-            device,
-        )
-
-    def _means(self, values: Tensor, per_class: PerClass) -> dict[str, float]:
-        averages = macro_average(per_class) if self.average == "macro" else micro_average(values)
-        return dict(zip(per_class.names, averages.tolist(), strict=True))
-
-    def _index_recall(self, scores: Sequence[Scores]) -> dict[str, float]:
-        measured = [each.index_recall for each in scores if each.index_recall is not None]
-        if self.index is None:
-            return {}
-        return {"index_recall": math.fsum(measured) / len(measured) if measured else math.nan}
-
-    def _intervals(self, per_class: PerClass | None) -> dict[str, float]:
-        if self.confidence is None or per_class is None:
-            return {}
-        ends = bootstrap_interval(per_class, self.average, self.confidence, self.bootstrap_draws, self.seed)
-        columns = zip(per_class.names, *(end.tolist() for end in ends), strict=True)
-        return {key: end for name, low, high in columns for key, end in ((f"{name}/low", low), (f"{name}/high", high))}
-
-    def _clustering(self, embeddings: Tensor, classes: Tensor) -> dict[str, float]:
-        """NMI and AMI where they are asked for; distractors are left out."""
-        wanted = {name: function for name, function in _CLUSTERING.items() if name in self.include}
-        labelled = classes >= 0
-        if not wanted or not labelled.any():
-            return dict.fromkeys(wanted, math.nan)
-        classes, clusters = classes[labelled], int(classes.max()) + 1
-        rows = embeddings if len(classes) == len(embeddings) else embeddings[labelled]
-        # One rank's answer for all: k-means on several machines need not agree to the last bit.
-        found = on_first_rank(lambda beat: kmeans_labels(rows.float(), clusters, self.seed, after_iteration=beat))
-        return {name: function(classes, found) for name, function in wanted.items()}
 
     def _local_rows(self) -> Rows:
         labels = torch.cat(self.labels) if self.labels else torch.empty(0, dtype=torch.int64)
@@ -330,16 +222,16 @@ class RetrievalMetrics(Metric):
         return Rows(
             self._joined_embeddings(),
             labels,
-            torch.cat(self.indices) if self.indices else torch.full_like(labels, -1),
+            torch.cat(self.indices) if self.indices else torch.full_like(labels, UNLABELLED),
             torch.cat(self.is_query) if self.is_query else none,
             torch.cat(self.is_gallery) if self.is_gallery else none,
-            torch.cat(self.groups) if self.groups else torch.full_like(labels, -1),
+            torch.cat(self.groups) if self.groups else torch.full_like(labels, UNLABELLED),
         )
 
     def _joined_embeddings(self) -> Tensor:
         """This rank's embeddings in one piece, which takes the place of the batches: they are not kept twice."""
         if not self.embeddings:
-            return torch.empty(0, 0, dtype=getattr(torch, self.dtype_name))
+            return torch.empty(0, 0, dtype=getattr(torch, self.options.dtype))
         if len(self.embeddings) > 1:
             whole = self.embeddings[0].new_empty((sum(map(len, self.embeddings)), self.embeddings[0].shape[1]))
             end = len(whole)
@@ -350,48 +242,21 @@ class RetrievalMetrics(Metric):
             self.embeddings.append(whole)
         return self.embeddings[0]
 
-    def _kept_rows(self, embeddings: Tensor) -> Tensor:
-        """A copy on the CPU as it is stored, of unit length for "cosine"."""
+    def _stored_rows(self, embeddings: Tensor) -> Tensor:
+        """A copy of the embeddings on the CPU as they are stored, of unit length for "cosine"."""
         rows = embeddings.detach().float()
         check_finite("embeddings", rows)
-        rows = unit_rows(rows) if self.metric == "cosine" else rows
-        kept = rows.to("cpu", getattr(torch, self.dtype_name), copy=self.metric != "cosine")
-        if self.dtype_name == "float16" and self.metric != "cosine":
-            check_finite("embeddings in float16", kept)
-        return kept
-
-    def _warn(self, queries: int, answered: int, candidates: int) -> None:
-        if rank() != 0:
-            return
-        if answered < queries or queries == 0:
-            outcome = "they are left out of the means" if answered else "so every value is NaN"
-            warnings.warn(
-                f"{queries - answered} of {queries} queries have no match in the gallery; {outcome}", stacklevel=5
-            )
-        beyond = [k for k in self.ks if k > candidates]
-        if beyond and answered and {"recall", "precision", "ndcg"} & set(self.include):
-            warnings.warn(
-                f"ks: {beyond} are more than the {candidates} gallery items of a query; Recall@K counts all of those",
-                stacklevel=5,
-            )
+        unit = self.options.metric == "cosine"
+        stored = (unit_rows(rows) if unit else rows).to("cpu", getattr(torch, self.options.dtype), copy=not unit)
+        if self.options.dtype == "float16" and not unit:
+            check_finite("embeddings in float16", stored)
+        return stored
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> torch.nn.Module:
         # .to(), .cuda() or .half() on a LightningModule come here too: rows stay on the CPU as they are stored.
         return super()._apply(fn, exclude_state=[*self._defaults, *exclude_state])
 
 
-def _kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy on the CPU, so that a caller's buffer may be used again."""
     return tensor.detach().to("cpu", dtype, copy=True)
-
-
-def _search_device(wanted: torch.device) -> torch.device:
-    """Where all ranks search: on their GPUs if any rank's rows came from one, else on the CPU.
-
-    A rank without rows does not know where they come from, and a metric that was filled on a GPU may have been
-    unpickled where there is none. Other accelerators lack float64.
-    """
-    flags = gather_numbers([wanted.type == "cuda", torch.cuda.is_available()], collective_device())
-    if any(was for was, _ in flags) and all(has for _, has in flags):
-        return wanted if wanted.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

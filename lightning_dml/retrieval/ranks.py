@@ -85,12 +85,12 @@ def _expected_reciprocal(rank: int, items: int, hits: int) -> float:
     # The first positive is the t-th of the run with probability C(G - t, g - 1) / C(G, g).
     place = torch.arange(items - hits + 1, dtype=torch.float64)
     passed = torch.cat([torch.ones(1, dtype=torch.float64), (items - hits - place[:-1]) / (items - place[:-1])])
-    found = passed.cumprod(dim=0) * hits / (items - place)
-    return float((found / (rank + place)).sum())
+    chances = passed.cumprod(dim=0) * hits / (items - place)
+    return float((chances / (rank + place)).sum())
 
 
 def _check_ranks(ranks: Tensor, tied: Tensor | None) -> tuple[Tensor, Ties]:
-    """How many items share each rank, ones where that is not given, and the runs of positives with equal ranks."""
+    """Numbers of items that share each rank, ones where not given, and the runs of positives with equal ranks."""
     if ranks.ndim != 2 or ranks.dtype != torch.int64:
         raise InputError(
             f"ranks must be an int64 matrix (queries, positives), got {ranks.dtype} of shape {tuple(ranks.shape)}"

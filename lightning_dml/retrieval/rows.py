@@ -48,16 +48,16 @@ def gather_items(local: Rows, with_indices: bool, with_groups: bool) -> Rows:
 
     Args:
         local: this rank's rows, possibly none.
-        with_indices: whether `local.indices` is the caller's; otherwise rows get running numbers over all ranks.
-        with_groups: whether `local.groups` is the caller's.
+        with_indices: True where `local.indices` is the caller's; otherwise rows get running numbers over all ranks.
+        with_groups: True where `local.groups` is the caller's.
 
     Raises:
         InputError: on all ranks alike, when none has any rows, when dimensions or the use of indices or groups differ,
             or when one index came with different labels, roles or groups.
     """
     device = collective_device()
-    # What the ranks must agree on comes first: the rows can only be gathered, and errors only be raised by all
-    # ranks together, once each knows what the others hold.
+    # The header comes first, as the ranks must agree on it: rows can only be gathered, and errors only be raised by
+    # all ranks together, once each knows what the others have.
     header = [len(local), local.embeddings.shape[1], int(with_indices), int(with_groups)]
     table = gather_numbers(header, device)
     dim, numbered = _agreement([line for line in table if line[0]])
@@ -67,17 +67,17 @@ def gather_items(local: Rows, with_indices: bool, with_groups: bool) -> Rows:
     features = gather_rows(torch.stack(columns, dim=1).to(device), counts).cpu()
     if not numbered:
         features[:, 1] = torch.arange(len(features))
-    kept = _first_of_each(features)
-    embeddings = _gather_embeddings(local.embeddings, dim, counts, kept)
-    labels, indices, is_query, is_gallery, groups = features[kept].unbind(dim=1)
+    first = _first_of_each(features)
+    embeddings = _gather_embeddings(local.embeddings, dim, counts, first)
+    labels, indices, is_query, is_gallery, groups = features[first].unbind(dim=1)
     return Rows(embeddings, labels, indices, is_query.bool(), is_gallery.bool(), groups)
 
 
-def _agreement(seen: list[list[int]]) -> tuple[int, bool]:
-    """Dimension and whether indices were given, from the headers of the ranks that have rows."""
-    if not seen:
+def _agreement(headers: list[list[int]]) -> tuple[int, bool]:
+    """Dimension of the rows, and True where they have indices, from the headers of the ranks that have rows."""
+    if not headers:
         raise InputError("embeddings: RetrievalMetrics has seen none on any rank; call update() before compute()")
-    dims, numbered, grouped = (sorted({line[column] for line in seen}) for column in (1, 2, 3))
+    dims, numbered, grouped = (sorted({line[column] for line in headers}) for column in (1, 2, 3))
     if len(dims) > 1:
         raise InputError(f"embeddings have {dims} dimensions on different ranks; embed all rows with one model")
     for name, flags in (("indices", numbered), ("groups", grouped)):
@@ -106,14 +106,14 @@ def _first_of_each(features: Tensor) -> Tensor:
     return order[~repeated]
 
 
-def _gather_embeddings(local: Tensor, dim: int, counts: list[int], kept: Tensor) -> Tensor:
-    """The rows `kept` of all ranks' embeddings, each put straight where it belongs so that there is one copy."""
+def _gather_embeddings(local: Tensor, dim: int, counts: list[int], chosen: Tensor) -> Tensor:
+    """Embeddings of the rows `chosen` of all ranks, each put straight into its place so that there is one copy."""
     if not is_distributed():
-        in_order = len(kept) == len(local) and torch.equal(kept, torch.arange(len(kept)))
-        return local if in_order else local[kept]
+        in_order = len(chosen) == len(local) and torch.equal(chosen, torch.arange(len(chosen)))
+        return local if in_order else local[chosen]
     destination = torch.full((sum(counts),), -1)
-    destination[kept] = torch.arange(len(kept))
-    gathered = local.new_empty((len(kept), dim))
+    destination[chosen] = torch.arange(len(chosen))
+    gathered = local.new_empty((len(chosen), dim))
     local = local if len(local) else local.new_empty((0, dim))
     device = collective_device()
     starts = torch.tensor([0, *counts]).cumsum(dim=0)[:-1]

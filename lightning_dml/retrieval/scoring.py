@@ -1,4 +1,4 @@
-"""A task's values: each query's metrics, computed by all ranks together, each for its share of the queries."""
+"""The metrics of each query of a task, computed by all ranks together, each for its share of the queries."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from lightning_dml.retrieval.evaluation import (
     positive_ranks,
     rank_block,
 )
-from lightning_dml.retrieval.exclusion import match_counts
+from lightning_dml.retrieval.exclusion import Exclusions, match_counts
 from lightning_dml.retrieval.index.approximate import ApproximateIndex
-from lightning_dml.retrieval.options import metric_names
+from lightning_dml.retrieval.options import Options
 from lightning_dml.retrieval.reranking.expansion import DatabaseAugmentation, QueryExpansion
 from lightning_dml.retrieval.reranking.k_reciprocal import KReciprocal
-from lightning_dml.retrieval.reranking.step import RerankingStep
-from lightning_dml.retrieval.search import BLOCK_ENTRIES, Exclusions, SearchName, nearest
+from lightning_dml.retrieval.search import BLOCK_ENTRIES, nearest, search_metric
 from lightning_dml.retrieval.tasks import Task
 
-# Neighbours that are held at a time (a few hundred MiB with all that is derived from them), however large R is.
+# Neighbours in memory at a time (a few hundred MiB with all that is derived from them), however large R is.
 _BLOCK_NEIGHBOURS = 2**22
 # Multiplications after which the ranks meet: seconds on a GPU, half a minute on two cores.
 _BLOCK_PRODUCTS = 2**41
@@ -39,26 +38,12 @@ _INDEX_SAMPLE = 1000
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a task is scored; see `RetrievalMetrics` for the fields."""
-
-    ks: tuple[int, ...]
-    metric: SearchName
-    include: tuple[str, ...]
-    reranking: tuple[RerankingStep, ...]
-    index: str | None
-    index_parameters: str
-    seed: int
-    device: torch.device
-
-
-@dataclass(frozen=True)
 class Scores:
     """The values of a task.
 
     Attributes:
         answered: (n,) int64 rows of the items, the queries that have a match in the gallery.
-        values: (n, metrics) float64 in the order of `metric_names`.
+        values: (n, metrics) float64 in the order of `Options.names`.
         queries: how many queries there were.
         candidates: the most gallery items that any of them may find.
         index_recall: measured share of the exact neighbours that an approximate index finds, or None.
@@ -71,22 +56,23 @@ class Scores:
     index_recall: float | None
 
 
-def score(items: Items, blind_keys: Tensor, task: Task, settings: Settings) -> Scores:
+def score(items: Items, blind_keys: Tensor, task: Task, options: Options, device: torch.device) -> Scores:
     """Scores a task; every rank must call it, and gets the same.
 
     Args:
         items: all of them, on the CPU.
         blind_keys: (N,) int64, keys as those of the items for steps that must not know of labels, such as expansion.
         task: which are searched by which.
-        settings: how.
+        options: which metrics, and how they are computed.
+        device: where to search.
     """
-    names = metric_names(settings.ks, settings.include)
+    names = options.names
     relevant = count_relevant(items, task.queries, task.gallery)
     answered, relevant = task.queries[relevant > 0], relevant[relevant > 0]
     if not len(answered):
         return Scores(answered, torch.empty(0, len(names), dtype=torch.float64), len(task.queries), 0, None)
     unseen = int(match_counts(items.keys[answered], items.keys[task.gallery]).min())
-    job = _Job(items, blind_keys, answered, task, relevant, settings)
+    job = _Job(items, blind_keys, answered, task, relevant, options, device)
     columns = dict(zip(job.names, job.values().unbind(dim=1), strict=True))
     values = torch.stack([columns[name] for name in names], dim=1)
     return Scores(answered, values, len(task.queries), len(task.gallery) - unseen, job.index_recall)
@@ -96,27 +82,32 @@ class _Job:
     """The queries of a task that have an answer, their gallery, and the search that finds their neighbours."""
 
     def __init__(
-        self, items: Items, blind_keys: Tensor, queries: Tensor, task: Task, relevant: Tensor, settings: Settings
+        self,
+        items: Items,
+        blind_keys: Tensor,
+        queries: Tensor,
+        task: Task,
+        relevant: Tensor,
+        options: Options,
+        device: torch.device,
     ) -> None:
         self.items, self.blind_keys, self.queries, self.relevant = items, blind_keys, queries, relevant
-        self.task, self.settings = task, settings
-        self.expansions = [step for step in settings.reranking if isinstance(step, QueryExpansion)]
-        self.gallery = self._gallery()
+        self.task, self.options, self.metric = task, options, search_metric(options.metric)
+        self.expansions = [step for step in options.reranking if isinstance(step, QueryExpansion)]
+        self.gallery = self._gallery(device)
         # Precision and recall at K ask for K places, MAP@R and R-precision for R of them.
-        by_r = {"map@r", "r_precision"} & set(settings.include)
-        by_k = {"recall", "precision", "ndcg"} & set(settings.include)
-        places = max(max(settings.ks) if by_k else 1, int(relevant.max()) if by_r else 1)
+        by_r = {"map@r", "r_precision"} & set(options.include)
+        by_k = {"recall", "precision", "ndcg"} & set(options.include)
+        places = max(max(options.ks) if by_k else 1, int(relevant.max()) if by_r else 1)
         self.k = min(places, len(task.gallery))
-        self.lists = list_metrics(settings.ks, settings.include)
-        self.ranks = {name: RANK_METRICS[name] for name in settings.include if name in RANK_METRICS}
+        self.lists = list_metrics(options.ks, options.include)
+        self.ranks = {name: RANK_METRICS[name] for name in options.include if name in RANK_METRICS}
         self.names = [*self.lists, *self.ranks]
         self.index_recall: float | None = None
-        self.exhaustive = settings.index is None and not any(
-            isinstance(step, KReciprocal) for step in settings.reranking
-        )
+        self.exhaustive = options.index is None and not any(isinstance(step, KReciprocal) for step in options.reranking)
         self.search = self._search()
         # The distances of k-reciprocal re-ranking are around 1 whatever the rows are.
-        self.lengths = self.gallery.lengths() if self.exhaustive or settings.index is not None else None
+        self.lengths = self.gallery.lengths() if self.exhaustive or options.index is not None else None
 
     def values(self) -> Tensor:
         """The metrics of each query, (n, names) float64, the same on every rank."""
@@ -134,22 +125,23 @@ class _Job:
     def _list_block(self, rows: Tensor) -> tuple[Tensor]:
         queries = self._block(rows)
         ranking = rank_block(
-            rows, queries, self.gallery, self.k, self.settings.metric, self.search, self.lengths, self.exhaustive
+            rows, queries, self.gallery, self.k, self.metric, self.search, self.lengths, self.exhaustive
         )
         relevant = self.relevant[rows].to(ranking.hits.device)
         return (list_values(ranking, relevant, list(self.lists.values())),)
 
     def _rank_block(self, rows: Tensor) -> tuple[Tensor]:
         assert self.lengths is not None  # RetrievalMetrics refuses rank metrics of any other search
-        ranks, tied = positive_ranks(self._block(rows), self.gallery, self.settings.metric, self.lengths)
+        ranks, tied = positive_ranks(self._block(rows), self.gallery, self.metric, self.lengths)
         return (torch.stack([function(ranks, tied) for function in self.ranks.values()], dim=1).cpu(),)
 
-    def _gallery(self) -> Items:
+    def _gallery(self, device: torch.device) -> Items:
         """The gallery where it is searched: indexes and re-ranking work on the CPU."""
-        settings = self.settings
-        device = torch.device("cpu") if settings.reranking or settings.index is not None else settings.device
+        options = self.options
+        if options.reranking or options.index is not None:
+            device = torch.device("cpu")
         gallery = self.items.part(self.task.gallery)
-        for step in settings.reranking:
+        for step in options.reranking:
             if isinstance(step, DatabaseAugmentation):
                 keys = self.blind_keys[self.task.gallery]
                 gallery = replace(gallery, embeddings=step.apply(gallery.embeddings, keys))
@@ -167,23 +159,21 @@ class _Job:
         return [(queries.keys, self.gallery.keys)]
 
     def _search(self) -> Search:
-        settings, gallery = self.settings, self.gallery
-        for step in settings.reranking:
+        options, metric, gallery = self.options, self.metric, self.gallery
+        for step in options.reranking:
             if isinstance(step, KReciprocal):
                 return self._k_reciprocal_search(step)
-        if settings.index is not None:
-            factory, parameters = settings.index, settings.index_parameters
-            index = together(
-                lambda: ApproximateIndex(gallery.embeddings, factory, settings.metric, parameters, settings.seed)
-            )
+        if options.index is not None:
+            factory, parameters = options.index, options.index_parameters
+            index = together(lambda: ApproximateIndex(gallery.embeddings, factory, metric, parameters, options.seed))
             self.index_recall = self._measure(index)
             return lambda rows, queries, k: index.search(queries.embeddings, k, self._exclude(queries))
         return lambda rows, queries, k: nearest(
-            queries.embeddings, gallery.embeddings, k, settings.metric, self._exclude(queries)
+            queries.embeddings, gallery.embeddings, k, metric, self._exclude(queries)
         )
 
     def _k_reciprocal_search(self, step: KReciprocal) -> Search:
-        """The search among the items that have a role; others have no say in who is whose neighbour."""
+        """The search among the items that have a role; the others do not take part in the encoding."""
         items = torch.unique(torch.cat([self.task.queries, self.task.gallery]))
         encoded = step.encode(self.items.part(items).embeddings)
         queries = torch.searchsorted(items, self.queries)
@@ -192,7 +182,7 @@ class _Job:
 
     def _measure(self, index: ApproximateIndex) -> float:
         """The recall of `index` on a random sample of the queries."""
-        chosen = np.random.default_rng(self.settings.seed).permutation(len(self.queries))[:_INDEX_SAMPLE]
+        chosen = np.random.default_rng(self.options.seed).permutation(len(self.queries))[:_INDEX_SAMPLE]
         sample = self._block(torch.from_numpy(np.sort(chosen)))
         recall = together(
             lambda: index.recall(sample.embeddings, self.k, self.gallery.embeddings, self._exclude(sample))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,24 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.exclusion import match_counts
+from lightning_dml.retrieval.exclusion import Exclusions, match_counts
 
 SimilarityName = Literal["inner_product", "cosine", "l2"]
 SearchName = Literal["inner_product", "l2"]
-Exclusions = Sequence[tuple[Tensor, Tensor]]
 
-# Similarities that are held at a time: 64 MiB of float32.
+# Similarities in memory at a time: 64 MiB of float32.
 BLOCK_ENTRIES = 2**24
 # Entries of a half-precision gallery that are converted at a time: 64 MiB of float32.
 _CONVERTED_ENTRIES = 2**24
-# Neighbours that are held at a time where some are left out: 48 MiB of values and positions, before what is derived.
+# Neighbours in memory at a time where some are left out: 48 MiB of values and positions, before what is derived.
 _BLOCK_NEIGHBOURS = 2**22
 
 
 def nearest(
     queries: Tensor, gallery: Tensor, k: int, metric: SearchName, exclude: Exclusions = ()
 ) -> tuple[Tensor, Tensor]:
-    """`knn` for input that is already checked, without clamping `k`.
+    """The nearest neighbours as `knn` finds them, for input that is already checked, without clamping `k`.
 
     Args:
         queries: (Nq, D) float32.
@@ -77,13 +76,13 @@ def search_excluding(
         # Callers choose their blocks by k; where much is excluded, that many queries would take too much memory.
         for rows in torch.split(of_width, max(1, _BLOCK_NEIGHBOURS // (k + width))):
             everything = len(rows) == len(queries)
-            found = search(queries if everything else queries[rows], k + width)
+            near = search(queries if everything else queries[rows], k + width)
             if width:
-                found = drop_excluded(*found, k, metric, [(keys[rows], others) for keys, others in exclude])
-            if everything and found[0].shape[1] == k:
-                return found
-            columns = min(k, found[0].shape[1])
-            values[rows, :columns], positions[rows, :columns] = found[0][:, :columns], found[1][:, :columns]
+                near = drop_excluded(*near, k, metric, [(keys[rows], others) for keys, others in exclude])
+            if everything and near[0].shape[1] == k:
+                return near
+            columns = min(k, near[0].shape[1])
+            values[rows, :columns], positions[rows, :columns] = near[0][:, :columns], near[1][:, :columns]
     return values, positions
 
 
@@ -97,18 +96,23 @@ def drop_excluded(
     # The i-th kept neighbour moves to column i; what is dropped goes to a spare column that is cut off.
     order = keep.cumsum(dim=1)
     column = torch.where(keep & (order <= k), order - 1, k)
-    kept_values = values.new_full((len(values), k + 1), worst_value(metric)).scatter_(1, column, values)
-    kept_positions = positions.new_full((len(values), k + 1), -1).scatter_(1, column, positions)
-    return kept_values[:, :k], kept_positions[:, :k]
+    first_values = values.new_full((len(values), k + 1), worst_value(metric)).scatter_(1, column, values)
+    first_positions = positions.new_full((len(values), k + 1), -1).scatter_(1, column, positions)
+    return first_values[:, :k], first_positions[:, :k]
+
+
+def search_metric(metric: SimilarityName) -> SearchName:
+    """The metric of the search itself: rows of unit length, which "cosine" asks for, go by inner product."""
+    return "l2" if metric == "l2" else "inner_product"
 
 
 def worst_value(metric: str) -> float:
-    """What stands in for the value of a neighbour that there is not."""
+    """The value in a place without a neighbour: the worst that there can be."""
     return float("inf") if metric == "l2" else float("-inf")
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """`rows` (N, D) float32 divided by their Euclidean norms; rows of zeros stay zeros."""
+    """Rows (N, D) float32 divided by their Euclidean norms; rows of zeros stay zeros."""
     # Scaled by the largest entry first, so that squares of very large or small entries do not leave float32.
     largest = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     return F.normalize(rows / largest, dim=1)
@@ -116,18 +120,18 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def similarities(queries: Tensor, gallery: Tensor, metric: SearchName) -> Tensor:
-    """All pairs, larger is nearer: inner products, or minus the squared distances; (Nq, Ng) float32."""
-    found = queries.new_empty(len(queries), len(gallery))
+    """Similarities of all pairs, larger is nearer: inner products or minus squared distances; (Nq, Ng) float32."""
+    table = queries.new_empty(len(queries), len(gallery))
     squares = queries.square().sum(dim=1, keepdim=True)
     rows = len(gallery) if gallery.dtype == torch.float32 else max(1, _CONVERTED_ENTRIES // gallery.shape[1])
     for start in range(0, len(gallery), max(1, rows)):
         part = gallery[start : start + rows].float()
-        columns = found[:, start : start + rows]
+        columns = table[:, start : start + rows]
         with _full_float32(queries.device.type):
             torch.mm(queries, part.T, out=columns)
         if metric == "l2":
             columns.mul_(2).sub_(squares).sub_(part.square().sum(dim=1)).clamp_max_(0)
-    return found
+    return table
 
 
 def _search(queries: Tensor, gallery: Tensor, k: int, metric: SearchName) -> tuple[Tensor, Tensor]:
@@ -143,8 +147,14 @@ def check_products(finite: Tensor) -> None:
     if not finite.all():
         raise InputError(
             f"queries: {int((~finite).sum())} rows, the first is row {int((~finite).nonzero()[0])}, have products with "
-            "the gallery that overflow float32; scale the rows down or search with metric='cosine'"
+            "the gallery that overflow float32; scale the rows down or take metric='cosine'"
         )
+
+
+def check_on_cpu(name: str, tensor: Tensor) -> None:
+    """Raises InputError unless `tensor` is on the CPU."""
+    if tensor.device.type != "cpu":
+        raise InputError(f"{name} must be on the CPU, where faiss runs, got {tensor.device}; move it with .cpu()")
 
 
 def _search_faiss(queries: Tensor, gallery: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -157,8 +167,8 @@ def _search_faiss(queries: Tensor, gallery: Tensor, k: int, metric: str) -> tupl
     merged: tuple[Tensor, Tensor] | None = None
     start = 0
     for block in torch.split(gallery, max(k, _CONVERTED_ENTRIES // gallery.shape[1])):
-        found = faiss.knn(wanted, block.float().contiguous().numpy(), min(k, len(block)), metric=kind)
-        part = torch.from_numpy(found[0]), torch.from_numpy(found[1]) + start
+        values, positions = faiss.knn(wanted, block.float().contiguous().numpy(), min(k, len(block)), metric=kind)
+        part = torch.from_numpy(values), torch.from_numpy(positions) + start
         merged = part if merged is None else _merged(merged, part, k, metric)
         start += len(block)
     assert merged is not None  # an empty gallery is refused before

@@ -1,4 +1,4 @@
-"""Which items are searched by which: roles as given or drawn, classes, and the items that a query must not find."""
+"""Queries and galleries: roles as they came or drawn, classes, and the keys of items that do not find each other."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_dml.labels import UNLABELLED
 from lightning_dml.retrieval.exclusion import NOBODY, combined_keys
-
-DISTRACTOR = -1
-"""The label of an item that matches nothing, not even another distractor."""
 
 IgnoreName = Literal["label_and_group", "group"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Queries and what they are searched in.
+    """Queries and the gallery that is searched for them.
 
     Attributes:
         queries: (Nq,) int64 rows of the items.
@@ -33,14 +31,14 @@ class Task:
 
 def dense_classes(labels: Tensor) -> Tensor:
     """Classes (N,) int64 numbered from 0 by ascending label; -1 for distractors."""
-    distractor = labels == DISTRACTOR
+    distractor = labels == UNLABELLED
     classes = torch.full_like(labels, NOBODY)
     classes[~distractor] = torch.unique(labels[~distractor], return_inverse=True)[1]
     return classes
 
 
 def exclusion_keys(labels: Tensor, groups: Tensor | None, ignore: IgnoreName) -> Tensor:
-    """A key (N,) int64 for each item; items with equal keys do not find each other.
+    """Keys (N,) int64 of the items; items with equal keys do not find each other.
 
     Every item has at least a key of its own, so that it does not find itself.
 
@@ -63,7 +61,7 @@ def by_roles(is_query: Tensor, is_gallery: Tensor) -> Task:
 
 
 def by_draws(classes: Tensor, draws: int, seed: int) -> Iterator[Task]:
-    """One random item of each class is the gallery, with all distractors, and the others are queries; `draws` times.
+    """Tasks whose gallery is one random item of each class with all distractors, and whose queries are the others.
 
     Args:
         classes: (N,) int64, -1 for distractors.

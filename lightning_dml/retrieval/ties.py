@@ -1,4 +1,4 @@
-"""Tied neighbours: which ones a search cannot tell apart, so that no metric depends on the order of the rows.
+"""Tied neighbours, which a search cannot tell apart, made known so that no metric depends on the order of the rows.
 
 Where neighbours are tied, every metric of this package is its expected value over all orders of theirs (McSherry and
 Najork, Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores, ECIR 2008).
@@ -24,7 +24,7 @@ that is rounded the other way would decide.
 
 
 class Ties(NamedTuple):
-    """For each place of a ranking, the run of tied neighbours that it belongs to.
+    """The run of tied neighbours that each place of a ranking belongs to.
 
     Attributes:
         start: (Nq, columns) int64, how many neighbours are nearer than the run.
@@ -38,7 +38,7 @@ class Ties(NamedTuple):
 
 
 def tied_with_next(values: Tensor, scale: Tensor) -> Tensor:
-    """Which neighbours cannot be told from the next one.
+    """Marks neighbours that cannot be told from the next one.
 
     Where rows of very different lengths have the very same inner product with a query, the longest of them can be told
     from the rest the least, and whether it stands next to the rest is up to the search.
@@ -74,7 +74,7 @@ def tie_runs(hits: Tensor, tied: Tensor) -> Ties:
 
 
 def with_last_run(ties: Ties, rows: Tensor, size: Tensor, positives: Tensor) -> Ties:
-    """`ties` with the true extent of runs that go on behind the last column.
+    """The same ties with the true extent of runs that go on behind the last column.
 
     Args:
         ties: of all queries.

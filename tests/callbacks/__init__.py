@@ -1,1 +1,1 @@
-"""Tests of the callbacks: what a training run sees of the memory and of the report."""
+"""Tests of the callbacks in trainings."""

@@ -60,7 +60,7 @@ def wait_for(condition: Callable[[], bool], run: Run, *processes: BaseProcess) -
     deadline = time.monotonic() + PATIENCE
     while not condition():
         ended = any(process.exitcode is not None for process in processes)
-        assert not ended and time.monotonic() < deadline, printed(run)
+        assert not ended and time.monotonic() < deadline, output_of(run)
         time.sleep(0.002)
 
 
@@ -78,12 +78,12 @@ def end(run: Run, *processes: BaseProcess) -> None:
     hung = [process for process in processes if process.exitcode is None]
     for process in hung:
         process.kill()
-    assert not hung, f"{len(hung)} processes hang:\n{printed(run)}"
-    assert all(process.exitcode == 0 for process in processes), printed(run)
+    assert not hung, f"{len(hung)} processes hang:\n{output_of(run)}"
+    assert all(process.exitcode == 0 for process in processes), output_of(run)
 
 
-def printed(run: Run) -> str:
-    """What the run's processes printed."""
+def output_of(run: Run) -> str:
+    """The output of the run's processes."""
     path = Path(run.folder) / f"{run.name}.txt"
     return path.read_text() if path.exists() else ""
 
@@ -101,7 +101,7 @@ def batches(run: Run, rank: int = 0) -> list[int]:
 
 
 def outcome(run: Run, rank: int = 0) -> dict[str, Any]:
-    """What the run ended with."""
+    """The state at the end of the run."""
     state: dict[str, Any] = torch.load(Path(run.folder) / f"{run.name}-{rank}.pt", weights_only=True)
     return state
 
@@ -114,12 +114,12 @@ def last_checkpoint(run: Run) -> Path:
 @cache
 def whole(run: Run) -> Run:
     """The uninterrupted run with these settings, made once."""
-    run = replace(run, folder=kept_folder(), name="whole", resume=None, at=(), pause=0.0)
+    run = replace(run, folder=scratch_folder(), name="whole", resume=None, at=(), pause=0.0)
     fit(run)
     return run
 
 
-def kept_folder() -> str:
+def scratch_folder() -> str:
     """A folder for what several tests compare with; it goes when the tests end."""
     return mkdtemp(dir=_scratch().name)
 
@@ -182,7 +182,7 @@ def slurm(folder: Path, ranks: int = 1, rank: int = 0, port: int = 0) -> dict[st
     }
 
 
-def requeued(folder: Path) -> list[str]:
+def requeue_calls(folder: Path) -> list[str]:
     """The lines of arguments with which `scontrol` was called."""
     path = folder / "requeued.txt"
     return path.read_text().split("\n")[:-1] if path.exists() else []

@@ -1,4 +1,4 @@
-"""The drift monitor against drift that is known in advance, slow loops, and the training without it."""
+"""The drift monitor against drift that is known in advance, and the training without it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from lightning_dml import MemoryBank, distributed
 from lightning_dml.callbacks import MemoryBankCallback
 from lightning_dml.callbacks.drift_monitor import DriftMonitor
 from lightning_dml.errors import InputError
-from lightning_dml.memory import contents as bank_contents
-from lightning_dml.memory.contents import BankContents, pair_figures
 from tests.helpers import run_ranks
+from tests.memory.contents_oracle import pairs_by_loop
 from tests.tiny import QUIET, TinyData, TinyEmbedder, bank_of, tiny_module
 
 LR = 0.125
@@ -104,7 +103,7 @@ def fit(monitor: DriftMonitor, module: Any = None, data: Any = None, steps: int 
 
 
 def pixels(data: TinyData) -> Tensor:
-    """What `Scale` gives for each training image with the factor 1, (60, 6)."""
+    """The output (60, 6) of `Scale` for each training image with the factor 1."""
     assert data.train_set is not None
     return torch.stack([data.train_set[position]["image"].flatten()[:6] for position in range(60)])
 
@@ -142,7 +141,7 @@ def test_probes_are_the_same_images_at_every_measurement() -> None:
 
 
 def test_probes_are_embedded_in_evaluation_mode() -> None:
-    """What dropout leaves of a row, or the company in batch norm, is not what the embedder will say in use."""
+    """Dropout and the company in batch norm change a row from what the embedder will say in use."""
     embedder, data = nn.Sequential(Scale(), nn.Dropout(0.5)), TinyData()
     monitor = DriftMonitor(every_n_steps=2, probes=60, entries=0)
     fit(monitor, Scripted(size=0, embedder=embedder), data)
@@ -209,79 +208,8 @@ def test_company_in_batch_norm_is_in_the_floor() -> None:
     assert monitor.history[-1]["drift/floor"] > 0.01
 
 
-def a_bank() -> MemoryBank:
-    """Twelve slots made in steps 0 to 11, of which some cannot be encoded anew."""
-    bank = MemoryBank(14, 3)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(12):
-        label, index = (-1 if step == 4 else step % 3), (-1 if step == 7 else step)
-        row = nn.functional.normalize(torch.randn(1, 3, generator=generator), dim=1)
-        bank.enqueue(row, torch.tensor([label]), torch.tensor([index]), None if step == 9 else step)
-    return bank
-
-
-def test_entries_are_drawn_from_all_ages() -> None:
-    """A draw over all would miss the oldest, the stalest; an unusable slot would be encoded as another sample."""
-    contents = BankContents(a_bank())
-    whole = contents.draw(100, torch.Generator().manual_seed(0))
-    assert [sorted(quarter.tolist(), reverse=True) for quarter in whole] == [[11, 10, 8], [6, 5], [3, 2], [1, 0]]
-    drawn = [contents.draw(6, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2, 3)]
-    for quarters in drawn:
-        assert [len(quarter) for quarter in quarters] == [2, 2, 1, 1]
-        for quarter, source in zip(quarters, whole, strict=True):
-            assert set(quarter.tolist()) <= set(source.tolist())
-            assert len(set(quarter.tolist())) == len(quarter)
-    assert torch.equal(torch.cat(drawn[0]), torch.cat(drawn[1]))
-    assert len({tuple(torch.cat(quarters).tolist()) for quarters in drawn}) > 1
-
-
-def pairs_by_loop(
-    bank: dict[str, Any], embeddings: Tensor, labels: Tensor, indices: Tensor, hard_above: float
-) -> tuple[float, float]:
-    """Shares of hard negatives and of rows with a positive, one pair at a time."""
-    hard = negatives = with_positive = labelled = 0
-    for row, label, index in zip(embeddings, labels.tolist(), indices.tolist(), strict=True):
-        found = False
-        if label == -1:
-            continue
-        labelled += 1
-        for key, its_label, its_index in zip(
-            bank["embeddings"], bank["labels"].tolist(), bank["indices"].tolist(), strict=True
-        ):
-            if its_label == -1 or (index == its_index and index >= 0):
-                continue
-            if label == its_label:
-                found = True
-            else:
-                negatives += 1
-                hard += float(row @ key) > hard_above
-        with_positive += found
-    return hard / negatives, with_positive / labelled
-
-
-@pytest.mark.parametrize("columns", [1, 5, 8192])
-def test_pairs_are_those_of_a_double_loop(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty slots, own samples and block borders are where such a count goes wrong."""
-    monkeypatch.setattr(bank_contents, "COLUMNS", columns)
-    bank = a_bank()
-    embeddings = nn.functional.normalize(torch.randn(6, 3), dim=1)
-    labels, indices = torch.tensor([0, 1, -1, 2, 5, 7]), torch.tensor([0, 40, 3, -1, 5, 41])
-    found = pair_figures(bank, embeddings, labels, indices, 0.2)
-    expected = pairs_by_loop(bank.state_dict(), embeddings, labels, indices, 0.2)
-    assert 0 < expected[0] < 1 and 0 < expected[1] < 1
-    assert (found["hard_negatives"], found["positives"]) == pytest.approx(expected)
-
-
-def test_a_batch_alone_in_the_bank_is_no_positive_of_itself() -> None:
-    """Each row's own copy has the same label and the highest similarity of all."""
-    bank = MemoryBank(4, 2)
-    bank.enqueue(torch.eye(2), torch.tensor([0, 1]), torch.tensor([5, 6]))
-    found = pair_figures(bank, torch.eye(2), torch.tensor([0, 1]), torch.tensor([5, 6]), 0.5)
-    assert found == {"hard_negatives": 0.0, "positives": 0.0}
-
-
 def test_figures_of_the_batch_are_logged() -> None:
-    """What is logged is what `history` keeps, and it is about the batch of that very step."""
+    """The log and `history` have the same figures, of the batch of that very step."""
     monitor = DriftMonitor(every_n_steps=3, probes=4, entries=8, hard_above=1.5)
     witness = fit(monitor)
     for figures in monitor.history:
@@ -381,12 +309,12 @@ def test_a_stale_bank_is_reported_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(monitor, data=data)
-    told = [str(each.message) for each in caught if "memory bank is stale" in str(each.message)]
-    assert len(told) == 1
-    figures = next(each for each in monitor.history if each["drift/bank"] > 0.05)
-    assert f"at step {figures['step']}" in told[0] and f"{figures['drift/bank']:.2f}" in told[0]
+    messages = [str(warning.message) for warning in caught if "memory bank is stale" in str(warning.message)]
+    assert len(messages) == 1
+    figures = next(measured for measured in monitor.history if measured["drift/bank"] > 0.05)
+    assert f"at step {figures['step']}" in messages[0] and f"{figures['drift/bank']:.2f}" in messages[0]
     for way_out in ("momentum keys", "start_step", "learning rate", "smaller bank", "lower weight"):
-        assert way_out in told[0]
+        assert way_out in messages[0]
 
 
 def test_augmentation_alone_is_not_called_stale() -> None:

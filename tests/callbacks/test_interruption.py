@@ -23,11 +23,11 @@ from tests.callbacks.interrupted_runs import (
     command,
     end,
     free_port,
-    kept_folder,
     last_checkpoint,
     outcome,
-    printed,
-    requeued,
+    output_of,
+    requeue_calls,
+    scratch_folder,
     send,
     slurm,
     start,
@@ -77,7 +77,7 @@ def test_a_requeued_job_picks_up_its_checkpoint(tmp_path: Path) -> None:
     wait_for(lambda: len(batches(run)) >= 8, run, process)
     time.sleep(PAUSE / 2)
     send(process, signal.SIGUSR1)
-    wait_for(lambda: requeued(tmp_path) == ["requeue 1234"], run, process)
+    wait_for(lambda: requeue_calls(tmp_path) == ["requeue 1234"], run, process)
     send(process, signal.SIGTERM)
     end(run, process)
     assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
@@ -99,7 +99,7 @@ def test_two_tasks_are_requeued_together(tmp_path: Path, sharded: bool, signalle
         for rank in signalled:
             time.sleep(PAUSE * 1.5)  # the second falls into another step
             send(processes[rank], signum)
-        wait_for(lambda: requeued(tmp_path) == ["requeue 1234"], run)
+        wait_for(lambda: requeue_calls(tmp_path) == ["requeue 1234"], run)
     end(run, *processes)
     assert_requeued_on_two(run, first=7)
 
@@ -123,7 +123,7 @@ def tasks(*runs: Run) -> list[BaseProcess]:
 def assert_requeued_on_two(run: Run, first: int) -> None:
     """Starts the job again, and compares it with the uninterrupted one, rank by rank."""
     assert batches(run, 0) == batches(run, 1)
-    assert requeued(Path(run.folder)) == ["requeue 1234"]
+    assert requeue_calls(Path(run.folder)) == ["requeue 1234"]
     resumed = replace(run, name="second", pause=0.0)
     end(resumed, *tasks(resumed))
     right = whole_on_two(run.sharded)
@@ -137,7 +137,7 @@ def assert_requeued_on_two(run: Run, first: int) -> None:
 @cache
 def whole_on_two(sharded: bool) -> Run:
     """The uninterrupted job on two ranks."""
-    run = Run(kept_folder(), "whole", ranks=2, sharded=sharded, validation=3)
+    run = Run(scratch_folder(), "whole", ranks=2, sharded=sharded, validation=3)
     end(run, *tasks(run))
     return run
 
@@ -174,7 +174,7 @@ def test_sigterm_ends_two_ranks(tmp_path: Path, launcher: str) -> None:
             launched = subprocess.Popen(command(run), env=environment, stdout=output, stderr=output)
         wait_for(lambda: len(batches(run)) >= 8 or launched.poll() is not None, run)
         launched.terminate()
-        assert launched.wait(PATIENCE) == 0, printed(run)
+        assert launched.wait(PATIENCE) == 0, output_of(run)
     assert batches(run, 0) == batches(run, 1)
     assert 8 <= len(batches(run)) < BATCHES * EPOCHS
 

@@ -24,12 +24,12 @@ class Watched(MetricLearningModule):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(TinyEmbedder(), ContrastiveLoss(0.3), **options)
-        self.seen: list[tuple[dict[str, Tensor], dict[str, Any] | None, nn.Module]] = []
+        self.records: list[tuple[dict[str, Tensor], dict[str, Any] | None, nn.Module]] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Copies the state before the step, as the step itself would change it."""
         bank = None if self.memory_bank is None else self.memory_bank.state_dict()
-        self.seen.append((batch, bank, copy.deepcopy(self.embedder)))
+        self.records.append((batch, bank, copy.deepcopy(self.embedder)))
         return super().training_step(batch, batch_idx)
 
 
@@ -45,7 +45,7 @@ def test_online_keys_are_the_step_outputs_enqueued_after_it() -> None:
     """A batch already in the bank at its own step would be compared with itself."""
     module = fit(MemoryBankCallback(size=20, momentum=None, enqueue="after"))
     expected = MemoryBank(20, 6)
-    for step, (batch, bank, embedder) in enumerate(module.seen):
+    for step, (batch, bank, embedder) in enumerate(module.records):
         if step == 0:
             assert bank is None
         else:
@@ -59,9 +59,9 @@ def test_online_keys_are_the_step_outputs_enqueued_after_it() -> None:
 def test_momentum_keys_follow_the_formula_and_hold_the_current_batch() -> None:
     """MoCo's formula step by step; off by one update, the keys would lag behind what papers report."""
     module = fit(MemoryBankCallback(size=20, momentum=0.8))
-    keys = copy.deepcopy(module.seen[0][2])
+    keys = copy.deepcopy(module.records[0][2])
     expected = MemoryBank(20, 6)
-    for step, (batch, bank, embedder) in enumerate(module.seen):
+    for step, (batch, bank, embedder) in enumerate(module.records):
         if step:
             for key, online in zip(keys.parameters(), embedder.parameters(), strict=True):
                 key.data = 0.8 * key.data + 0.2 * online.data
@@ -77,10 +77,10 @@ def test_the_bank_waits_for_its_start_step(momentum: float | None) -> None:
     """Keys from before the warm-up would drag early, useless embeddings into the loss."""
     enqueue: Any = "after" if momentum is None else "before"
     module = fit(MemoryBankCallback(size=100, start_step=3, momentum=momentum, enqueue=enqueue))
-    rows = [0 if bank is None else len(bank["labels"]) for _, bank, _ in module.seen]
+    rows = [0 if bank is None else len(bank["labels"]) for _, bank, _ in module.records]
     assert rows == ([0, 0, 0, 0, 8, 16] if momentum is None else [0, 0, 0, 8, 16, 24])
     if momentum is not None:  # the encoder starts as the embedder of that step, not of the first
-        batch, bank, embedder = module.seen[3]
+        batch, bank, embedder = module.records[3]
         assert bank is not None
         torch.testing.assert_close(bank["embeddings"], embedder(batch["image"]).detach())
 
@@ -100,9 +100,9 @@ def test_size_is_entries_or_a_share_of_the_training_set(size: float, entries: in
 def test_the_encoder_moves_once_per_optimizer_step() -> None:
     """With gradient accumulation, a move per batch would make the momentum another one than was set."""
     module = fit(MemoryBankCallback(size=100, momentum=0.5), steps=2, accumulate_grad_batches=3)
-    assert len(module.seen) == 6
-    keys, previous = copy.deepcopy(module.seen[0][2]), module.seen[0][2]
-    for batch, bank, embedder in module.seen:
+    assert len(module.records) == 6
+    keys, previous = copy.deepcopy(module.records[0][2]), module.records[0][2]
+    for batch, bank, embedder in module.records:
         assert bank is not None
         if not torch.equal(previous.get_parameter("net.1.weight"), embedder.get_parameter("net.1.weight")):
             for key, online in zip(keys.parameters(), embedder.parameters(), strict=True):
@@ -154,8 +154,7 @@ def test_nan_keys_before_the_loss_are_refused_and_reported(momentum: float | Non
             broken[0] = torch.nan
             return keys if torch.is_grad_enabled() and momentum is not None else keys + broken
 
-    loss = ContrastiveLoss(0.3)
-    loss.validate = False
+    loss = ContrastiveLoss(0.3, validate=False)
     module = MetricLearningModule(Breaking(), loss, batch_weight=0.0, memory_weight=1e-9)
     trainer = Trainer(
         max_epochs=1,

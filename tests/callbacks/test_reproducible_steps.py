@@ -40,15 +40,15 @@ def test_dropout_is_drawn_as_if_the_run_had_not_stopped(tmp_path: Path, seeded: 
 
 def test_steps_and_seeds_draw_differently(tmp_path: Path) -> None:
     """The same units dropped in every step would be another network, not dropout."""
-    drawn: list[float] = []
+    draws: list[float] = []
 
     class Drawing(Callback):
         def on_train_batch_start(self, *args: Any) -> None:
-            drawn.append(float(torch.rand(())))
+            draws.append(float(torch.rand(())))
 
     for seed in (0, 1):
         fit(tmp_path / str(seed), [ReproducibleSteps(seed=seed), Drawing()])
-    assert len(set(drawn)) == len(drawn) == 20
+    assert len(set(draws)) == len(draws) == 20
 
 
 def test_a_negative_seed_is_named() -> None:

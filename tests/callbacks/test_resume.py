@@ -124,16 +124,6 @@ def test_a_changed_embedder_is_named(tmp_path: Path) -> None:
         other.on_fit_start(Trainer(**QUIET), tiny_module())
 
 
-def test_no_checkpoint_falls_into_an_accumulation_after_a_resume(tmp_path: Path) -> None:
-    """Lightning saves one right after a resume; the gradients so far are not in it, and a second resume loses them."""
-    for folder, checkpoint in (("first", None), ("second", tmp_path / "first/step=2.ckpt")):
-        saver = ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        settings: dict[str, Any] = {**QUIET, "enable_checkpointing": True, "accumulate_grad_batches": 3}
-        trainer = Trainer(max_steps=4, limit_val_batches=0, callbacks=[MemoryBankCallback(size=30), saver], **settings)
-        trainer.fit(tiny_module(), TinyData(batches_per_epoch=12), ckpt_path=checkpoint, weights_only=True)
-    assert sorted(path.name for path in (tmp_path / "second").iterdir()) == ["step=3.ckpt", "step=4.ckpt"]
-
-
 def test_a_finished_run_keeps_its_bank_in_the_next_checkpoint(tmp_path: Path) -> None:
     """Resumed with nothing left to do, and saved again for another machine, it must not come out empty."""
     for path, checkpoint in ((tmp_path / "end.ckpt", None), (tmp_path / "again.ckpt", tmp_path / "end.ckpt")):

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_dml import MetricLearningModule, RetrievalMetrics
-from lightning_dml.callbacks import RetrievalReport, retrieval_report
+from lightning_dml.callbacks import RetrievalReport
 from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.errors import InputError
 from lightning_dml.losses import ContrastiveLoss
+from lightning_dml.modules.evaluation import gathered_rows
+from lightning_dml.report import retrieval_figure
 from lightning_dml.retrieval.search import SimilarityName
 from tests.tiny import QUIET, TinyData, TinyEmbedder, tiny_module
 
@@ -60,28 +62,28 @@ def test_the_first_of_several_sets_is_reported(tmp_path: Path, form: type) -> No
 
 def test_an_image_that_is_not_in_its_place_stays_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader over part of a set numbers its images otherwise; another image in their place would be a lie."""
-    grey: list[bool] = []
-    original = retrieval_report._show
+    greys: list[bool] = []
+    original = retrieval_figure._show
 
     def show(axes: Any, picture: Any, hit: bool | None) -> None:
-        grey.append(picture.shape == (1, 1, 3))
+        greys.append(picture.shape == (1, 1, 3))
         original(axes, picture, hit)
 
-    monkeypatch.setattr(retrieval_report, "_show", show)
+    monkeypatch.setattr(retrieval_figure, "_show", show)
     data = TinyData()
     data.setup("fit")
     assert isinstance(data.val_set, ArrayDataset)
     later = DataLoader(Subset(data.val_set, range(20, 60)), 7)
     report = RetrievalReport(queries=2, neighbours=3, path=str(tmp_path / "figure.png"))
     Trainer(max_steps=1, callbacks=[report], **QUIET).fit(tiny_module(), data.train_dataloader(), later)
-    assert grey == [True] * 8
+    assert greys == [True] * 8
 
 
 @pytest.mark.parametrize("ignore", ["label_and_group", "group"])
 def test_groups_count_and_distractors_are_no_hits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignore: Any) -> None:
     """The table must agree with what validation logs, and two images of nobody are no match."""
     hits: list[bool | None] = []
-    monkeypatch.setattr(retrieval_report, "_show", lambda axes, picture, hit: hits.append(hit))
+    monkeypatch.setattr(retrieval_figure, "_show", lambda axes, picture, hit: hits.append(hit))
     data = TinyData()
     data.setup("fit")
     assert isinstance(data.val_set, ArrayDataset)
@@ -102,7 +104,7 @@ class Raw(TinyEmbedder):
     """Evaluates the first two pixels as they are, rows of any length."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Of unit length in training only."""
+        """Rows of unit length in training only."""
         return super().forward(images) if self.training else images.flatten(1)[:, :2]
 
 
@@ -113,8 +115,8 @@ def test_the_similarity_is_that_of_the_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: SimilarityName, hits: list[bool]
 ) -> None:
     """A table and a figure of another similarity than the one that is trained for and logged would mislead."""
-    shown: list[bool | None] = []
-    monkeypatch.setattr(retrieval_report, "_show", lambda axes, picture, hit: shown.append(hit))
+    frames: list[bool | None] = []
+    monkeypatch.setattr(retrieval_figure, "_show", lambda axes, picture, hit: frames.append(hit))
     # The first two are one class, of one direction and far apart; close to the first is the third, of another class.
     rows, labels = [[1.0, 0.0], [3.0, 0.1], [1.0, 0.9], [9.0, 1.0]], [0, 0, 1, 1]
     samples: list[Any] = []
@@ -130,7 +132,7 @@ def test_the_similarity_is_that_of_the_module(
     Trainer(max_steps=1, callbacks=[report], **QUIET).fit(module, data.train_dataloader(), loader)
     after = Trainer(**QUIET).validate(module, loader, verbose=False)[0]
     assert {f"val/{name}": value for name, value in report.rows[1][1].items()} == pytest.approx(after, abs=1e-6)
-    assert [hit for hit in shown if hit is not None] == hits
+    assert [hit for hit in frames if hit is not None] == hits
     assert report.rows[1][1]["recall@1"] == sum(hits) / 4
 
 
@@ -170,13 +172,12 @@ def test_rows_are_gathered_for_the_figure_only(
 ) -> None:
     """Every rank holds what is gathered, all rows of a set that may be large; the table needs none of it."""
     calls: list[int] = []
-    original = retrieval_report._gathered
 
     def count(metrics: RetrievalMetrics) -> Any:
         calls.append(1)
-        return original(metrics)
+        return gathered_rows(metrics)
 
-    monkeypatch.setattr(retrieval_report, "_gathered", count)
+    monkeypatch.setattr("lightning_dml.callbacks.retrieval_report.gathered_rows", count)
     fit(RetrievalReport(queries=queries, path=str(tmp_path / "figure.png")))
     assert len(calls) == gathered
 
@@ -206,14 +207,14 @@ def test_the_figure_has_a_row_per_query(tmp_path: Path) -> None:
 
 def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A miss framed as a hit would make a bad model look good."""
-    shown: list[bool | None] = []
-    original = retrieval_report._show
+    frames: list[bool | None] = []
+    original = retrieval_figure._show
 
     def show(axes: Any, picture: Any, hit: bool | None) -> None:
-        shown.append(hit)
+        frames.append(hit)
         original(axes, picture, hit)
 
-    monkeypatch.setattr(retrieval_report, "_show", show)
+    monkeypatch.setattr(retrieval_figure, "_show", show)
 
     class Perfect(nn.Module):
         """Knows the class from a picture: nearest neighbours are the four others, then misses."""
@@ -235,8 +236,8 @@ def test_hits_and_misses_are_framed_as_they_are(tmp_path: Path, monkeypatch: pyt
     trainer.validate(module, data, verbose=False)
     trainer.strategy.connect(module)
     _, evaluated = report._evaluate(_with_val(trainer), module)
-    report._figure(trainer, evaluated.metric, *retrieval_report._gathered(evaluated))
-    assert shown == [None, True, True, True, True, False, False] * 3
+    report._figure(trainer, evaluated)
+    assert frames == [None, True, True, True, True, False, False] * 3
 
 
 def _with_val(trainer: Any) -> Any:
@@ -245,6 +246,7 @@ def _with_val(trainer: Any) -> Any:
 
         val_dataloaders = trainer.datamodule.val_dataloader()
         num_val_batches = (math.inf,)
+        is_global_zero = True
         strategy = trainer.strategy
         precision_plugin = trainer.precision_plugin
 

@@ -23,7 +23,7 @@ from tests.callbacks.interrupted_runs import (
     batches,
     log,
     outcome,
-    requeued,
+    requeue_calls,
     slurm,
     whole,
 )
@@ -47,7 +47,7 @@ def requeue(folder: Path, *at: tuple[str, int, int], **settings: Any) -> tuple[R
     first = replace(right, folder=str(folder), name="first", at=at)
     with pytest.raises(SIGTERMException):
         fit(first)
-    assert requeued(folder) == ["requeue 1234"]
+    assert requeue_calls(folder) == ["requeue 1234"]
     second = replace(first, name="second", at=())
     fit(second)
     assert_checkpoints_load_safely(folder)
@@ -108,7 +108,7 @@ def test_the_signal_in_the_last_step_is_not_lost(job: Path) -> None:
     """A job that ends as its time does must be requeued all the same: testing may follow the fit."""
     right = whole(Run("", "whole"))
     fit(replace(right, folder=str(job), name="first", at=(("epoch_end", 3, REQUEUE),)))
-    assert requeued(job) == ["requeue 1234"]
+    assert requeue_calls(job) == ["requeue 1234"]
     second = replace(right, folder=str(job), name="second")
     fit(second)
     assert batches(second) == []
@@ -144,11 +144,11 @@ class Handlers(Callback):
 
     def __init__(self, during: Callable[[], None] = lambda: None) -> None:
         self.during = during
-        self.seen: Any = None
+        self.handler: Any = None
 
     def on_before_zero_grad(self, *_: Any) -> None:
-        """In a step."""
-        self.seen = signal.getsignal(signal.SIGTERM)
+        """Runs in a step."""
+        self.handler = signal.getsignal(signal.SIGTERM)
         self.during()
 
 
@@ -159,7 +159,7 @@ def trainer(*callbacks: Callback, **settings: Any) -> Trainer:
 
 
 def is_deferred(handler: Any) -> bool:
-    """Whether it is the handler of the callback."""
+    """True for the handler of the callback."""
     return isinstance(getattr(handler, "__self__", None), StepEndSignals)
 
 
@@ -171,7 +171,7 @@ def test_handlers_are_given_back() -> None:
     try:
         watch = Handlers()
         trainer(watch, StepEndSignals()).fit(tiny_module(), TinyData())
-        assert is_deferred(watch.seen)
+        assert is_deferred(watch.handler)
         assert signal.getsignal(signal.SIGTERM) is handler
 
         def fail() -> None:
@@ -213,7 +213,7 @@ def test_foreign_handlers_are_left_alone() -> None:
     try:
         watch = Handlers()
         trainer(watch, StepEndSignals()).fit(tiny_module(), TinyData())
-        assert is_deferred(watch.seen)
+        assert is_deferred(watch.handler)
         assert signal.getsignal(signal.SIGUSR2) is mine
     finally:
         signal.signal(signal.SIGUSR2, before)
@@ -227,7 +227,7 @@ def test_outside_of_the_main_thread_nothing_changes() -> None:
     thread.start()
     thread.join()
     assert fitting.global_step == 2
-    assert not is_deferred(watch.seen)
+    assert not is_deferred(watch.handler)
 
 
 def test_it_comes_last_and_once(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_it_comes_last_and_once(tmp_path: Path) -> None:
     StepEndSignals.add_to(fitting)
     fitting.fit(tiny_module(), TinyData())
     callbacks: list[Callback] = fitting.callbacks  # type: ignore[attr-defined]
-    assert [each for each in callbacks if isinstance(each, StepEndSignals)] == [mine]
+    assert [callback for callback in callbacks if isinstance(callback, StepEndSignals)] == [mine]
     assert callbacks[-1] is mine
 
     without = trainer(saver, enable_checkpointing=True)
@@ -250,4 +250,4 @@ def test_the_memory_brings_it() -> None:
     """Nobody thinks of it before the first torn checkpoint."""
     watch = Handlers()
     trainer(watch, MemoryBankCallback(size=20)).fit(tiny_module(), TinyData())
-    assert is_deferred(watch.seen)
+    assert is_deferred(watch.handler)

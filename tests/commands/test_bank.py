@@ -35,15 +35,15 @@ def test_a_bank_is_made_from_the_training_set_and_a_fit_starts_with_it(
     main(["bank", "--config", config, "--output", "bank.pt"])
     printed = capsys.readouterr().out
     bank = MemoryBank.load("bank.pt")
-    assert bank.total == len(set(bank.indices.tolist())) == 4 * len(set(bank.labels.tolist()))
-    torch.testing.assert_close(bank.embeddings.norm(dim=1), torch.ones(bank.total))
-    assert "bank.pt: MemoryBank(" in printed and f"rows {bank.total}" in printed
+    assert len(bank) == len(set(bank.indices.tolist())) == 4 * len(set(bank.labels.tolist()))
+    torch.testing.assert_close(bank.embeddings.norm(dim=1), torch.ones(len(bank)))
+    assert "bank.pt: MemoryBank(" in printed and f"rows {len(bank)}" in printed
     memory = with_memory(tmp_path, bank_file="bank.pt", size=100, start_step=1)
     main(["fit", "--config", config, "--config", memory, "--trainer.enable_checkpointing=true"])
     (path,) = tmp_path.rglob("*.ckpt")
     states = torch.load(path, weights_only=True)["callbacks"]
     (state,) = [value for key, value in states.items() if "MemoryBank" in key]
-    assert torch.equal(state["bank"]["embeddings"][: bank.total], bank.embeddings)
+    assert torch.equal(state["bank"]["embeddings"][: len(bank)], bank.embeddings)
 
 
 def test_the_weights_of_a_checkpoint_make_the_bank(config: str, tmp_path: Path) -> None:
@@ -156,6 +156,6 @@ def test_two_ranks_make_the_bank_of_one(tmp_path: Path) -> None:
     run(*TORCHRUN, "-m", "lightning_dml", *quickstart, *small, *two, folder=tmp_path)
     one, other = MemoryBank.load(tmp_path / "one.pt"), MemoryBank.load(tmp_path / "two.pt")
     assert torch.equal(one.indices, other.indices) and torch.equal(one.labels, other.labels)
-    assert one.total == len(set(one.indices.tolist())) == 200
+    assert len(one) == len(set(one.indices.tolist())) == 200
     similarity = (one.embeddings * other.embeddings).sum(dim=1)
     assert float(similarity.min()) > 0.9  # each process augments the images in its own way

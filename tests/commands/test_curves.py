@@ -6,13 +6,15 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch.nn import functional as F
 
-from lightning_dml import MemoryBank, curves_command
+from lightning_dml import MemoryBank
 from lightning_dml.cli import main
 from lightning_dml.losses import Context, MultiSimilarityLoss, weight_curve
 
@@ -67,7 +69,7 @@ def test_a_file_gives_names_settings_and_the_context(config: str, capsys: pytest
     )
     assert table("look.csv", loss="mixed", side="positive") == table("look.csv", loss="ms", side="positive")
     pushed = [each for each, weight in table("look.csv", loss="narrow", side="negative") if weight]
-    assert pushed == [each for each in similarity.tolist() if each > 0.4]
+    assert pushed == [value for value in similarity.tolist() if value > 0.4]
 
 
 def test_a_batch_is_held_against_the_bank_of_a_checkpoint(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +86,7 @@ def test_a_batch_is_held_against_the_bank_of_a_checkpoint(config: str, capsys: p
     state = torch.load(path, weights_only=True)["callbacks"]["MemoryBankCallback"]["bank"]
     bank = MemoryBank.from_state_dict(state)
     assert f"a batch of 6 against a memory bank of {len(bank)}." in printed
-    assert {each.name for each in set(Path().rglob("*")) - before} == {"curves.png", "curves.svg", "curves.csv"}
+    assert {path.name for path in set(Path().rglob("*")) - before} == {"curves.png", "curves.svg", "curves.csv"}
     for side in ("positive", "negative"):
         assert 0 < len(table(loss="MultiSimilarityLoss", kind="pair", side=side)) <= 50
         assert len(table(loss="MultiSimilarityLoss", kind="curve", side=side)) == 401
@@ -116,7 +118,7 @@ def test_a_bank_from_a_file_and_no_bank(config: str, capsys: pytest.CaptureFixtu
 def test_a_loss_without_a_curve_is_drawn_by_its_pairs(
     config: str, scale: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What has no curve still has weights in a batch, which is what one wants to see of it, to any scale."""
+    """A loss without a curve still has weights in a batch, and one wants to see these, to any scale."""
     losses = f"[{ORIGINAL}, {OURS}ContrastiveLoss]"
     with pytest.warns(UserWarning, match="curves runs without"):
         main(["curves", "--training", config, "--losses", losses, "--relative", scale])
@@ -125,23 +127,40 @@ def test_a_loss_without_a_curve_is_drawn_by_its_pairs(
     assert table(loss="ContrastiveLoss", kind="curve")
 
 
-def test_a_curve_on_another_scale_is_not_laid_over_the_pairs(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_points_and_curve_are_on_one_scale(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With a mean over pairs the points lay far below the curve, as if the batch had next to no weights."""
-    losses = {
-        "pairs": {"class_path": f"{OURS}ContrastiveLoss", "init_args": {"reduction": "pairs"}},
+    smooth = {"class_path": f"{OURS}curves.Sigmoid", "init_args": {"rate": 3.0, "threshold": 0.2}}
+    losses: dict[str | float, Any] = {
+        **{
+            reduction: {
+                "class_path": f"{OURS}DirectWeightingLoss",
+                "init_args": {"positive": smooth, "negative": smooth, "reduction": reduction},
+            }
+            for reduction in ("anchors", "active_anchors", "pairs")
+        },
         "peer": {"class_path": "pytorch_metric_learning.losses.ContrastiveLoss"},
         0.5: {"class_path": f"{OURS}ContrastiveLoss"},  # a number, as YAML reads the name
     }
-    Path("three.yaml").write_text(yaml.safe_dump({"losses": losses}))
+    Path("five.yaml").write_text(yaml.safe_dump({"losses": losses, "points": 4001}))
     with pytest.warns(UserWarning, match="curves runs without"):
-        main(["curves", "--training", config, "--config", "three.yaml"])
+        main(["curves", "--training", config, "--config", "five.yaml"])
     printed = capsys.readouterr().out
-    assert "pairs is drawn by its pairs alone: with reduction=pairs" in printed
-    assert "peer is drawn by its pairs alone: another library's loss" in printed
-    assert not table(loss="pairs", kind="curve") and not table(loss="peer", kind="curve")
-    on_curve = dict(table(loss="0.5", kind="curve", side="positive"))
-    assert {weight for _, weight in table(loss="0.5", kind="pair", side="positive")} <= set(on_curve.values())
-    main(["curves", "--config", "three.yaml"])
+    assert "peer is drawn by its pairs alone: another library's loss" in printed and "Curve of" not in printed
+    assert not table(loss="peer", kind="curve") and table(loss="peer", kind="pair")
+    for side in ("positive", "negative"):
+        for name in ("anchors", "active_anchors", "pairs"):
+            curve = np.array(table(loss=name, kind="curve", side=side))
+            points = np.array(table(loss=name, kind="pair", side=side))
+            # Half a step of 5e-4 beside a knot, a curve of curvature below 3 is 1e-7 from the line; points are float32.
+            np.testing.assert_allclose(points[:, 1], np.interp(points[:, 0], *curve.T), rtol=0, atol=1e-5)
+        on_curve = dict(table(loss="0.5", kind="curve", side=side))
+        assert {weight for _, weight in table(loss="0.5", kind="pair", side=side)} <= set(on_curve.values())
+    forces = {
+        name: float(re.findall(rf"^{name}: .* positives of total force ([\d.e-]+),", printed, re.M)[0])
+        for name in ("anchors", "pairs")
+    }
+    assert forces["pairs"] < forces["anchors"]  # the force is that of the loss, its own reduction included
+    main(["curves", "--config", "five.yaml"])
     assert table(loss="pairs", kind="curve") and table(loss="peer", kind="curve")
 
 
@@ -164,8 +183,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a class twice": (("--losses", f"[{OURS}ContrastiveLoss, {OURS}ContrastiveLoss]"), "one class twice.*names"),
     "a value of a loss": (("--losses.a", f"{OURS}ContrastiveLoss", "--losses.a.margin", "wide"), "margin"),
     "without a curve": (("--losses", ORIGINAL), "LiftedStructureLoss.*observed_weights"),
-    "points": ((*CONTRASTIVE, "--points", "1"), "points must be at least 2, got 1"),
-    "pairs": ((*CONTRASTIVE, "--pairs", "0"), "pairs must be at least 1, got 0"),
+    "points": ((*CONTRASTIVE, "--points", "1"), "points must be an integer of at least 2, got 1"),
+    "pairs": ((*CONTRASTIVE, "--pairs", "0"), "pairs must be an integer of at least 1, got 0"),
     "context": ((*CONTRASTIVE, "--context.positives", "[2]"), r"positives must be .* \[-1, 1\]"),
     "output": ((*CONTRASTIVE, "--output", "no/such/folder/curves"), "output must be .*'no/such/folder/curves'"),
     "a folder in the way": ((*CONTRASTIVE, "--output", "images/way"), "output must be .*images/way.svg is a folder"),
@@ -212,7 +231,7 @@ def test_another_seed_is_another_batch(config: str) -> None:
     similarities = []
     for seed in ("0", "1", "0"):
         main(["curves", "--training", config, "--losses", f"{OURS}ContrastiveLoss", "--seed", seed])
-        similarities.append(sorted(each for each, _ in table(kind="pair")))
+        similarities.append(sorted(similarity for similarity, _ in table(kind="pair")))
     assert similarities[0] == pytest.approx(similarities[2]) and similarities[0] != pytest.approx(similarities[1])
 
 
@@ -222,7 +241,7 @@ def test_a_loss_that_is_measured_sees_a_part_of_a_large_bank(
 ) -> None:
     """Measured against a whole memory, a loss would take all of the machine's."""
     main(["bank", "--config", config, "--output", "all.pt"])
-    monkeypatch.setattr(curves_command, "MEASURED_REFERENCES", 10)
+    monkeypatch.setattr("lightning_dml.losses.inspection.measured.MEASURED_REFERENCES", 10)
     losses = f"[{OURS}ContrastiveLoss, pytorch_metric_learning.losses.MultiSimilarityLoss]"
     capsys.readouterr()
     main(["curves", "--training", config, "--bank_file", "all.pt", "--losses", losses])
@@ -236,7 +255,7 @@ def test_one_of_several_banks_is_not_taken_in_silence(config: str, capsys: pytes
     """A figure of the wrong bank looks like one of the right one."""
     bank = MemoryBank(size=4, dim=16)
     bank.enqueue(F.normalize(torch.randn(4, 16), dim=1), torch.arange(4))
-    names = [f"MemoryBankCallback{{'attribute': '{each}'}}" for each in "ab"]
+    names = [f"MemoryBankCallback{{'attribute': '{letter}'}}" for letter in "ab"]
     torch.save({"callbacks": {name: {"bank": bank.state_dict()} for name in names}}, "two.ckpt")
     with pytest.raises(SystemExit):
         main(["curves", "--training", config, "--ckpt_path", "two.ckpt"])

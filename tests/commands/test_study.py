@@ -49,7 +49,7 @@ class LogsNowAndThen(Callback):
 
 
 class NotesRecalls(Callback):
-    """What the validations found, by step."""
+    """The values of the validations, by step."""
 
     def __init__(self) -> None:
         self.found: dict[int, float] = {}
@@ -115,8 +115,8 @@ def test_a_training_writes_into_its_own_folder(tmp_path: Path) -> None:
     config = training_config(run, tmp_path / "one")
     assert config["seed_everything"] == config["data"]["init_args"]["seed"] == run.seed == 1
     trainer = config["trainer"]
-    assert {each["init_args"]["save_dir"] for each in trainer["logger"]} == {str(tmp_path / "one")}
-    names = [each["class_path"].rpartition(".")[2] for each in trainer["callbacks"]]
+    assert {logger["init_args"]["save_dir"] for logger in trainer["logger"]} == {str(tmp_path / "one")}
+    names = [callback["class_path"].rpartition(".")[2] for callback in trainer["callbacks"]]
     assert names == ["MemoryBankCallback", "ModelCheckpoint", "StudyRecord"]
     assert trainer["callbacks"][1]["init_args"]["dirpath"] == str(tmp_path / "one/checkpoints")
     config_parser()(config)
@@ -145,9 +145,9 @@ def test_loggers_and_callbacks_of_all_kinds_are_taken(tmp_path: Path) -> None:
     callbacks = [{"class_path": f"pytorch_lightning.callbacks.{name}"} for name in ("TQDMProgressBar", "Timer")]
     trainer = {"logger": loggers, "callbacks": [*callbacks, "RichProgressBar"]}
     config = training_config(Run(Point({}, {"trainer": trainer}, "k"), 0), tmp_path)["trainer"]
-    places = [each.get("init_args", {}).get("save_dir") for each in config["logger"]]
+    places = [logger.get("init_args", {}).get("save_dir") for logger in config["logger"]]
     assert places == [str(tmp_path), None, None, None, str(tmp_path)]
-    assert [each["class_path"].rpartition(".")[2] for each in config["callbacks"]] == ["Timer", "StudyRecord"]
+    assert [callback["class_path"].rpartition(".")[2] for callback in config["callbacks"]] == ["Timer", "StudyRecord"]
 
 
 def test_checkpoints_go_wherever_they_are(tmp_path: Path) -> None:

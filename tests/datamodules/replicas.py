@@ -41,17 +41,17 @@ def make_cub(
     folder = root / "CUB_200_2011"
     names = {number: f"{number:03}.Bird_{number}" for number in classes}
     paths, numbers = [], []
-    for number, place in _each(classes, images):
+    for number, place in _images(classes, images):
         numbers.append(number)
         paths.append(f"{names[number]}/Bird_{place + 1:04}_{len(numbers)}.jpg")
     ids = range(1, len(paths) + 1)
     lines = {
-        "images.txt": [f"{each} {path}" for each, path in zip(ids, paths, strict=True)],
-        "image_class_labels.txt": [f"{each} {number}" for each, number in zip(ids, numbers, strict=True)],
-        "bounding_boxes.txt": [f"{each} 1.0 1.0 6.0 7.0" for each in ids],
+        "images.txt": [f"{number} {path}" for number, path in zip(ids, paths, strict=True)],
+        "image_class_labels.txt": [f"{image} {number}" for image, number in zip(ids, numbers, strict=True)],
+        "bounding_boxes.txt": [f"{image} 1.0 1.0 6.0 7.0" for image in ids],
         "classes.txt": [f"{number} {name}" for number, name in names.items()],
         # For classification; retrieval must not look at it.
-        "train_test_split.txt": [f"{each} {each % 2}" for each in ids],
+        "train_test_split.txt": [f"{image} {image % 2}" for image in ids],
     }
     for name, content in lines.items():
         _write(folder / name, content, newline)
@@ -63,7 +63,7 @@ def make_cars(root: Path, classes: Sequence[int] = (1, 98, 99, 196), images: Cou
     folder = root / "cars196"
     rows = [
         {"relative_im_path": f"car_ims/{place:06}.jpg", **_car_box(number), "test": np.uint8(place % 2)}
-        for place, (number, _) in enumerate(_each(classes, images), start=1)
+        for place, (number, _) in enumerate(_images(classes, images), start=1)
     ]
     _write_mat(folder / "cars_annos.mat", rows, range(1, 197))
     return _paint(folder, [row["relative_im_path"] for row in rows], pictures)
@@ -78,7 +78,7 @@ def make_cars_devkit(
 ) -> Path:
     """The folder `stanford_cars` in `root`, in the later layout; the images alternate between its two parts."""
     folder = root / "stanford_cars"
-    pairs = list(_each(classes, images))
+    pairs = list(_images(classes, images))
     paths = []
     for part, file in enumerate(("devkit/cars_train_annos.mat", labels)):
         names = [f"{place + 1:05}.jpg" for place in range(len(pairs[part::2]))]
@@ -106,7 +106,7 @@ def make_sop(
         ("test", test, images if test_images is None else test_images),
     ):
         lines = ["image_id class_id super_class_id path"]
-        for number, place in _each(classes, counts):
+        for number, place in _images(classes, counts):
             paths.append(f"{KINDS[number % 12]}_final/{110_000_000_000 + number}_{place}.JPG")
             lines.append(f"{len(paths)} {number} {number % 12 + 1} {paths[-1]}")
         _write(folder / f"Ebay_{name}.txt", lines, newline)
@@ -128,7 +128,7 @@ def make_in_shop(
     folder = root / "In-shop Clothes Retrieval Benchmark"
     paths, lines = [], []
     for status, classes, counts in (("train", train, images), ("query", test, queries), ("gallery", test, gallery)):
-        for number, place in _each(classes, counts):
+        for number, place in _images(classes, counts):
             item = f"id_{number:08}"
             path = f"img/WOMEN/Dresses/{item}/{place:02}_{status[0]}_front.jpg"
             paths.append(f"{pictures_in}/{path}")
@@ -153,7 +153,7 @@ def make_vehicle_id(
         ("train_list", train, images),
         *((f"test_list_{size}", chosen, (test_images or {}).get(size, images)) for size, chosen in tests.items()),
     ):
-        names = [(f"{number * 100 + place:07}", number) for number, place in _each(classes, counts)]
+        names = [(f"{number * 100 + place:07}", number) for number, place in _images(classes, counts)]
         _write(folder / "train_test_split" / f"{name}.txt", [f"{image} {number}" for image, number in names])
         paths.update((f"image/{image}.jpg", None) for image, _ in names)
     return _paint(folder, list(paths), pictures)
@@ -176,7 +176,7 @@ def make_inaturalist(
         ("train", train, images),
         ("test", test, images if test_images is None else test_images),
     ):
-        lines = [f"train_val2018/{species}/{place:032x}.jpg" for species, place in _each(classes, counts)]
+        lines = [f"train_val2018/{species}/{place:032x}.jpg" for species, place in _images(classes, counts)]
         _write(folder / lists / f"Inaturalist_{name}_set1.txt", lines, newline)
         paths += lines
     return _paint(folder, paths, pictures)
@@ -194,21 +194,21 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_bytes(content.replace(old, new, 1).encode())
 
 
-def listed(table: ImageTable, names: Sequence[str]) -> list[tuple[str, str]]:
+def rows_of(table: ImageTable, names: Sequence[str]) -> list[tuple[str, str]]:
     """The full path and the class name of every row, in order."""
     return [(table.path(row).as_posix(), names[label]) for row, label in enumerate(table.labels)]
 
 
-def named(tables: Tables | None) -> dict[str, ImageTable]:
+def tables_by_name(tables: Tables | None) -> dict[str, ImageTable]:
     """Evaluation sets by name; a single one is called `val`."""
     assert tables is not None
     return dict(tables) if isinstance(tables, Mapping) else {"val": tables}
 
 
-def _each(classes: Sequence[Any], counts: Counts) -> Iterator[tuple[Any, int]]:
-    """Each class with the place of each of its images."""
+def _images(classes: Sequence[Any], counts: Counts) -> Iterator[tuple[Any, int]]:
+    """Pairs of a class and the place of one of its images."""
     numbers = [counts] * len(classes) if isinstance(counts, int) else counts
-    return ((each, place) for each, number in zip(classes, numbers, strict=True) for place in range(number))
+    return ((name, place) for name, number in zip(classes, numbers, strict=True) for place in range(number))
 
 
 def _write(file: Path, lines: Sequence[str], newline: str = "\n") -> None:

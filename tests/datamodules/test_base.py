@@ -63,11 +63,11 @@ def test_evaluation_is_shared_out_over_ranks(monkeypatch: pytest.MonkeyPatch) ->
     """A padded or repeated image would count twice in the metrics."""
     data = Module(GOOD, [3, 4], eval_batch_size=2)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    seen = []
+    indices = []
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        seen.append([index for batch in data.val_dataloader() for index in batch["index"].tolist()])
-    assert seen == [[0, 2, 4, 6], [1, 3, 5]]
+        indices.append([index for batch in data.val_dataloader() for index in batch["index"].tolist()])
+    assert indices == [[0, 2, 4, 6], [1, 3, 5]]
 
 
 def test_workers_persist() -> None:
@@ -109,7 +109,7 @@ def test_setup_finds_mistakes(stage: str | None, sets: list[Any], options: dict[
     ],
 )
 def test_setup_asks_only_for_what_the_stage_needs(stage: str, sets: list[Any]) -> None:
-    """Who tests a finished model need not have the training images at hand."""
+    """A user who tests a finished model need not have the training images at hand."""
     Module(*sets).setup(stage)
 
 
@@ -137,16 +137,16 @@ def test_more_ranks_than_evaluation_images(monkeypatch: pytest.MonkeyPatch) -> N
     data = Module(val=[2], test=[2])
     for stage, make in (("validate", data.val_dataloader), ("test", data.test_dataloader)):
         data.setup(stage)
-        seen = []
+        indices = []
         for rank in range(5):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             (batch,) = make()
-            seen.append(batch["index"].tolist())
-        assert seen == [[0], [1], [0], [1], [0]]
+            indices.append(batch["index"].tolist())
+        assert indices == [[0], [1], [0], [1], [0]]
 
 
 def test_predict_refuses_more_ranks_than_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who exports embeddings gets each image once, so some rank would have none, which Lightning cannot do."""
+    """An export of embeddings has each image once, so some rank would have none, which Lightning cannot do."""
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(InputError, match=r"the test set has 2 image\(s\) for 3 ranks, and predict .*use fewer ranks"):
         Module(test=[2]).setup("predict")
@@ -166,7 +166,7 @@ def test_several_sets_have_a_loader_each() -> None:
     assert sizes == {"day": 5, "night": 4} and list(sizes) == ["day", "night"]
     assert list(data.test_dataloader()) == list(data.predict_dataloader()) == ["dusk"]
     assert data.eval_image(4).tolist() == [[16, 17], [18, 19]]  # of the first set, which the report shows
-    with pytest.raises(InputError, match="less than 5, got 5"):
+    with pytest.raises(InputError, match="position must be an integer from 0 to 4, got 5"):
         data.eval_image(5)
 
 
@@ -179,7 +179,7 @@ def test_several_sets_have_a_loader_each() -> None:
     ],
 )
 def test_each_of_several_sets_is_checked(sets: dict[str, list[int]], message: str) -> None:
-    """Of several folders it is the second that has the mistake, so the message must name it."""
+    """The second of several sets has the mistake, so the message must name it."""
     data = Module(GOOD)
     data.val_set = {name: data_set(counts) for name, counts in sets.items()}
     for stage in ("fit", "validate"):
@@ -217,7 +217,7 @@ def test_the_epoch_counter_is_added_once_and_to_fits_only() -> None:
     data.trainer = trainer()
     for stage, count in (("validate", 0), ("fit", 1), ("fit", 1)):
         data.setup(stage)
-        assert sum(isinstance(each, CountResumedEpoch) for each in vars(data.trainer)["callbacks"]) == count
+        assert sum(isinstance(callback, CountResumedEpoch) for callback in vars(data.trainer)["callbacks"]) == count
 
 
 def test_eval_image_is_the_undecorated_picture() -> None:
@@ -226,7 +226,7 @@ def test_eval_image_is_the_undecorated_picture() -> None:
     picture = data.eval_image(3)
     assert picture.dtype == np.uint8 and picture.tolist() == [[12, 13], [14, 15]]
     for position in (-1, 12):
-        with pytest.raises(InputError, match=f"position must be at least 0 and less than 12, got {position}"):
+        with pytest.raises(InputError, match=f"position must be an integer from 0 to 11, got {position}"):
             data.eval_image(position)
     with pytest.raises(InputError, match=r"call setup\('validate'\)"):
         Module(GOOD).eval_image(0)
@@ -235,10 +235,10 @@ def test_eval_image_is_the_undecorated_picture() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_batch_size": 0}, "eval_batch_size must be at least 1, got 0"),
-        ({"num_workers": -1}, "num_workers must not be negative, got -1"),
-        ({"samples_per_class": 1}, "samples_per_class must be at least 2"),
-        ({"batches_per_epoch": 0}, "num_batches must be at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size must be an integer of at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
+        ({"samples_per_class": 1}, "samples_per_class must be an integer of at least 2, got 1"),
+        ({"batches_per_epoch": 0}, "num_batches must be an integer of at least 1, got 0"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 
+from lightning_dml import datamodules
 from lightning_dml.datamodules import (
     Cars196DataModule,
     CUB200DataModule,
@@ -24,8 +27,10 @@ from lightning_dml.datamodules import (
     TableDataModule,
     VehicleIDDataModule,
 )
+from lightning_dml.datamodules.images.datasets import ArrayDataset
 from lightning_dml.datamodules.images.transforms import ImageSettings
 from lightning_dml.datamodules.tables.splits import HoldOut
+from lightning_dml.parsing import instantiated
 
 BASE = {
     "classes_per_batch": 3,
@@ -80,36 +85,36 @@ CONFIGS: list[tuple[type[RetrievalDataModule], dict[str, Any]]] = [
 
 def parser() -> ArgumentParser:
     """The parser as the command line builds it, except that it raises instead of exiting."""
-    made = ArgumentParser(exit_on_error=False)
-    made.add_subclass_arguments(RetrievalDataModule, "data")
-    return made
+    own_parser = ArgumentParser(exit_on_error=False)
+    own_parser.add_subclass_arguments(RetrievalDataModule, "data")
+    return own_parser
 
 
 def parameters(cls: type[RetrievalDataModule]) -> set[str]:
     """The options of a class and of those that it hands `**options` on to."""
-    found: set[str] = set()
-    for each in cls.__mro__[: cls.__mro__.index(RetrievalDataModule) + 1]:
-        found |= set(inspect.signature(each).parameters)
-    return found - {"options"}
+    names: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(RetrievalDataModule) + 1]:
+        names |= set(inspect.signature(base).parameters)
+    return names - {"options"}
 
 
 @pytest.mark.parametrize(("cls", "options"), CONFIGS, ids=[cls.__name__ for cls, _ in CONFIGS])
 def test_every_option_reaches_the_module(cls: type[RetrievalDataModule], options: dict[str, Any]) -> None:
     """An option that YAML cannot set is out of reach for everybody on the command line."""
     assert {*options, *BASE} == parameters(cls)  # a new option belongs into this test
-    made = parser()
-    config = made.parse_object(
+    own_parser = parser()
+    config = own_parser.parse_object(
         {"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": {**options, **BASE}}}
     )
-    data = made.instantiate_classes(config).data
+    data = instantiated(own_parser, config).data
     assert type(data) is cls
-    kept = vars(data)
+    attributes = vars(data)
     for name, value in {**options, **BASE}.items():
-        if name in kept and name not in ("root", "cache", "table", "val_roots", "test_sizes", "columns"):
-            assert kept[name] == value, name
-    assert kept["root"] == Path(options["root"] or "images")
+        if name in attributes and name not in ("root", "cache", "table", "val_roots", "test_sizes", "columns"):
+            assert attributes[name] == value, name
+    assert attributes["root"] == Path(options["root"] or "images")
     if isinstance(data, ImagesDataModule):
-        assert kept["cache"] == Path("cache") and data.hold_out == HoldOut(0.0, 3, 2, 3)
+        assert attributes["cache"] == Path("cache") and data.hold_out == HoldOut(0.0, 3, 2, 3)
         assert data.image_settings() == ImageSettings(
             32, 40, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "nearest", (0.5, 0.9), 0.5
         )
@@ -119,28 +124,62 @@ def test_every_option_reaches_the_module(cls: type[RetrievalDataModule], options
         assert data.test_sizes == (800,)
 
 
-def test_yaml_refuses_what_is_no_option() -> None:
+every_module = pytest.mark.parametrize("cls", [cls for cls, _ in CONFIGS], ids=lambda cls: cls.__name__)
+
+
+def test_every_public_module_is_configured_here() -> None:
+    """A new data module belongs into these tests."""
+    public = {getattr(datamodules, name) for name in datamodules.__all__ if name.endswith("DataModule")}
+    assert public == {cls for cls, _ in CONFIGS} | {RetrievalDataModule}
+
+
+@every_module
+def test_yaml_refuses_what_is_no_option(cls: type[RetrievalDataModule]) -> None:
     """A misspelt option that is ignored would train something else than was asked for."""
+    required = {"root": "images", "table": "table.csv"} if cls is TableDataModule else {"root": "images"}
     with pytest.raises(ArgumentError, match="batch_sise"):
         parser().parse_object(
-            {"data": {"class_path": "lightning_dml.datamodules.GlyphsDataModule", "init_args": {"batch_sise": 3}}},
+            {"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": {**required, "batch_sise": 3}}},
         )
 
 
-def test_help_explains_the_options() -> None:
-    """`--help` reads the docstrings; broken markup there would leave users without any explanation."""
-    made = ArgumentParser()
-    made.add_class_arguments(FolderDataModule, "data")
-    text = " ".join(made.format_help().split())
-    assert "share of the training classes that validates" in text and "classes in a training batch on each rank" in text
+@every_module
+def test_help_explains_every_option(cls: type[RetrievalDataModule]) -> None:
+    """`--help` reads the docstrings of a class and its bases; a gap there would leave users without an explanation."""
+    own_parser = ArgumentParser()
+    own_parser.add_class_arguments(cls, "data")
+    text = " ".join(own_parser.format_help().split())
+    assert "classes in a training batch on each rank" in text
+    if issubclass(cls, ImagesDataModule):
+        assert "share of the training classes that validates" in text
+    for name in parameters(cls):
+        assert re.search(rf"--data\.{name} [^()]*? (?!\()\w", text), name
+
+
+@every_module
+def test_every_module_has_one_default_of_workers(cls: type[RetrievalDataModule]) -> None:
+    """A user who moves from one data set to another must not find the loading slower for a reason that nobody told."""
+    own_parser = ArgumentParser()
+    own_parser.add_class_arguments(cls, "data")
+    assert own_parser.get_defaults().data.num_workers is None
+
+
+def test_images_in_memory_take_no_workers_by_default() -> None:
+    """Processes that hand over what the trainer's process has already would only cost time."""
+    images = ArrayDataset(np.zeros((4, 2, 2), np.uint8), [0, 0, 1, 1], lambda image: image / 255)
+    data = RetrievalDataModule(classes_per_batch=2, samples_per_class=2)
+    data.train_set = data.val_set = images
+    assert data.train_dataloader().num_workers == 0 and data.val_dataloader().num_workers == 0
+    data.num_workers = 1
+    assert data.train_dataloader().num_workers == 1 and data.val_dataloader().num_workers == 1
 
 
 def test_transforms_from_yaml_are_used() -> None:
     """A user's own transform has to be built from its class path and applied."""
-    made = parser()
+    own_parser = parser()
     options = {"root": "x", "eval_transform": {"class_path": "torchvision.transforms.v2.PILToTensor"}}
-    config = made.parse_object(
+    config = own_parser.parse_object(
         {"data": {"class_path": "lightning_dml.datamodules.FolderDataModule", "init_args": options}}
     )
-    transformed = made.instantiate_classes(config).data._own_eval(Image.new("RGB", (3, 2)))
+    transformed = instantiated(own_parser, config).data._own_eval(Image.new("RGB", (3, 2)))
     assert transformed.shape == (3, 2, 3) and transformed.dtype == torch.uint8

@@ -45,8 +45,8 @@ def run(folder: Path) -> Run:
         data = {"class_path": f"lightning_dml.datamodules.{name}", "init_args": options}
         config: dict[str, Any] = {"model": MODEL, "data": data, "trainer": TRAINER}
         if metrics is not None:
-            chosen = {"class_path": "lightning_dml.RetrievalMetrics", "init_args": metrics}
-            config["model"] = {**MODEL, "init_args": {**MODEL["init_args"], "metrics": chosen}}
+            retrieval = {"class_path": "lightning_dml.RetrievalMetrics", "init_args": metrics}
+            config["model"] = {**MODEL, "init_args": {**MODEL["init_args"], "metrics": retrieval}}
         # JSON is YAML as well.
         (folder / "config.yaml").write_text(json.dumps(config))
         main([subcommand, "--config", "config.yaml"])
@@ -110,33 +110,33 @@ def test_every_set_trains_and_is_tested(
         assert f"test/{key}" in printed
 
 
-def edited(make: Callable[[Path], Path], file: str, old: str, new: str) -> Callable[[Path], Path]:
+def make_edited(make: Callable[[Path], Path], file: str, old: str, new: str) -> Callable[[Path], Path]:
     """A replica with one text exchanged."""
 
-    def changed(root: Path) -> Path:
-        made = make(root)
-        replicas.edit(made / file, old, new)
-        return made
+    def make_changed(root: Path) -> Path:
+        folder = make(root)
+        replicas.edit(folder / file, old, new)
+        return folder
 
-    return changed
+    return make_changed
 
 
-def without(make: Callable[[Path], Path], file: str) -> Callable[[Path], Path]:
+def make_without(make: Callable[[Path], Path], file: str) -> Callable[[Path], Path]:
     """A replica that lacks a file."""
 
-    def changed(root: Path) -> Path:
-        made = make(root)
-        next(made.glob(file)).unlink()
-        return made
+    def make_changed(root: Path) -> Path:
+        folder = make(root)
+        next(folder.glob(file)).unlink()
+        return folder
 
-    return changed
+    return make_changed
 
 
-def emptied(root: Path) -> Path:
+def make_with_empty_image(root: Path) -> Path:
     """A replica with an image that is none."""
-    made = replicas.make_cub(root)
-    next(made.glob("images/001*/*.jpg")).write_bytes(b"")
-    return made
+    folder = replicas.make_cub(root)
+    next(folder.glob("images/001*/*.jpg")).write_bytes(b"")
+    return folder
 
 
 def table(*lines: str) -> Callable[[Path], Path]:
@@ -148,15 +148,15 @@ def table(*lines: str) -> Callable[[Path], Path]:
     ("name", "make", "options", "message"),
     [
         ("CUB200DataModule", replicas.make_cub, SMALL, "must have 5,864 images of 100 classes"),
-        ("SOPDataModule", without(replicas.make_sop, "Ebay_test.txt"), PART, "Ebay_test.txt"),
+        ("SOPDataModule", make_without(replicas.make_sop, "Ebay_test.txt"), PART, "Ebay_test.txt"),
         (
             "SOPDataModule",
-            edited(replicas.make_sop, "Ebay_test.txt", " 11319 ", " 1 "),
+            make_edited(replicas.make_sop, "Ebay_test.txt", " 11319 ", " 1 "),
             PART,
             "is in training and in evaluation",
         ),
-        ("CUB200DataModule", emptied, PART, "cannot be read"),
-        ("CUB200DataModule", without(replicas.make_cub, "images/101*/*.jpg"), PART, "there is no such file"),
+        ("CUB200DataModule", make_with_empty_image, PART, "cannot be read"),
+        ("CUB200DataModule", make_without(replicas.make_cub, "images/101*/*.jpg"), PART, "there is no such file"),
         ("TableDataModule", table("../c.png,c,validation,x", *EVALUATED), SMALL, "leads out of root"),
         ("TableDataModule", table(*EVALUATED, EVALUATED[0]), SMALL, "table.csv, line 8"),
         ("TableDataModule", lambda root: make_table(root, ("path,lable,split", "a,b,train")), SMALL, "'lable'"),
@@ -182,7 +182,7 @@ def test_wrong_data_is_one_line_before_training(
     with pytest.raises(SystemExit) as stopped:
         run("fit", name, {**where, **options})
     assert stopped.value.code == 2
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("lightning-dml: error: ")]
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("lightning-dml: error: ")]
     assert message in line
 
 

@@ -213,7 +213,7 @@ def test_all_classes_may_train_where_others_validate(make: Maker, own: dict[str,
     ],
 )
 def test_further_folders_are_checked(make: Maker, folders: dict[str, int], message: str) -> None:
-    """Of several folders the message must show the one that has the mistake, before training."""
+    """The message must show the one of several folders that has the mistake, before training."""
     root = make({"train/a": 2, "train/b": 2, "val/c": 2, **folders})
     with pytest.raises(InputError, match=message):
         module(root, val_roots={"night": str(root / "night")})
@@ -257,10 +257,13 @@ def test_a_missing_root(stage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
-        ({"split_seed": -1}, "split_seed must not be negative, got -1"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"image_size": 32, "resize": 20}, "image_size=32 and resize=20"),
+        ({"val_fraction": 1.0}, r"val_fraction must be a share of .*, at least 0 and less than 1, got 1.0"),
+        ({"split_seed": -1}, "split_seed must be an integer of at least 0, got -1"),
+        ({"image_size": 0}, "image_size must be an integer of at least 1, got 0"),
+        (
+            {"image_size": 32, "resize": 20},
+            "resize must be an integer of at least 32, got 20; the crop of image_size=32",
+        ),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale must be .* got \(0.0, 1.0\)"),
         ({"crop_scale": (0.8, 0.4)}, "crop_scale must be two ascending"),
         ({"val_roots": {"val": "x"}}, "val_roots must not have a set called 'val'"),
@@ -278,7 +281,7 @@ def test_option_errors(options: dict[str, Any], message: str, tmp_path: Path) ->
 
 
 def test_a_cache_among_the_classes_is_refused(make: Maker) -> None:
-    """The next run would take it for a class without images."""
+    """A later run would take it for a class without images."""
     root = make({"a": 2, "b": 2})
     with pytest.raises(InputError, match="among the classes: choose a folder elsewhere"):
         module(root, cache=root / "cache")

@@ -1,4 +1,4 @@
-"""What every data module of image files shares: transforms by model, held-out classes, checks, caches, ranks."""
+"""Data modules of image files are alike in transforms by model, held-out classes, checks, caches, ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from lightning_dml import Embedder, MetricLearningModule
 from lightning_dml.datamodules import FolderDataModule, ImagesDataModule
-from lightning_dml.datamodules.images.datasets import ImageFileDataset
+from lightning_dml.datamodules.images.file_dataset import ImageFileDataset
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.datamodules.tables.splits import Splits
 from lightning_dml.errors import InputError
@@ -71,11 +71,11 @@ def file_set(images: Any) -> ImageFileDataset:
 
 def names(data: Listed, images: Any) -> set[str]:
     """The classes that a set really holds, by the names of its files."""
-    found = file_set(images)
+    images = file_set(images)
     assert data.class_names is not None
-    for path, label in zip(found.table.paths, found.labels.tolist(), strict=True):
+    for path, label in zip(images.table.paths, images.labels.tolist(), strict=True):
         assert data.class_names[label] == "class " + path.split("-")[1].split(".")[0]
-    return {data.class_names[label] for label in found.labels.tolist()}
+    return {data.class_names[label] for label in images.labels.tolist()}
 
 
 def test_without_a_request_the_test_set_validates(make: Make) -> None:
@@ -88,13 +88,13 @@ def test_without_a_request_the_test_set_validates(make: Make) -> None:
 
 @pytest.mark.parametrize("options", [{"val_fraction": 0.25}, {"folds": 4, "fold": 3}])
 def test_classes_are_held_out_on_request(make: Make, options: dict[str, Any]) -> None:
-    """Who tunes on the test set reports a number that nobody can repeat on other classes."""
+    """Tuning on the test set reports a number that nobody can repeat on other classes."""
     data = make(several=True, **options)
     data.setup()
     train, val = names(data, data.train_set), names(data, data.val_set)
     assert len(train) == 9 and len(val) == 3 and not train & val
     assert isinstance(data.test_set, dict) and list(data.test_set) == ["day", "night"]
-    assert all(len(names(data, each)) == 4 and not names(data, each) & (train | val) for each in data.test_set.values())
+    assert all(len(names(data, test)) == 4 and not names(data, test) & (train | val) for test in data.test_set.values())
 
 
 def test_several_test_sets_are_evaluated_each(make: Make) -> None:
@@ -103,7 +103,7 @@ def test_several_test_sets_are_evaluated_each(make: Make) -> None:
     data.setup()
     loaders = data.test_dataloader()
     assert list(loaders) == ["day", "night"]
-    assert [sum(len(batch["label"]) for batch in each) for each in loaders.values()] == [12, 12]
+    assert [sum(len(batch["label"]) for batch in loader) for loader in loaders.values()] == [12, 12]
 
 
 @pytest.mark.parametrize(("check", "content"), [("headers", b"no image"), ("headers", b""), ("decode", None)])
@@ -129,7 +129,7 @@ def test_a_missing_image_is_found_before_training(make: Make, tmp_path: Path) ->
 
 
 def test_unreadable_images_are_skipped_and_counted(make: Make, tmp_path: Path) -> None:
-    """By choice, and never as a black image."""
+    """Images are left out by choice, and never replaced by a black one."""
     path = tmp_path / "1-4.jpg"
     path.write_bytes(path.read_bytes()[:-300])
     data = make(unreadable="skip", val_fraction=0.25)
@@ -179,10 +179,10 @@ def test_folds_share_a_cache(make: Make, tmp_path: Path) -> None:
 
 def test_the_jpeg_cache_is_smaller(make: Make, tmp_path: Path) -> None:
     """A tenth of the size is what it is for; the pictures differ by little."""
-    raw, jpeg = (make(cache=tmp_path / each, cache_encoding=each) for each in ("raw", "jpeg"))
+    raw, jpeg = (make(cache=tmp_path / encoding, cache_encoding=encoding) for encoding in ("raw", "jpeg"))
     for data in (raw, jpeg):
         data.setup()
-    sizes = [sum(path.stat().st_size for path in (tmp_path / each).glob("*.images")) for each in ("raw", "jpeg")]
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).glob("*.images")) for name in ("raw", "jpeg")]
     assert sizes[1] < sizes[0]
     ours, right = file_set(jpeg.val_set)[0]["image"], file_set(raw.val_set)[0]["image"]
     assert 0 < float((ours - right).abs().mean()) < 0.3
@@ -278,7 +278,7 @@ def test_skipped_images_change_no_split(make: Make, tmp_path: Path) -> None:
 
 
 def use_on_ranks(rank: int, _ranks: int, root: Path) -> tuple[int, list[list[int]], float]:
-    """What a rank gets of a data set with a broken image and a cache that the first rank has made."""
+    """A rank's part of a data set with a broken image and a cache that the first rank has made."""
     data = Listed(root, cache=root / "cache", unreadable="skip", val_fraction=0.25)
     if rank == 0:
         data.prepare_data()
@@ -321,7 +321,7 @@ def test_super_classes_must_be_known(make: Make, monkeypatch: pytest.MonkeyPatch
 
 
 def read_differently(rank: int, _ranks: int, root: Path) -> str:
-    """What a rank hears whose folder lacks a file that another's has."""
+    """The error on a rank whose folder lacks a file that another's has."""
     data = FolderDataModule(root / str(rank), image_size=8, resize=8, num_workers=0, classes_per_batch=1)
     try:
         data.setup("fit")
@@ -337,7 +337,7 @@ def test_ranks_must_see_the_same_files(tmp_path: Path) -> None:
             (tmp_path / str(rank) / name).mkdir(parents=True)
             for number in range(3 - (rank == 1 and name == "c")):
                 Image.new("RGB", (8, 8)).save(tmp_path / str(rank) / name / f"{number}.png")
-    assert all("rank 1 reads other files" in each for each in run_ranks(2, read_differently, tmp_path))
+    assert all("rank 1 reads other files" in message for message in run_ranks(2, read_differently, tmp_path))
     (tmp_path / "0" / "c" / "2.png").unlink()
     assert run_ranks(2, read_differently, tmp_path) == ["", ""]
 
@@ -345,12 +345,12 @@ def test_ranks_must_see_the_same_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"check_images": "all"}, "check_images must be 'none', 'headers' or 'decode', got 'all'"),
-        ({"unreadable": "ignore"}, "unreadable must be 'raise' or 'skip', got 'ignore'"),
+        ({"check_images": "all"}, "check_images must be one of none, headers, decode, got 'all'"),
+        ({"unreadable": "ignore"}, "unreadable must be one of raise, skip, got 'ignore'"),
         ({"unreadable": "skip", "check_images": "none"}, "set it to 'decode'"),
-        ({"cache_encoding": "png"}, "cache_encoding must be 'raw' or 'jpeg', got 'png'"),
+        ({"cache_encoding": "png"}, "cache_encoding must be one of raw, jpeg, got 'png'"),
         ({"recipe": "standrad"}, "standard"),
-        ({"num_workers": -1}, "num_workers must not be negative, got -1"),
+        ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
         ({"fold": 2}, "fold=2 needs folds"),
         ({"folds": 3, "val_fraction": 0.5}, "two splits: set one of them"),
         ({"cache": "cache", "resize": None, "train_transform": len}, "set resize to the shorter side"),
@@ -375,4 +375,4 @@ def test_workers_share_the_cores(make: Make, monkeypatch: pytest.MonkeyPatch) ->
     assert data.train_dataloader().num_workers == 4
     several = make(num_workers=None, several=True)
     several.setup()
-    assert [each.persistent_workers for each in several.test_dataloader().values()] == [False, False]
+    assert [loader.persistent_workers for loader in several.test_dataloader().values()] == [False, False]

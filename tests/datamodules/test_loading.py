@@ -46,12 +46,12 @@ class Watcher(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(9, 1)
-        self.seen: list[tuple[int, list[int], float]] = []
+        self.batches: list[tuple[int, list[int], float]] = []
         self.predicted: list[int] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Writes down what came in, and trains, so that there is a state to resume."""
-        self.seen.append((self.current_epoch, batch["index"].tolist(), float(batch["image"].double().sum())))
+        self.batches.append((self.current_epoch, batch["index"].tolist(), float(batch["image"].double().sum())))
         loss: Tensor = self.layer(batch["image"].flatten(1)).mean()
         return loss
 
@@ -94,14 +94,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[in
     folder = tmp_path_factory.mktemp("whole")
     model = Watcher()
     trainer(folder, callbacks=[every_step(folder)]).fit(model, datamodule=TinyDataModule())
-    assert [epoch for epoch, _, _ in model.seen] == [epoch for epoch in range(EPOCHS) for _ in range(BATCHES)]
-    return folder, model.seen
+    assert [epoch for epoch, _, _ in model.batches] == [epoch for epoch in range(EPOCHS) for _ in range(BATCHES)]
+    return folder, model.batches
 
 
 def test_epochs_and_augmentation_differ(whole: tuple[Path, list[tuple[int, list[int], float]]]) -> None:
     """If all batches were alike, the tests below would pass whatever the loader did."""
-    _, seen = whole
-    assert len({tuple(indices) for _, indices, _ in seen}) == len({pixels for _, _, pixels in seen}) == len(seen)
+    _, batches = whole
+    assert (
+        len({tuple(indices) for _, indices, _ in batches}) == len({pixels for _, _, pixels in batches}) == len(batches)
+    )
 
 
 # Every place, the last batches of epochs among them.
@@ -110,12 +112,12 @@ def test_a_resumed_fit_sees_the_batches_that_were_to_come(
     step: int, whole: tuple[Path, list[tuple[int, list[int], float]]], tmp_path: Path
 ) -> None:
     """A restart that repeats or skips images trains on another distribution than the user believes."""
-    folder, seen = whole
+    folder, batches = whole
     model = Watcher()
     fit = trainer(tmp_path, enable_checkpointing=False)
     fit.fit(model, datamodule=TinyDataModule(), ckpt_path=folder / f"{step}.ckpt", weights_only=True)
-    assert model.seen == seen[step:]
-    assert fit.global_step == len(seen)
+    assert model.batches == batches[step:]
+    assert fit.global_step == len(batches)
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": BATCHES * EPOCHS}])
@@ -128,14 +130,14 @@ def test_a_fit_resumed_twice_sees_the_batches_that_were_to_come(
     tmp_path: Path,
 ) -> None:
     """Preempted jobs restart many times; a small error each time would add up."""
-    folder, seen = whole
+    folder, batches = whole
     once, twice = Watcher(), Watcher()
     fit = trainer(tmp_path, callbacks=[every_step(tmp_path)], **limits)
     fit.fit(once, datamodule=TinyDataModule(), ckpt_path=folder / f"{first}.ckpt")
-    assert once.seen == seen[first:]
+    assert once.batches == batches[first:]
     fit = trainer(tmp_path, enable_checkpointing=False, **limits)
     fit.fit(twice, datamodule=TinyDataModule(), ckpt_path=tmp_path / f"{second}.ckpt")
-    assert twice.seen == seen[second:]
+    assert twice.batches == batches[second:]
 
 
 def test_hooks_of_the_epoch_after_a_resume_run(
@@ -159,19 +161,19 @@ def test_workers_change_nothing(
     step: int, whole: tuple[Path, list[tuple[int, list[int], float]]], tmp_path: Path
 ) -> None:
     """num_workers is about speed; it must change neither the images nor where a checkpoint resumes."""
-    folder, seen = whole
+    folder, batches = whole
     model = Watcher()
     data = TinyDataModule(num_workers=2)
     trainer(tmp_path, callbacks=[every_step(tmp_path)], max_epochs=2).fit(
         model, datamodule=data, ckpt_path=folder / f"{step}.ckpt"
     )
-    assert model.seen == seen[step : 2 * BATCHES]
+    assert model.batches == batches[step : 2 * BATCHES]
     # A checkpoint of a run with workers, which fetch batches ahead of the training, resumes the same.
     again = Watcher()
     trainer(tmp_path, enable_checkpointing=False).fit(
         again, datamodule=TinyDataModule(num_workers=2), ckpt_path=tmp_path / f"{BATCHES + 2}.ckpt"
     )
-    assert again.seen == seen[BATCHES + 2 :]
+    assert again.batches == batches[BATCHES + 2 :]
 
 
 @pytest.mark.parametrize(("step", "limit"), [(2, 3), (3, 3), (4, 3)])
@@ -180,25 +182,25 @@ def test_resumes_in_epochs_that_are_cut_short(step: int, limit: int, tmp_path: P
     model, again = Watcher(), Watcher()
     cut = {"limit_train_batches": limit, "max_epochs": 2}
     trainer(tmp_path, callbacks=[every_step(tmp_path)], **cut).fit(model, datamodule=TinyDataModule())
-    assert [epoch for epoch, _, _ in model.seen] == [0] * limit + [1] * limit
+    assert [epoch for epoch, _, _ in model.batches] == [0] * limit + [1] * limit
     trainer(tmp_path, enable_checkpointing=False, **cut).fit(
         again, datamodule=TinyDataModule(), ckpt_path=tmp_path / f"{step}.ckpt"
     )
-    assert again.seen == model.seen[step:]
+    assert again.batches == model.batches[step:]
 
 
 def test_resumes_from_the_checkpoint_of_an_epoch_end(
     whole: tuple[Path, list[tuple[int, list[int], float]]], tmp_path: Path
 ) -> None:
     """The usual checkpoint, saved per epoch, must start the next epoch and not repeat the last."""
-    _, seen = whole
+    _, batches = whole
     first, again = Watcher(), Watcher()
     keep = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
     trainer(tmp_path, callbacks=[keep], max_epochs=2).fit(first, datamodule=TinyDataModule())
     trainer(tmp_path, enable_checkpointing=False).fit(
         again, datamodule=TinyDataModule(), ckpt_path=keep.best_model_path
     )
-    assert first.seen + again.seen == seen
+    assert first.batches + again.batches == batches
 
 
 def test_the_loader_leaves_the_global_random_state_alone() -> None:
@@ -252,7 +254,7 @@ def test_the_epoch_may_be_set_after_the_iterator_is_made(workers: int) -> None:
     data.setup("fit")
     loader, other = data.train_dataloader(), data.train_dataloader()
     iterator = iter(loader)
-    for each in (loader, other):
-        each.batch_sampler.sampler.set_epoch(4)  # type: ignore[union-attr]
+    for either in (loader, other):
+        either.batch_sampler.sampler.set_epoch(4)  # type: ignore[union-attr]
     assert [batch["index"].tolist() for batch in iterator] == [batch["index"].tolist() for batch in other]
     assert loader.state_dict() == {"epoch": 4, "batch": BATCHES}

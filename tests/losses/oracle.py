@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+
 
 def pairs_of(
     i: int, labels: Tensor, ref_labels: Tensor, indices: Tensor | None, ref_indices: Tensor | None, in_batch: bool
@@ -52,6 +54,11 @@ def oracle(
             sp, sn = mine(sp, sn)
         rows.append(row_loss(sp, sn))
     return rows
+
+
+def nothing(sp: Tensor, sn: Tensor) -> Tensor:
+    """No loss, with a graph."""
+    return sp.sum() * 0 + sn.sum() * 0
 
 
 def contrastive(margin: float, pos_margin: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -13,7 +13,6 @@ import pytorch_metric_learning.losses as pml
 import torch
 from hypothesis import given, settings
 from pytorch_lightning import LightningDataModule, LightningModule
-from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,40 +32,26 @@ from lightning_dml.losses import (
 )
 from lightning_dml.losses.base import Reduction
 from tests.helpers import ROOT, LargestTensor, run_ranks
-from tests.losses.inspection.test_pair_weights import tangential
+from tests.losses.cases import (
+    LOSSES,
+    MINED,
+    OURS,
+    THEIRS,
+    anchors_and_references,
+    own_share,
+    tangential,
+    value_and_gradients,
+)
 from tests.losses.oracle import batches, gradients
-from tests.losses.test_distributed_losses import LOSSES
-from tests.losses.test_sharded import MINED, called, data, share
 
-OURS: dict[str, PairWeightingLoss] = {
-    name: copy.deepcopy(loss).requires_grad_(False) for name, loss in (LOSSES | MINED).items()
-} | {
-    "contrastive on distance": ContrastiveLoss(measure="distance"),
-    "contrastive on squared distance": ContrastiveLoss(measure="squared_distance"),
-    "circle, not detached": losses.CircleLoss(0.4, 8.0, detach=False),
-    "halves of halves": DirectWeightingLoss(FromLoss(MultiSimilarityLoss()), FromLoss(losses.SupConLoss(0.5))),
-}
-LIFTED = losses.LiftedStructureLoss(variant="original")
+LIFTED = losses.LiftedStructureLoss(variant="original", measure="distance")
 COUPLED: dict[str, PairWeightingLoss] = {
     "lifted, original": LIFTED,
-    "lifted, original, mined": losses.LiftedStructureLoss(variant="original", miner=losses.ThresholdMiner(0.9, 0.0)),
+    "lifted, original, mined": losses.LiftedStructureLoss(
+        variant="original", measure="distance", miner=losses.ThresholdMiner(0.9, 0.0)
+    ),
 }
 
-THEIRS: dict[str, Callable[[], nn.Module]] = {
-    "contrastive": lambda: pml.ContrastiveLoss(1.0, 0.3, distance=CosineSimilarity()),
-    "contrastive on distance": pml.ContrastiveLoss,
-    "multi-similarity": lambda: pml.MultiSimilarityLoss(2.0, 10.0, 0.5),
-    "triplet": lambda: pml.TripletMarginLoss(0.2),
-    "n-pair of tuplets": pml.TupletMarginLoss,
-    "nt-xent": lambda: pml.NTXentLoss(0.2),
-    "supcon": pml.SupConLoss,
-    "circle": pml.CircleLoss,
-    "lifted": pml.LiftedStructureLoss,
-    "lifted, generalized": pml.GeneralizedLiftedStructureLoss,
-    "nca": pml.NCALoss,
-    "margin": pml.MarginLoss,
-    "intra-pair variance": pml.IntraPairVarianceLoss,
-}
 IN_BATCH_ONLY: dict[str, Callable[[], nn.Module]] = {
     "fastap": pml.FastAPLoss,
     "ranked list": lambda: pml.RankedListLoss(margin=0.4, Tn=1.0, Tp=0.0),
@@ -97,7 +82,7 @@ def test_both_halves_of_a_loss_give_its_gradient(name: str, reduction: Reduction
 
 
 def in_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Without references."""
+    """The batch without its references."""
     return {key: value for key, value in batch.items() if not key.startswith("ref_")}
 
 
@@ -175,14 +160,14 @@ def test_the_direct_losss_miner_comes_first() -> None:
     lifted = DirectWeightingLoss(
         FromLoss(LIFTED), FromLoss(copy.deepcopy(LIFTED)), miner=losses.ThresholdMiner(0.9, 0.0)
     )
-    expected = losses.LiftedStructureLoss(variant="original", miner=losses.ThresholdMiner(0.9, 0.0))
-    kept, right = pair_weights(lifted, **in_batch(batch)), pair_weights(expected, **in_batch(batch))
-    torch.testing.assert_close(kept, right, rtol=0, atol=1e-12)
+    expected = losses.LiftedStructureLoss(variant="original", measure="distance", miner=losses.ThresholdMiner(0.9, 0.0))
+    weights, right = pair_weights(lifted, **in_batch(batch)), pair_weights(expected, **in_batch(batch))
+    torch.testing.assert_close(weights, right, rtol=0, atol=1e-12)
     measured = DirectWeightingLoss(FromLoss(pml.NTXentLoss()), curves.Step(0.2), miner=miner)
     assert torch.equal(pair_weights(measured, **batch) < 0, pair_weights(ContrastiveLoss(miner=miner), **batch) < 0)
     theirs = FromLoss(pml.NTXentLoss())
-    kept = pair_weights(DirectWeightingLoss(theirs, theirs, miner=miner), **batch) != 0
-    assert torch.equal(kept, pair_weights(ContrastiveLoss(-1.0, miner=miner), **batch) != 0)
+    mask = pair_weights(DirectWeightingLoss(theirs, theirs, miner=miner), **batch) != 0
+    assert torch.equal(mask, pair_weights(ContrastiveLoss(-1.0, miner=miner), **batch) != 0)
 
 
 def test_no_table_of_all_pairs_is_made() -> None:
@@ -208,45 +193,46 @@ RANKED = ("contrastive", "multi-similarity", "fastap", "semi-hard", "batch hard"
 
 def on_rank(rank: int, ranks: int) -> dict[str, list[Any]]:
     """Each loss and its halves: in-batch, against all references, and against shares of them."""
-    anchors, references = data(ranks, rank)
-    found: dict[str, list[Any]] = {}
+    anchors, references = anchors_and_references(ranks, rank)
+    results: dict[str, list[Any]] = {}
     for name in RANKED:
         for reduction in get_args(Reduction):
             loss = copy.deepcopy((LOSSES | MINED)[name])
             loss.reduction = reduction
-            for kind, given_references in (("in-batch", {}), ("memory", references), ("shares", share(references))):
-                pair = [called(each, anchors, given_references) for each in (loss, whole(loss, reduction=reduction))]
-                found[f"{name}, {reduction}, {kind}"] = pair
-    found["lifted"] = [called(each, anchors, {}) for each in (LIFTED, whole(LIFTED))]
+            for kind, given_references in (("in-batch", {}), ("memory", references), ("shares", own_share(references))):
+                variants = loss, whole(loss, reduction=reduction)
+                pair = [value_and_gradients(variant, anchors, given_references) for variant in variants]
+                results[f"{name}, {reduction}, {kind}"] = pair
+    results["lifted"] = [value_and_gradients(loss, anchors, {}) for loss in (LIFTED, whole(LIFTED))]
     theirs = pml.NTXentLoss(0.2)
     both = DirectWeightingLoss(FromLoss(theirs), FromLoss(theirs))
-    found["theirs"] = [called(both, anchors, {}), called(both, anchors, references)]
+    results["theirs"] = [value_and_gradients(both, anchors, {}), value_and_gradients(both, anchors, references)]
     with pytest.raises(InputError, match="ref_sharded=True needs weights that come row by row"):
-        called(both, anchors, share(references))
-    return found
+        value_and_gradients(both, anchors, own_share(references))
+    return results
 
 
 def test_halves_train_on_ranks_as_their_loss_does() -> None:
     """Statistics, draws and counts of a half cross ranks as those of a loss do."""
     everywhere = run_ranks(2, on_rank)
-    for found in everywhere:
-        theirs = found.pop("theirs")
+    for results in everywhere:
+        theirs = results.pop("theirs")
         assert all(np.isfinite(gradient).all() for _, (gradient,) in theirs)
-        for name, ((_, right), (_, ours)) in found.items():
+        for name, ((_, right), (_, ours)) in results.items():
             np.testing.assert_allclose(ours[0], right[0], rtol=0, atol=1e-9, err_msg=name)
 
 
 def their_batch(rank: int, ranks: int) -> Any:
     """The gradient of another library's loss from its halves, this rank's rows."""
-    anchors, _ = data(2, 0) if ranks == 2 and rank == 0 else data(2, 1)
+    anchors, _ = anchors_and_references(2, 0) if ranks == 2 and rank == 0 else anchors_and_references(2, 1)
     loss = pml.MultiSimilarityLoss(2.0, 10.0, 0.5)
-    (_, (gradient,)) = called(DirectWeightingLoss(FromLoss(loss), FromLoss(loss)), anchors, {})
+    (_, (gradient,)) = value_and_gradients(DirectWeightingLoss(FromLoss(loss), FromLoss(loss)), anchors, {})
     return gradient
 
 
 def test_another_librarys_loss_sees_the_batches_of_all_ranks() -> None:
     """Its in-batch weights are those of one process with the whole batch; DDP takes the mean over two ranks."""
-    parts = [data(2, rank)[0] for rank in range(2)]
+    parts = [anchors_and_references(2, rank)[0] for rank in range(2)]
     embeddings = torch.cat([part["embeddings"] for part in parts]).requires_grad_()
     labels = torch.cat([part["labels"] for part in parts])
     loss = pml.MultiSimilarityLoss(2.0, 10.0, 0.5)
@@ -303,11 +289,11 @@ def test_halves_come_from_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_halves_resume() -> None:
     """A half's own miner that draws must go on where it stood."""
-    loss = whole(losses.TripletLoss(0.2, miner=losses.SemiHardMiner(seed=4)))
+    loss = whole(losses.TripletLoss(0.2, miner=losses.SemiHardMiner(measure="distance", seed=4)))
     batch = ordinary()
     loss(**batch)
     state, expected = copy.deepcopy(loss.state_dict()), loss(**batch)
-    again = whole(losses.TripletLoss(0.2, miner=losses.SemiHardMiner(seed=4)))
+    again = whole(losses.TripletLoss(0.2, miner=losses.SemiHardMiner(measure="distance", seed=4)))
     assert not torch.equal(again(**batch), expected)
     again.load_state_dict(state)
     assert torch.equal(again(**batch), expected)

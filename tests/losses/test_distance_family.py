@@ -27,9 +27,7 @@ from lightning_dml.losses.weighting.distance import (
 from lightning_dml.losses.weighting.ranking import FastAPWeighting, RankedListWeighting
 from lightning_dml.losses.weighting.triplet import SoftTripletWeighting, TripletWeighting
 from tests.losses import oracle
-from tests.losses.oracle import batches, gradients
-
-RowLoss = Callable[[Tensor, Tensor], Tensor]
+from tests.losses.oracle import RowLoss, batches, gradients
 
 
 def nothing(sp: Tensor, sn: Tensor) -> Tensor:
@@ -99,11 +97,11 @@ def ranked_list(margin: float, alpha: float, neg: float, pos: float, balance: fl
     """Mean violations of both sides, weighted by exponentials of themselves that are held constant."""
 
     def side(violations: list[Tensor], temperature: float) -> Tensor | float:
-        kept = [v for v in violations if v > 0]
-        if not kept:
+        open_hinges = [v for v in violations if v > 0]
+        if not open_hinges:
             return 0.0
-        weights = [torch.exp(temperature * v.detach()) for v in kept]
-        return sum(w * v for w, v in zip(weights, kept, strict=True)) / sum(weights)
+        weights = [torch.exp(temperature * v.detach()) for v in open_hinges]
+        return sum(w * v for w, v in zip(weights, open_hinges, strict=True)) / sum(weights)
 
     def row(sp: Tensor, sn: Tensor) -> Tensor:
         pull = side([distance(p) - (alpha - margin) for p in sp], pos)
@@ -114,7 +112,7 @@ def ranked_list(margin: float, alpha: float, neg: float, pos: float, balance: fl
 
 
 def fast_ap(bins: int) -> RowLoss:
-    """Each pair in the two bins around it; which two they are is the documented rule for pairs on a centre."""
+    """Average precision with each pair in the two bins around it, and on a centre in those of the documented rule."""
 
     def histogram(similarities: Tensor) -> list[Tensor]:
         counts = [torch.zeros((), dtype=torch.float64) for _ in range(bins + 1)]
@@ -143,7 +141,7 @@ CASES: dict[str, tuple[PairWeightingLoss, RowLoss, Any]] = {
     "triplet, similarity": (TripletLoss(), triplets(lambda s: -s, hinge(0.1)), None),
     "triplet, distance": (TripletLoss(measure="distance"), triplets(distance, hinge(0.2)), None),
     "triplet, squared": (TripletLoss(0.3, measure="squared_distance"), triplets(squared_distance, hinge(0.3)), None),
-    "triplet, wide margin": (TripletLoss(5.0, "distance"), triplets(distance, hinge(5.0)), None),
+    "triplet, wide margin": (TripletLoss(5.0, measure="distance"), triplets(distance, hinge(5.0)), None),
     "triplet, mined": (
         TripletLoss(0.2, miner=MultiSimilarityMiner(0.1)),
         triplets(lambda s: -s, hinge(0.2)),
@@ -165,7 +163,11 @@ CASES: dict[str, tuple[PairWeightingLoss, RowLoss, Any]] = {
     ),
     "margin": (MarginLoss(), hinges(1.0, 1.4), None),
     "ranked list": (RankedListLoss(), ranked_list(0.4, 1.2, 10.0, 0.0, 0.5), None),
-    "ranked list, sharp": (RankedListLoss(0.7, 1.3, 3.0, 8.0, 0.2), ranked_list(0.7, 1.3, 3.0, 8.0, 0.2), None),
+    "ranked list, sharp": (
+        RankedListLoss(0.7, 1.3, neg_temperature=3.0, pos_temperature=8.0, balance=0.2),
+        ranked_list(0.7, 1.3, 3.0, 8.0, 0.2),
+        None,
+    ),
     "fast ap": (FastAPLoss(), fast_ap(10), None),
     "fast ap, one bin": (FastAPLoss(bins=1), fast_ap(1), None),
     "fast ap, fine": (FastAPLoss(bins=37), fast_ap(37), None),
@@ -207,8 +209,8 @@ def test_a_fixed_beta_is_no_parameter() -> None:
 
 WEIGHTINGS: dict[str, Weighting] = {
     "triplet": TripletWeighting(),
-    "triplet, distance": TripletWeighting(0.2, "distance"),
-    "soft triplet": SoftTripletWeighting(50.0, "distance"),
+    "triplet, distance": TripletWeighting(0.2, measure="distance"),
+    "soft triplet": SoftTripletWeighting(50.0, measure="distance"),
     "hadsell": HadsellWeighting(),
     "contrastive": DistanceContrastiveWeighting(),
     "margin": MarginWeighting(),
@@ -256,7 +258,7 @@ def test_equal_vectors_are_neither_pulled_nor_pushed() -> None:
     embeddings = torch.cat([row, row * (1 + 2e-7), F.normalize(torch.randn(1, 512), dim=1)])
     labels = torch.tensor([0, 0, 1])
     batch = {"embeddings": embeddings, "labels": labels, "ref_emb": embeddings, "ref_labels": labels}
-    for loss in (TripletLoss(3.0, "distance"), PairWeightingLoss(DistanceContrastiveWeighting())):
+    for loss in (TripletLoss(3.0, measure="distance"), PairWeightingLoss(DistanceContrastiveWeighting())):
         for gradient in gradients(loss, batch)[1:]:
             assert float(gradient.abs().max()) < 3
 
@@ -278,8 +280,8 @@ def test_equal_vectors_are_neither_pulled_nor_pushed() -> None:
         (lambda: RankedListLoss(pos_temperature=-2.0), "pos_temperature.*at least 0.*-2.0"),
         (lambda: RankedListLoss(balance=1.5), "balance.*at most 1.*1.5"),
         (lambda: RankedListLoss(alpha=0.0), "alpha.*greater than 0"),
-        (lambda: FastAPLoss(bins=0), "bins.*positive integer.*0"),
-        (lambda: FastAPLoss(bins=2.5), "bins.*positive integer.*2.5"),  # type: ignore[arg-type]
+        (lambda: FastAPLoss(bins=0), "bins.*integer of at least 1.*0"),
+        (lambda: FastAPLoss(bins=2.5), "bins.*integer of at least 1.*2.5"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_settings_are_named(call: Callable[[], object], words: str) -> None:

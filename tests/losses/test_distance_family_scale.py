@@ -63,7 +63,9 @@ def test_the_grid_counts_what_a_binary_search_counts(seed: int, width: int, spre
         ],
         dim=1,
     )
-    expected = torch.stack([(row < each[:, None]).sum(1) for row, each in zip(thresholds, values, strict=True)])
+    expected = torch.stack(
+        [(row < row_values[:, None]).sum(1) for row, row_values in zip(thresholds, values, strict=True)]
+    )
     assert torch.equal(_count_below_by_grid(thresholds, values), expected)
     assert torch.equal(count_below(thresholds, values), expected)
 
@@ -76,7 +78,7 @@ def test_triplet_sums_keep_their_digits_in_float32(measure: Any, classes: int, s
     references, ref_labels = clusters(9000, classes, 64, spread)
     similarity = anchors @ references.T
     positive = labels[:, None] == ref_labels
-    losses, weights = TripletWeighting(margin, measure)(similarity, positive, ~positive)
+    losses, weights = TripletWeighting(margin, measure=measure)(similarity, positive, ~positive)
 
     exact = similarity.double()
     far = 2 - 2 * exact
@@ -177,8 +179,8 @@ FACTS: dict[str, tuple[Weighting, Callable[[Tensor, Tensor], tuple[Tensor, Tenso
     "hadsell": (HadsellWeighting(1.0), lambda sp, sn: (one(sp < 2), torch.relu(1 / d(sn) - 1))),
     "contrastive": (DistanceContrastiveWeighting(1.0), lambda sp, sn: (1 / d(sp), one(d(sn) < 1) / d(sn))),
     "triplet": (TripletWeighting(0.1), triplet_weights),
-    "triplet, distance": (TripletWeighting(0.2, "distance"), triplet_distance_weights),
-    "triplet, squared": (TripletWeighting(0.2, "squared_distance"), triplet_squared_weights),
+    "triplet, distance": (TripletWeighting(0.2, measure="distance"), triplet_distance_weights),
+    "triplet, squared": (TripletWeighting(0.2, measure="squared_distance"), triplet_squared_weights),
     "soft triplet": (SoftTripletWeighting(10.0), soft_triplet_weights),
     "ranked list": (RankedListWeighting(), ranked_list_weights),
     "margin": (
@@ -221,9 +223,9 @@ def with_references() -> dict[str, Tensor]:
 SUM = {"reducer": SumReducer()}
 PEERS: dict[str, tuple[PairWeightingLoss, nn.Module, float]] = {
     "triplet": (TripletLoss(0.1), pml.TripletMarginLoss(0.1, distance=CosineSimilarity(), **SUM), 1),
-    "triplet, distance": (TripletLoss(0.2, "distance"), pml.TripletMarginLoss(0.2, **SUM), 1),
+    "triplet, distance": (TripletLoss(0.2, measure="distance"), pml.TripletMarginLoss(0.2, **SUM), 1),
     "triplet, squared": (
-        TripletLoss(0.2, "squared_distance"),
+        TripletLoss(0.2, measure="squared_distance"),
         pml.TripletMarginLoss(0.2, distance=LpDistance(power=2), **SUM),
         1,
     ),

@@ -14,34 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_dml import distributed, losses
 from lightning_dml.losses import ContrastiveLoss
 from tests.helpers import run_ranks
+from tests.losses.cases import LOSSES, grad_of, net
 
-LOSSES: dict[str, losses.PairWeightingLoss] = {
-    "contrastive": ContrastiveLoss(0.2),
-    "contrastive, mined": ContrastiveLoss(0.2, miner=losses.MultiSimilarityMiner(0.1)),
-    "multi-similarity": losses.MultiSimilarityLoss(2.0, 10.0, 0.2),
-    "direct": losses.DirectWeightingLoss(losses.curves.Constant(), losses.curves.Linear(0.1)),
-    "general": losses.GeneralPairWeightingLoss("triplet_violation", "linear", "softmax", "mean"),
-    "triplet": losses.TripletLoss(0.2),
-    "triplet, soft": losses.TripletLoss(scale=4.0, measure="distance"),
-    "margin, learned": losses.MarginLoss(learn_beta=True).double(),
-    "ranked list": losses.RankedListLoss(),
-    "fastap": losses.FastAPLoss(),
-    "n-pair": losses.NPairLoss(4.0),
-    "nt-xent": losses.NTXentLoss(0.5),
-    "tuplet margin": losses.TupletMarginLoss(8.0),
-    "supcon": losses.SupConLoss(0.5),
-    "nca": losses.NCALoss(),
-    "lifted": losses.LiftedStructureLoss(),
-    "binomial": losses.BinomialDevianceLoss(2.0, 10.0, 0.2),
-    "circle": losses.CircleLoss(0.4, 8.0),
-}
 SIZES = {2: (5, 11), 3: (4, 1, 11)}
-
-
-def net() -> nn.Module:
-    """The same network on every rank."""
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8)).double()
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -79,17 +54,11 @@ def gradient(model: nn.Module, name: str, reduction: losses.base.Reduction, rows
     return float(value.detach()), [gradient.numpy().copy() for gradient in gradients]
 
 
-def grad_of(parameter: Tensor) -> Tensor:
-    """The gradient of a parameter that the loss must reach."""
-    assert parameter.grad is not None
-    return parameter.grad
-
-
 CASES = [(name, reduction) for name in LOSSES for reduction in get_args(losses.base.Reduction)]
 
 
 def on_rank(rank: int, ranks: int) -> list[tuple[float, list[Any]]]:
-    """What one rank gets from its uneven share of the rows."""
+    """Values and gradients that one rank gets from its uneven share of the rows."""
     model = DistributedDataParallel(net())
     start = sum(SIZES[ranks][:rank])
     rows = slice(start, start + SIZES[ranks][rank])
@@ -112,14 +81,14 @@ def lifted(model: nn.Module, rows: slice) -> tuple[float, list[Any]]:
     """The original lifted structure loss couples anchors of different ranks, and works in-batch only."""
     x, labels, indices, *_ = data()
     model.zero_grad()
-    loss = losses.LiftedStructureLoss(variant="original")
+    loss = losses.LiftedStructureLoss(variant="original", measure="distance")
     value = loss(F.normalize(model(x[rows]), dim=1), labels[rows], indices=indices[rows])
     torch.autograd.backward(value)
     return float(value.detach()), [grad_of(parameter).numpy().copy() for parameter in model.parameters()]
 
 
 def lifted_on_rank(rank: int, ranks: int) -> tuple[float, list[Any]]:
-    """Its share of the batch."""
+    """The coupled loss on this rank's share of the batch."""
     start = sum(SIZES[ranks][:rank])
     return lifted(DistributedDataParallel(net()), slice(start, start + SIZES[ranks][rank]))
 

@@ -93,8 +93,8 @@ def test_value_and_gradient_equal_the_textbook(
         "none",
         positive,
         negative,
-        normalization,
-        measure,
+        normalization=normalization,
+        measure=measure,
         positive_args={**settings, "threshold": 0.8},
         negative_args={**settings, "threshold": 0.1},
     )
@@ -153,7 +153,7 @@ def test_float32_exponentials_do_not_overflow() -> None:
         ({"normalization": "max"}, "normalization.*'max'"),
         ({"measure": "angle"}, "measure.*'angle'"),
         ({"negative_args": {"temperature": 1.0}}, "negative_args knows.*'temperature'"),
-        ({"positive_args": {"rate": -1.0}}, "positive: rate must be positive, got -1"),
+        ({"positive_args": {"rate": -1.0}}, "positive: rate must be .* greater than 0, got -1"),
         ({"mining_args": {"margin": 1.0}}, "mining_args do not fit MultiSimilarityMiner.*margin"),
     ],
 )

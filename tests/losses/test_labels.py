@@ -14,7 +14,7 @@ INDICES = st.sampled_from([-7, -2, -1, 0, 1, 2, 2**24 + 1, 2**62])
 
 
 def tensor(numbers: list[int]) -> Tensor:
-    """As int64."""
+    """The numbers as an int64 tensor."""
     return torch.tensor(numbers, dtype=torch.int64)
 
 

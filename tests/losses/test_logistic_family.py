@@ -24,10 +24,8 @@ from lightning_dml.losses.weighting.distance import MIN_DISTANCE
 from lightning_dml.losses.weighting.lifted import LiftedWeighting, OriginalLiftedWeighting
 from tests.helpers import run_ranks
 from tests.losses import oracle
-from tests.losses.oracle import batches, gradients
-from tests.losses.test_softmax_family import balanced, extremes, normalized, nothing
-
-RowLoss = Callable[[Tensor, Tensor], Tensor]
+from tests.losses.cases import balanced, extremes, normalized
+from tests.losses.oracle import RowLoss, batches, gradients, nothing
 
 
 def unlike(similarity: Tensor, measure: str) -> Tensor:
@@ -63,7 +61,7 @@ def binomial(alpha: float, beta: float, base: float) -> RowLoss:
 
 
 def circle(margin: float, gamma: float, detach: bool) -> RowLoss:
-    """Each side's sum, multiplied."""
+    """The circle loss of a row: the sums of both sides, multiplied."""
 
     def row(sp: Tensor, sn: Tensor) -> Tensor:
         pull, push = nothing(sp, sn), nothing(sp, sn)
@@ -78,14 +76,18 @@ def circle(margin: float, gamma: float, detach: bool) -> RowLoss:
     return row
 
 
-def circles(*settings: Any) -> tuple[PairWeightingLoss, RowLoss, None]:
+def circles(margin: float, gamma: float, detach: bool) -> tuple[PairWeightingLoss, RowLoss, None]:
     """A loss and its textbook of the same settings."""
-    return CircleLoss(*settings), circle(*settings), None
+    return CircleLoss(margin, gamma, detach=detach), circle(margin, gamma, detach), None
 
 
 CASES: dict[str, tuple[PairWeightingLoss, RowLoss, Any]] = {
-    "lifted": (LiftedStructureLoss(), lifted("distance", 1.0, 1.0, 1.0), None),
-    "lifted, sharp": (LiftedStructureLoss(margin=0.3, alpha=3.0, beta=8.0), lifted("distance", 0.3, 3.0, 8.0), None),
+    "lifted": (LiftedStructureLoss(measure="distance"), lifted("distance", 1.0, 1.0, 1.0), None),
+    "lifted, sharp": (
+        LiftedStructureLoss(measure="distance", margin=0.3, alpha=3.0, beta=8.0),
+        lifted("distance", 0.3, 3.0, 8.0),
+        None,
+    ),
     # Not the default margin of 0: a positive as near as a negative is then on the hinge's kink, where any slope is one.
     # That margin is in CHECKED below.
     "lifted, similarity": (
@@ -143,7 +145,7 @@ def original(embeddings: Tensor, labels: Tensor, indices: Tensor | None = None, 
 def test_original_lifted_equals_the_textbook(measure: str, batch: dict[str, Any], block: int) -> None:
     """A pair's J depends on rows of two anchors; only the right shares in both add up to its gradient."""
     batch = {name: value for name, value in batch.items() if not name.startswith("ref_")}
-    loss = LiftedStructureLoss("original", measure, margin=0.4, block_bytes=block)  # type: ignore[arg-type]
+    loss = LiftedStructureLoss("original", measure=measure, margin=0.4, block_bytes=block)  # type: ignore[arg-type]
 
     def textbook(**kwargs: Any) -> Tensor:
         return original(**kwargs, measure=measure, margin=0.4)
@@ -154,7 +156,7 @@ def test_original_lifted_equals_the_textbook(measure: str, batch: dict[str, Any]
 
 def test_original_lifted_with_a_threshold_on_each_pair() -> None:
     """A miner that treats both orders of a pair alike keeps value and gradient those of one function."""
-    loss = LiftedStructureLoss("original", miner=ThresholdMiner(0.6, 0.1))
+    loss = LiftedStructureLoss("original", measure="distance", miner=ThresholdMiner(0.6, 0.1))
     embeddings, labels = balanced()
     value, gradient = gradients(loss, {"embeddings": embeddings, "labels": labels})
     step = 1e-6 * torch.randn_like(embeddings)
@@ -186,7 +188,7 @@ CHECKED: dict[str, tuple[Any, RowLoss]] = {
         LiftedWeighting("similarity", 0.0, 2.0, 40.0),
         lambda sp, sn: torch.relu(torch.logsumexp(2 * (0.9 - sp), 0) / 2 + torch.logsumexp(40 * (sn - 0.9), 0) / 40),
     ),
-    "lifted, distance": (LiftedWeighting(), lifted_distance_row),
+    "lifted, distance": (LiftedWeighting("distance", 1.0, 1.0, 1.0), lifted_distance_row),
     "binomial": (
         BinomialWeighting(2.0, 40.0, 0.5),
         lambda sp, sn: torch.log1p(torch.exp(2 * (0.5 - sp))).mean() + torch.log1p(torch.exp(40 * (sn - 0.5))).mean(),
@@ -212,14 +214,14 @@ def test_weights_of_a_row_are_the_derivative(name: str) -> None:
 def test_negatives_are_attracted_only_if_the_weight_is_differentiated() -> None:
     """The reason why `detach` is the default of the circle loss."""
     positive = torch.tensor([[True, False]])
-    held, differentiated = (
+    constant, differentiated = (
         CircleWeighting(detach=detach)(torch.tensor([[0.5, -0.2]]), positive, ~positive)[1] for detach in (True, False)
     )
-    assert held[0, 1] > 0 > differentiated[0, 1]
+    assert constant[0, 1] > 0 > differentiated[0, 1]
 
 
 WEIGHTINGS = [
-    LiftedWeighting(),
+    LiftedWeighting("distance", 1.0, 1.0, 1.0),
     LiftedWeighting("similarity", 0.1, 2.0, 50.0),
     BinomialWeighting(2.0, 50.0),
     CircleWeighting(),
@@ -247,7 +249,7 @@ def test_extreme_rows_are_finite_and_near_float64(weighting: Any) -> None:
 def test_extreme_rows_of_the_original_lifted_loss(measure: Any) -> None:
     """Rows without negatives have a statistic of -inf, and two of them a difference that is no number."""
     similarity, positive, negative = extremes()
-    weighting = OriginalLiftedWeighting(measure)
+    weighting = OriginalLiftedWeighting(measure, 1.0)
     results = []
     for block in (similarity, similarity.double()):
         statistics = weighting.row_statistics(block, positive, negative)
@@ -267,7 +269,7 @@ def test_the_masks_are_left_alone(weighting: Any) -> None:
     assert all(torch.equal(*pair) for pair in zip(before, masks, strict=True))
 
 
-@pytest.mark.parametrize("loss", [LiftedStructureLoss(), BinomialDevianceLoss(), CircleLoss()])
+@pytest.mark.parametrize("loss", [LiftedStructureLoss(measure="distance"), BinomialDevianceLoss(), CircleLoss()])
 def test_an_empty_memory_gives_no_loss(loss: PairWeightingLoss) -> None:
     """The first step with a bank may find it empty."""
     value = loss(F.normalize(torch.randn(3, 4), dim=1), torch.arange(3), torch.zeros(0, 4), torch.zeros(0).long())
@@ -275,7 +277,10 @@ def test_an_empty_memory_gives_no_loss(loss: PairWeightingLoss) -> None:
 
 
 PEERS: dict[str, tuple[PairWeightingLoss, Any]] = {
-    "lifted, generalized": (LiftedStructureLoss(margin=0.9), pml.GeneralizedLiftedStructureLoss(1.0, 0.1)),
+    "lifted, generalized": (
+        LiftedStructureLoss(measure="distance", margin=0.9),
+        pml.GeneralizedLiftedStructureLoss(1.0, 0.1),
+    ),
     "circle": (CircleLoss(0.4, 8.0), pml.CircleLoss(0.4, 8.0)),
 }
 
@@ -294,7 +299,7 @@ def test_equal_to_pytorch_metric_learning(name: str) -> None:
 def test_original_lifted_is_pytorch_metric_learnings_in_a_batch() -> None:
     """It averages over the ordered positive pairs, three per anchor here; against a queue it pairs up wrong rows."""
     embeddings, labels = balanced()
-    ours = LiftedStructureLoss("original")(embeddings, labels)
+    ours = LiftedStructureLoss("original", measure="distance")(embeddings, labels)
     expected = pml.LiftedStructureLoss()(embeddings, labels)
     torch.testing.assert_close(ours, expected * 1.5, rtol=1e-5, atol=0)
 
@@ -314,7 +319,7 @@ def on_rank(rank: int, ranks: int) -> tuple[float, Any]:
     embeddings, labels, indices = spread()
     rows = slice(0, 5) if rank == 0 else slice(5, 16)
     leaf = embeddings.requires_grad_()
-    value = LiftedStructureLoss("original")(leaf[rows], labels[rows], indices=indices[rows])
+    value = LiftedStructureLoss("original", measure="distance")(leaf[rows], labels[rows], indices=indices[rows])
     (gradient,) = torch.autograd.grad(value / ranks, leaf)
     return float(value.detach()), gradient.numpy()
 
@@ -330,19 +335,20 @@ def test_original_lifted_on_two_ranks() -> None:
     """A pair across ranks needs the statistic of a row that another rank has."""
     embeddings, labels, indices = spread()
     value, gradient = gradients(
-        LiftedStructureLoss("original"), {"embeddings": embeddings, "labels": labels, "indices": indices}
+        LiftedStructureLoss("original", measure="distance"),
+        {"embeddings": embeddings, "labels": labels, "indices": indices},
     )
     results = run_ranks(2, on_rank)
-    assert [each for each, _ in results] == pytest.approx([float(value)] * 2)
-    np.testing.assert_allclose(sum(each for _, each in results), gradient.numpy(), rtol=0, atol=1e-9)
+    assert [part for part, _ in results] == pytest.approx([float(value)] * 2)
+    np.testing.assert_allclose(sum(part for _, part in results), gradient.numpy(), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: LiftedStructureLoss("lifted"), "variant.*generalized, original.*'lifted'"),  # type: ignore[arg-type]
-        (lambda: LiftedStructureLoss(measure="cosine"), "measure.*distance, similarity.*'cosine'"),  # type: ignore[arg-type]
-        (lambda: LiftedWeighting("cosine"), "measure.*distance, similarity.*'cosine'"),  # type: ignore[arg-type]
+        (lambda: LiftedStructureLoss(measure="cosine"), "measure.*similarity, distance, got 'cosine'"),  # type: ignore[arg-type]
+        (lambda: LiftedWeighting("cosine"), "measure.*similarity, distance, got 'cosine'"),  # type: ignore[arg-type]
         (lambda: LiftedStructureLoss(margin=float("nan")), "margin.*nan"),
         (lambda: LiftedStructureLoss(alpha=0), "alpha.*greater than 0.*got 0"),
         (lambda: LiftedStructureLoss("original", beta=2.0), "beta.*got 2.0.*generalized"),
@@ -362,6 +368,8 @@ def test_wrong_settings_are_named(call: Callable[[], object], words: str) -> Non
 
 def test_printed_losses_show_their_settings() -> None:
     """A log of a run should tell which margin it had."""
-    assert all(name in repr(LiftedStructureLoss()) for name in ("'distance'", "margin=1.0", "alpha=1.0"))
+    assert all(name in repr(LiftedStructureLoss()) for name in ("'similarity'", "margin=0.0", "alpha=2.0"))
+    on_distance = repr(LiftedStructureLoss(measure="distance"))
+    assert all(name in on_distance for name in ("'distance'", "margin=1.0", "alpha=1.0"))
     assert "margin=0.2" in repr(LiftedStructureLoss("original", margin=0.2))
     assert "beta=40.0" in repr(BinomialDevianceLoss()) and "detach=True" in repr(CircleLoss())

@@ -24,6 +24,7 @@ from lightning_dml.losses.base import Reduction
 from lightning_dml.losses.weighting import Weighting
 from tests.losses import oracle
 from tests.losses.oracle import batches, gradients
+from tests.tolerances import rounding
 
 Case = tuple[PairWeightingLoss, Callable[[Tensor, Tensor], Tensor], Any]
 
@@ -120,7 +121,8 @@ def test_half_precision_embeddings_are_weighted_in_float32(dtype: torch.dtype) -
     assert embeddings.grad is not None and embeddings.grad.dtype == dtype
     assert torch.isfinite(embeddings.grad).all()
     expected = MultiSimilarityLoss(base=0.0)(embeddings.detach().double(), torch.tensor([0, 1, 2, 3]))
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    # Similarities of 0 and 1 are exact; sums of few terms, exponentials and logarithms round, twelve of them at most.
+    torch.testing.assert_close(loss.double(), expected, rtol=rounding(12), atol=0)
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
@@ -195,7 +197,7 @@ def test_no_block_outlives_its_rows() -> None:
             lambda: ContrastiveLoss()(
                 torch.zeros(3, 2), torch.zeros(3).long(), torch.zeros(3, 4), torch.zeros(3).long()
             ),
-            "ref_emb has 4 columns",
+            r"ref_emb must have shape \(N, 2\), got \(3, 4\)",
         ),
     ],
 )

@@ -34,10 +34,10 @@ def assert_shares_interleave(banks: list[MemoryBank]) -> None:
     whole = banks[0]
     for bank in banks:
         rank, ranks = bank.share
-        assert (bank.total, bank.size, len(bank)) == (len(whole), whole.size, len(whole.labels[rank::ranks]))
+        assert (bank.store.count, bank.size, len(bank)) == (len(whole), whole.size, len(whole.labels[rank::ranks]))
         for name in ("embeddings", "labels", "indices", "steps"):
             assert torch.equal(getattr(bank, name), getattr(whole, name)[rank::ranks]), (bank.share, name)
-        assert int(bank.filled) == int((whole.labels != -1).sum())
+        assert int(bank.store.labelled) == int((whole.labels != -1).sum())
         assert int(bank.refused) == int(whole.refused)
 
 
@@ -199,7 +199,7 @@ class SamplesMachine(RuleBasedStateMachine):
             assert int(bank.indices[slot]) == (slot if direction else -1)
             if direction:
                 torch.testing.assert_close(bank.embeddings[slot].tolist(), list(direction), rtol=0, atol=1e-6)
-        assert int(bank.filled) == len(self.model)
+        assert int(bank.store.labelled) == len(self.model)
         assert int(bank.refused) == self.refused
 
     @invariant()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 
 from lightning_dml import MemoryBank
 from lightning_dml.errors import InputError
+from lightning_dml.files import UnwritableFile
 from lightning_dml.memory import slots
 from tests.helpers import run_ranks
-from tests.memory.test_bank import batch, random_bank
+from tests.memory.cases import batch, random_bank
 
 
 def assert_same_state(ours: dict[str, Any], right: dict[str, Any]) -> None:
@@ -48,7 +50,7 @@ def test_states_from_before_policies_load() -> None:
 
 
 def test_a_queue_goes_into_samples_by_index() -> None:
-    """Who changes the policy keeps what was learnt: the newest row of each sample that has a slot."""
+    """A change of the policy keeps the rows: the newest one of each sample that has a slot."""
     queue = MemoryBank(6, 2)
     rows = torch.tensor([[value, 1.0] for value in range(9)])
     indices = torch.tensor([0, 1, 2, 4, -1, 1, 3, 9, 4])  # 0, 1 and 2 give way to the last three; 9 has no slot
@@ -116,21 +118,51 @@ def test_a_file_gives_the_bank_back(tmp_path: Path, options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("call", ["torch.save", "os.replace"])
 def test_an_interrupted_save_leaves_the_older_file(tmp_path: Path, monkeypatch: Any, call: str) -> None:
-    """A full disk must not cost the bank that was there."""
+    """A failed save must not cost the bank that was there."""
     path, bank = tmp_path / "bank.pt", random_bank()
     bank.save(path)
     bank.reset()
 
-    def half(content: object, target: Path) -> None:
+    def half(content: object, target: Any) -> None:
         if call == "torch.save":
-            target.write_bytes(b"half a file")
+            target.write(b"half a file")
         raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+    with monkeypatch.context() as patch, pytest.raises(UnwritableFile, match="no space left"):
         patch.setattr(call, half)
         bank.save(path)
     assert len(MemoryBank.load(path)) == 50
-    assert [each.name for each in tmp_path.iterdir()] == ["bank.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.pt"]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """Torch reports a full disk as a wrong position in its archive, which tells the user nothing."""
+    path, bank = tmp_path / "bank.pt", MemoryBank(5000, 16)
+    bank.save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    bank.enqueue(torch.ones(5000, 16), torch.zeros(5000, dtype=torch.int64))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with pytest.raises(UnwritableFile, match=r"bank.pt cannot be written \(File too large\): make room there"):
+            bank.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(MemoryBank.load(path)) == 0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_without_room_for_a_folder_is_named(tmp_path: Path) -> None:
+    """A path below a file is a typing error that the user can put right."""
+    (tmp_path / "banks").write_text("a file")
+    with pytest.raises(UnwritableFile, match=r"banks/bank.pt cannot be written .*choose another place"):
+        random_bank().save(tmp_path / "banks" / "bank.pt")
+
+
+def test_equal_banks_make_equal_files(tmp_path: Path) -> None:
+    """A file that differs at every save cannot be compared or deduplicated by its content."""
+    for name in ("one.pt", "other.pt"):
+        random_bank().save(tmp_path / name)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
 
 
 def _cut_off(path: Path) -> None:
@@ -190,7 +222,7 @@ KINDS = {"queue": torch.float32, "samples": torch.bfloat16}
 
 
 def _save_and_load(rank: int, ranks: int, folder: str) -> dict[str, Any]:
-    """In every rank: saves its share of each kind of bank, loads it again and maps it."""
+    """Saves, in every rank, its share of each kind of bank, loads it again and maps it."""
     slots.BLOCK_BYTES = 64  # several blocks, of which the last is uneven
     results = {}
     for policy, dtype in KINDS.items():
@@ -199,7 +231,7 @@ def _save_and_load(rank: int, ranks: int, folder: str) -> dict[str, Any]:
             random_bank(policy, dtype, share=(rank, ranks)).save(path)
             torch.distributed.barrier()
         bank = MemoryBank.load(path, share=(rank, ranks))
-        results[policy] = [[each.numpy() for each in bank.moments()], bank.total, bank.state_dict()]
+        results[policy] = [[moment.numpy() for moment in bank.moments()], bank.store.count, bank.state_dict()]
         bank.transform(torch.full((4,), 0.5), torch.tensor(0.25))
         results[policy].append(bank.state_dict())
     return results
@@ -215,9 +247,9 @@ def test_three_ranks_save_what_any_number_loads(tmp_path: Path) -> None:
         mapped = MemoryBank.from_state_dict(whole.state_dict())
         mapped.transform(torch.full((4,), 0.5), torch.tensor(0.25))
         for results in everything.values():
-            for rank, (moments, total, state, state_mapped) in enumerate(result[policy] for result in results):
+            for rank, (moments, count, state, state_mapped) in enumerate(result[policy] for result in results):
                 np.testing.assert_allclose(moments, torch.stack(whole.moments()), rtol=1e-6)
-                assert total == whole.total
+                assert count == len(whole)
                 if rank == 0:
                     assert_same_state(state, whole.state_dict())
                     assert_same_state(state_mapped, mapped.state_dict())

@@ -1,4 +1,4 @@
-"""The momentum encoder against the formula, and what becomes of batch norm."""
+"""The momentum encoder against the formula, and the statistics of its batch norm."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_batch_norm_statistics_evolve_by_the_own_forward_only() -> None:
 
 
 def test_layers_that_are_frozen_online_are_frozen_here() -> None:
-    """Who freezes batch norm must not find it moving in the keys."""
+    """Batch norm that a user froze must not move in the keys."""
     online = net()
     online[1].eval()
     encoder = MomentumEncoder(online, 0.5)

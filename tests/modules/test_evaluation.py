@@ -46,7 +46,7 @@ class Several(TinyData):
         }
 
     def val_dataloader(self) -> Any:
-        """In a dict or in a list."""
+        """The parts in a dict or in a list."""
         loaders = super().val_dataloader()
         return loaders if self.form is dict else list(loaders.values())
 
@@ -64,7 +64,7 @@ class Listed(Several):
 
 
 def by_hand(module: MetricLearningModule, loader: Any, **options: Any) -> dict[str, float]:
-    """What one evaluator says of one loader."""
+    """The values of one evaluator on one loader."""
     metrics = RetrievalMetrics(**options)
     module.eval()
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_checkpoints_and_early_stopping_watch_any_set(tmp_path: Path) -> None:
     options = {**QUIET, "enable_checkpointing": True, "callbacks": [Log(), saver, stop]}
     Trainer(max_epochs=9, **options).fit(tiny_module(), Several())
     assert len(history) == 2  # stopped
-    assert saver.best_model_score == pytest.approx(max(each["val/b/recall@1"] for each in history))
+    assert saver.best_model_score == pytest.approx(max(values["val/b/recall@1"] for values in history))
     assert stop.best_score == pytest.approx(history[0]["val/c/map@r"])
 
 
@@ -283,7 +283,7 @@ def test_a_sanity_check_changes_nothing(tmp_path: Path, size: int, steps: int) -
     assert none.sanity == [] and len(some.sanity) == 1
     assert math.isnan(some.sanity[0]) == (size == 1)
     assert with_check == without
-    assert not [each for each in caught if re.search("match|gallery items", str(each.message))]
+    assert not [warning for warning in caught if re.search("match|gallery items", str(warning.message))]
 
 
 class Distinct(TinyData):
@@ -312,8 +312,10 @@ def test_nan_in_the_sanity_check_is_silent_and_without_effect(tmp_path: Path) ->
         stop = EarlyStopping("val/recall@1", mode="max")  # stops at NaN
         trainer = Trainer(max_epochs=2, num_sanity_val_steps=1, callbacks=[stop], **QUIET)
         trainer.fit(tiny_module(), Distinct())
-    said = [str(each.message) for each in caught if "no match" in str(each.message)]
-    assert said and all("58 of 60" in text for text in said)  # of the whole set; the first batch has no match at all
+    messages = [str(warning.message) for warning in caught if "no match" in str(warning.message)]
+    assert messages and all(
+        "58 of 60" in text for text in messages
+    )  # of the whole set; the first batch has no match at all
     assert trainer.current_epoch == 2 and stop.stopped_epoch == 0
 
 
@@ -331,7 +333,7 @@ def test_an_index_of_more_lists_than_a_sanity_check_has_rows() -> None:
     exact = by_hand(module, data.val_dataloader())
     assert trainer.callback_metrics["val/index_recall"] < 1  # the index is in use where there are rows enough
     assert trainer.callback_metrics["val/map@r"] != pytest.approx(exact["map@r"])
-    assert (evaluator.index, evaluator.index_parameters) == ("IVF16,Flat", "nprobe=4")
+    assert (evaluator.options.index, evaluator.options.index_parameters) == ("IVF16,Flat", "nprobe=4")
 
 
 def queries_first(queries: int) -> DataLoader[Any]:
@@ -361,7 +363,7 @@ def test_a_sanity_check_may_see_queries_only(other: str | None) -> None:
         trainer = Trainer(max_steps=1, val_check_interval=1, **QUIET)
         trainer.fit(module, data.train_dataloader(), loaders)
     assert len(module.sanity) == (other == "before")  # the first set's, where it has both
-    assert not [each for each in caught if re.search("match|gallery", str(each.message))]
+    assert not [warning for warning in caught if re.search("match|gallery", str(warning.message))]
     (expected, *_) = Trainer(**QUIET).validate(module, loaders, verbose=False)
     assert {name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name} == expected
     assert not any(math.isnan(value) for value in expected.values())
@@ -427,7 +429,7 @@ def test_errors_show_in_the_sanity_check() -> None:
 
 
 def test_evaluators_and_further_folders_come_from_yaml(folder: Path) -> None:
-    """What needs Python code is out of reach on the command line; the checkpoint must bring its evaluator along."""
+    """The command line has no Python code to make an evaluator; the checkpoint must bring its own along."""
     pictures(folder / "images", CLASSES)
     pictures(folder / "night", dict.fromkeys("uvw", 3))
     (folder / "config.yaml").write_text(FOLDER_CONFIG)
@@ -452,6 +454,6 @@ trainer:
     )
     main(["fit", "--config", "config.yaml", "--config", "evaluation.yaml"])
     loaded = MetricLearningModule.load_from_checkpoint(folder / "best.ckpt", map_location="cpu")
-    assert (loaded.val_metrics[0].ks, loaded.test_metrics[0].metric) == ((1, 5), "l2")
+    assert (loaded.val_metrics[0].options.ks, loaded.test_metrics[0].options.metric) == ((1, 5), "l2")
     saved = torch.load(folder / "best.ckpt", weights_only=True)
     assert not any("metrics" in name for name in saved["state_dict"])

@@ -64,7 +64,7 @@ class WithRoles(ArrayDataset):
     """Samples that say what they are."""
 
     def __getitem__(self, index: int) -> Any:
-        """With their roles."""
+        """The sample with its roles."""
         return {**super().__getitem__(index), "is_query": index < 45, "is_gallery": index >= 45}
 
 
@@ -90,7 +90,7 @@ class Foreign(LightningDataModule):
             self.evaluated = [] if rank == 1 else whole[min(rank, 1) :: ranks - 1]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """As many batches on every rank."""
+        """Equally many batches on every rank."""
         return DataLoader(self.train, batch_size=4, drop_last=True)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -134,7 +134,7 @@ def trainer(ranks: int, **options: Any) -> Trainer:
 
 
 def both_stages(ranks: int, make: Callable[[], Any]) -> list[Values]:
-    """What validate and test return, without a fit before."""
+    """The values of validate and test, without a fit before."""
     with_options = partial(trainer(ranks).validate, verbose=False)
     validated = with_options(tiny_module(), datamodule=make())
     tested = trainer(ranks).test(tiny_module(), datamodule=make(), verbose=False)
@@ -180,7 +180,7 @@ def scenarios(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         outcome["alone"] = both_stages(ranks, lambda: Foreign(rank, ranks, alone=True))
     words = "no match", "before the ``update``"
     outcome["warnings"] = [
-        text for text in map(str, (each.message for each in caught)) if any(w in text for w in words)
+        text for text in map(str, (warning.message for warning in caught)) if any(w in text for w in words)
     ]
     return outcome
 
@@ -192,7 +192,7 @@ def on_one(folder: str) -> dict[str, Any]:
 
 
 def evaluated_alone(state: dict[str, Tensor], data: Any) -> Values:
-    """What one process says of a model."""
+    """The values of a model in one process."""
     module = normalising_module()
     module.load_state_dict(state)
     return dict(trainer(1).validate(module, datamodule=data, verbose=False)[0])
@@ -200,13 +200,13 @@ def evaluated_alone(state: dict[str, Tensor], data: Any) -> Values:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ends(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank ended with."""
+    """The outcome on each rank."""
     return run_ranks(request.param, scenarios, str(tmp_path_factory.mktemp("ranks")))
 
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process ends with."""
+    """The outcome in one process."""
     return on_one(str(tmp_path_factory.mktemp("one")))
 
 
@@ -264,6 +264,6 @@ def test_rank_0_warns_where_no_query_has_a_match(ends: list[dict[str, Any]]) -> 
     """The others' output is often thrown away, and NaN without a word looks like a failed training."""
     for end in ends:
         assert all(np.isnan(value) for stage in end["alone"] for value in stage.values())
-    said = ends[0]["warnings"]
-    assert [text.split(":")[0] for text in said] == ["val", "test"] and all("60 of 60" in text for text in said)
+    messages = ends[0]["warnings"]
+    assert [text.split(":")[0] for text in messages] == ["val", "test"] and all("60 of 60" in text for text in messages)
     assert not any(end["warnings"] for end in ends[1:])

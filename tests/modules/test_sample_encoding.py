@@ -43,7 +43,7 @@ class Plain(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Nothing that matters here."""
-        return sum((each.sum() for each in self.parameters()), torch.zeros(()))
+        return sum((parameter.sum() for parameter in self.parameters()), torch.zeros(()))
 
     def configure_optimizers(self) -> Any:
         """Nothing that matters here."""
@@ -51,7 +51,7 @@ class Plain(LightningModule):
 
 
 def at_start(function: Callable[[Trainer, LightningModule], Any], data: Any = None, **settings: Any) -> Any:
-    """What `function(trainer, module)` gives at the start of a training."""
+    """The result of `function(trainer, module)` at the start of a training."""
     once = Once(function)
     trainer = Trainer(max_steps=1, limit_val_batches=0, callbacks=[once], **QUIET, **settings)
     trainer.fit(Plain(), data or TinyData())
@@ -192,13 +192,13 @@ def test_batches_differ_by_one_row_at_most() -> None:
 
 
 def gather_on_ranks(rank: int, ranks: int) -> list[tuple[list[int], int]]:
-    """What a rank has after each gave the squares of its places, for several numbers of rows."""
-    found = []
+    """The rows on a rank after all have given the squares of their places, for several numbers of rows."""
+    outcomes = []
     for rows in (1, 5, 8):
         plan = BatchPlan(rows, 2)
         parts = [torch.tensor([place**2 for place in plan.batches[number]]) for number in plan.mine]
-        found.append((plan.gather(parts).tolist(), len(plan.mine)))
-    return found
+        outcomes.append((plan.gather(parts).tolist(), len(plan.mine)))
+    return outcomes
 
 
 @pytest.mark.slow

@@ -21,20 +21,20 @@ End = dict[str, Any]
 
 
 def on_ranks(folder: Path, ranks: int, runs: dict[str, Any]) -> dict[str, list[End]]:
-    """What each rank of a torchrun ended with, by run."""
+    """The outcome on each rank of a torchrun, by run."""
     script = str(ROOT / "tests/scripts/fit_uneven.py")
     run(*TORCHRUN[:-1], str(ranks), script, str(folder), json.dumps(runs), folder=folder)
-    return {name: [ended(folder, name, rank) for rank in range(ranks)] for name in runs}
+    return {name: [outcome(folder, name, rank) for rank in range(ranks)] for name in runs}
 
 
 def alone(folder: Path, name: str, settings: dict[str, Any], parts: int) -> End:
-    """What one process, which gets the batches of all ranks, ends with."""
+    """The outcome in one process, which gets the batches of all ranks."""
     fit(folder, name, settings, parts, None)
-    return ended(folder, name, 0)
+    return outcome(folder, name, 0)
 
 
-def ended(folder: Path, name: str, rank: int) -> End:
-    """What a process wrote."""
+def outcome(folder: Path, name: str, rank: int) -> End:
+    """The file that a process wrote."""
     end: End = torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
     return end
 
@@ -59,11 +59,11 @@ def test_ranks_keep_one_bank_through_uneven_batches(tmp_path: Path, ranks: int, 
     for name, settings in runs.items():
         right = alone(tmp_path, "alone", settings, ranks)
         first, *others = ends[name]
-        for each in others:
-            assert_same(each["bank"], first["bank"], tolerance=0)
-        for each in (*ends[name], *ends[f"{name}-sharded"]):
-            assert each["steps"] == settings.get("steps", STEPS)
-            assert_same(each["weights"], right["weights"], tolerance=1e-6)
+        for end in others:
+            assert_same(end["bank"], first["bank"], tolerance=0)
+        for end in (*ends[name], *ends[f"{name}-sharded"]):
+            assert end["steps"] == settings.get("steps", STEPS)
+            assert_same(end["weights"], right["weights"], tolerance=1e-6)
         assert_same_bank(first["bank"], right["bank"])
         assert_same_bank(ends[f"{name}-sharded"][0]["bank"], right["bank"])
 

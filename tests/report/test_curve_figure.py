@@ -30,6 +30,7 @@ from lightning_dml.losses import (
 )
 from lightning_dml.report import DrawnCurve, curve_figure, save_curves
 from lightning_dml.report.curve_figure import PALETTE, STYLES
+from tests.figures import texts_in_the_way
 
 LOSSES = {
     "contrastive": ContrastiveLoss(),
@@ -45,13 +46,19 @@ def drawn() -> dict[str, DrawnCurve]:
 
 
 def seen() -> dict[str, ObservedWeights]:
-    """What two of the losses do to a batch against a bank."""
+    """The weights that two of the losses give a batch against a bank."""
     rows = F.normalize(torch.randn(72, 6), dim=1)
     labels = torch.arange(72) % 4
     return {
         name: observed_weights(LOSSES[name], rows[:12], labels[:12], rows[12:], labels[12:])
         for name in ("multi-similarity", "SupCon")
     }
+
+
+def panels_of(figure: Figure) -> tuple[Axes, Axes]:
+    """The panels of positives and negatives."""
+    by_name = {str(panel.get_label()): panel for panel in figure.axes}
+    return by_name["positive"], by_name["negative"]
 
 
 def curve_lines(panel: Axes, name: str | None = None) -> list[Line2D]:
@@ -89,8 +96,8 @@ def test_losses_are_told_apart_without_colour() -> None:
     assert len(set(looks)) == len(looks) == 35
     assert len({dashes for _, dashes in looks[:5]}) == 5
     assert "#F0E442" not in PALETTE  # faint on white
-    panel = curve_figure({}, {f"loss {number}": seen()["SupCon"] for number in range(7)}).axes[0]
-    clouds = [each for each in panel.collections if isinstance(each, PathCollection)]
+    panel, _ = panels_of(curve_figure({}, {f"loss {number}": seen()["SupCon"] for number in range(7)}))
+    clouds = [cloud for cloud in panel.collections if isinstance(cloud, PathCollection)]
     marks = {str(np.asarray(cloud.get_paths()[0].vertices).tolist()) for cloud in clouds}
     assert len(marks) == len(clouds) == 7
 
@@ -102,12 +109,12 @@ def test_the_legend_is_outside_the_data() -> None:
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert not any(box.overlaps(panel.get_window_extent()) for panel in figure.axes)
-    assert legend_texts(figure) == [*LOSSES, "marks: pairs of a batch", "density of the pairs"]
+    assert legend_texts(figure) == [*LOSSES, "marks: pairs of a batch"]
     with_pairs = [line.get_marker() not in ("None", None) for line in figure.legends[0].get_lines()[: len(LOSSES)]]
     assert with_pairs == [name in seen() for name in LOSSES]
     alone = curve_figure({"contrastive": drawn()["contrastive"]}, seen())
     pairs = [f"{name}, pairs of a batch" for name in seen()]  # no curve tells their colours
-    assert legend_texts(alone) == ["contrastive", *pairs, "density of the pairs"]
+    assert legend_texts(alone) == ["contrastive", *pairs]
 
 
 def test_any_name_stands_in_the_legend() -> None:
@@ -131,9 +138,8 @@ def test_pairs_lie_in_the_colour_and_scale_of_their_curve() -> None:
     """Weights that include the mean over the batch would lie far below the curve that they are of."""
     observed = seen()
     figure = curve_figure(drawn(), observed)
-    left, right, *behind = figure.axes
-    for panel, side in ((left, "positives"), (right, "negatives")):
-        clouds = {each.get_label(): each for each in panel.collections if isinstance(each, PathCollection)}
+    for panel, side in zip(panels_of(figure), ("positives", "negatives"), strict=True):
+        clouds = {cloud.get_label(): cloud for cloud in panel.collections if isinstance(cloud, PathCollection)}
         lines = {line.get_label(): line for line in panel.get_lines()}
         for name, weights in observed.items():
             cloud = clouds[f"{name}, pairs of a batch"]
@@ -141,12 +147,31 @@ def test_pairs_lie_in_the_colour_and_scale_of_their_curve() -> None:
             expected = torch.stack((pairs.similarity, pairs.weight * 12), dim=1)
             torch.testing.assert_close(torch.as_tensor(cloud.get_offsets()), expected)
             assert to_hex(tuple(np.asarray(cloud.get_facecolor())[0])).upper() == lines[name].get_color()
-    assert [axes.get_ylabel() for axes in behind] == ["pairs, share per unit of S"] * 2
-    for axes, panel in zip(behind, (left, right), strict=True):
-        (density,) = (each for each in axes.patches if isinstance(each, StepPatch))
+
+
+def test_the_density_has_a_strip_of_its_own() -> None:
+    """Behind the curves it had a second scale, and hid the points."""
+    figure = curve_figure(drawn(), seen())
+    strips = [panel for panel in figure.axes if str(panel.get_label()).endswith("density")]
+    figure.draw_without_rendering()
+    assert len(strips) == 2 and strips[0].get_ylabel() == "pairs per\nunit of S"
+    for strip, panel, side in zip(strips, panels_of(figure), ("positives", "negatives"), strict=True):
+        (density,) = (patch for patch in strip.patches if isinstance(patch, StepPatch))
         heights, edges, _ = density.get_data()
         assert float((torch.as_tensor(heights) * torch.as_tensor(edges).diff()).sum()) == pytest.approx(1)
-        assert axes.get_zorder() < panel.get_zorder()
+        observed = getattr(next(iter(seen().values())), side)
+        assert len(heights) == len(observed.counts) and strip.get_xlim() == panel.get_xlim()
+        above, below = strip.get_position(), panel.get_position()
+        assert above.y0 > below.y1 and (above.x0, above.x1) == pytest.approx((below.x0, below.x1))
+        assert not any(isinstance(patch, StepPatch) for patch in panel.patches)
+
+
+def test_no_text_is_cut_or_lies_on_another() -> None:
+    """A long caption left the figure on both sides, and the labels of two panels ran into each other."""
+    caption = f"Curve of an anchor with {Context()}: {', '.join(4 * list(LOSSES))}.\nPoints and density: a batch."
+    for relative in (False, True):
+        figure = curve_figure(drawn(), seen(), relative=relative, caption=caption)
+        assert texts_in_the_way(figure) == []
 
 
 def test_an_infinite_end_does_not_flatten_the_rest() -> None:
@@ -162,16 +187,16 @@ def test_relative_weights_reach_one_on_each_side() -> None:
     curves = {name: drawn()[name] for name in ("contrastive", "SupCon")}
     observed = {"SupCon": seen()["SupCon"]}
     figure = curve_figure(curves, observed, relative=True)
-    for panel in figure.axes[:2]:
+    for panel in panels_of(figure):
         for name in curves:
             shown = [np.asarray(line.get_xydata()) for line in curve_lines(panel, name)]
             if name in observed:
-                (dots,) = (each for each in panel.collections if str(each.get_label()).startswith(name))
+                (dots,) = (cloud for cloud in panel.collections if str(cloud.get_label()).startswith(name))
                 shown.append(np.asarray(dots.get_offsets()))
-            largest = max(float(np.abs(each[np.abs(each[:, 0]) <= 0.98, 1]).max()) for each in shown)
+            largest = max(float(np.abs(xy[np.abs(xy[:, 0]) <= 0.98, 1]).max()) for xy in shown)
             assert largest == pytest.approx(1)
-    assert figure.axes[0].get_ylabel().endswith("relative to the largest")
-    for panel in curve_figure({}, observed, relative=True).axes[:2]:  # without a curve too
+    assert panels_of(figure)[0].get_ylabel().endswith("relative to the largest")
+    for panel in panels_of(curve_figure({}, observed, relative=True)):  # without a curve too
         heights = np.asarray(panel.collections[0].get_offsets())[:, 1]
         assert float(np.abs(heights).max()) == pytest.approx(1)
 
@@ -192,7 +217,7 @@ def test_files_hold_the_figure_and_its_numbers(tmp_path: Path) -> None:
     paths = save_curves(figure, curves, tmp_path / "new/margin 0.5", observed)
     assert [path.name for path in paths] == ["margin 0.5.png", "margin 0.5.svg", "margin 0.5.csv"]
     assert sorted(tmp_path.glob("new/*")) == sorted(paths)  # nothing left aside
-    assert Image.open(paths[0]).size == (1650, 840)
+    assert Image.open(paths[0]).size == (1650, 1020)
     assert paths[1].read_text().lstrip().startswith("<?xml")
     with paths[2].open() as file:
         rows = list(csv.DictReader(file))
@@ -201,7 +226,7 @@ def test_files_hold_the_figure_and_its_numbers(tmp_path: Path) -> None:
     assert [float(row["weight"]) for row in curve] == curves["SupCon"].positive.tolist()
     pairs = [row for row in rows if row["kind"] == "pair" and row["loss"] == "SupCon" and row["side"] == "negative"]
     assert [float(row["weight"]) for row in pairs] == (observed["SupCon"].negatives.weight * 12).tolist()
-    drawn_pairs = sum(each.positives.pairs + each.negatives.pairs for each in observed.values())
+    drawn_pairs = sum(weights.positives.pairs + weights.negatives.pairs for weights in observed.values())
     (first, *_) = observed.values()
     bins = len(first.edges) - 1
     assert len(rows) == 2 * 2 * 41 + drawn_pairs + 2 * bins

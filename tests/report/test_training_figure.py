@@ -55,14 +55,14 @@ def test_lines_and_bands_are_the_history() -> None:
         part, what = name.split()
         for side in ("positive", "negative"):
             key = f"pairs/{part}/{side}_{what}"
-            expected = [[each["step"], each[key]] for each in history if key in each]
+            expected = [[measurement["step"], measurement[key]] for measurement in history if key in measurement]
             assert np.asarray(line_of(panel, side).get_xydata()).tolist() == expected
     for band, side in zip(panels["memory similarity"].collections, ("positive", "negative"), strict=True):
         corners = np.asarray(band.get_paths()[0].vertices)
         key = f"pairs/memory/{side}_similarity"
-        known = [each for each in history if key in each]
-        assert corners[:, 1].min() == min(each[f"{key}_q05"] for each in known)
-        assert corners[:, 1].max() == max(each[f"{key}_q95"] for each in known)
+        known = [measurement for measurement in history if key in measurement]
+        assert corners[:, 1].min() == min(measurement[f"{key}_q05"] for measurement in known)
+        assert corners[:, 1].max() == max(measurement[f"{key}_q95"] for measurement in known)
         assert corners[:, 0].min() == known[0]["step"] and corners[:, 0].max() == known[-1]["step"]
 
 
@@ -140,7 +140,8 @@ def test_the_weaker_side_does_not_vanish(scale: float, kind: str) -> None:
             )[:, 1]
             for side in ("positive", "negative")
         ]
-        assert max(np.median(each) for each in heights) < 1 and min(np.median(each) for each in heights) > 0.02
+        medians = [float(np.median(own)) for own in heights]
+        assert max(medians) < 1 and min(medians) > 0.02
 
 
 def test_a_history_without_figures_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Averages over queries and classes against plain loops, and whether the bootstrap covers what it says."""
+"""Averages over queries and classes against plain loops, and the coverage of the bootstrap."""
 
 from __future__ import annotations
 
@@ -252,8 +252,8 @@ def test_print_stays_short_with_many_classes() -> None:
     ("arguments", "message"),
     [
         ({"class_names": ["mug", "kettle"]}, "class_names must name every label, got 2 names and label 2"),
-        ({"limit": -1}, "limit must be an integer of at least 0, or None for all classes, got -1"),
-        ({"limit": True}, "limit must be an integer of at least 0, or None for all classes, got True"),
+        ({"limit": -1}, "limit must be an integer of at least 0, got -1; None shows all classes"),
+        ({"limit": True}, "limit must be an integer of at least 0, got True; None shows all classes"),
     ],
 )
 def test_table_refusals(arguments: dict[str, Any], message: str) -> None:
@@ -266,7 +266,7 @@ def test_table_refusals(arguments: dict[str, Any], message: str) -> None:
     ("arguments", "message"),
     [
         ({"average": "weighted"}, "average must be one of micro, macro, got 'weighted'"),
-        ({"confidence": 0.0}, "confidence must be a share between 0 and 1, such as 0.95, got 0.0"),
+        ({"confidence": 0.0}, "confidence must be a share, such as 0.95, .* greater than 0 and less than 1, got 0.0"),
         ({"confidence": 1.0}, "confidence must be .* got 1.0"),
         ({"confidence": 95}, "confidence must be .* got 95"),
         ({"confidence": math.nan}, "confidence must be .* got nan"),

@@ -51,14 +51,14 @@ def slow_mean_entropy(labels: list[int], clusters: list[int]) -> float:
 
 
 def within_clusters(rows: Tensor, clusters: Tensor) -> float:
-    """What k-means minimises: squared distances of the rows to the means of their clusters, in float64."""
+    """Sum that k-means minimises: squared distances of the rows to the means of their clusters, in float64."""
     members = [rows.double()[clusters == cluster] for cluster in torch.unique(clusters)]
-    return sum(float((each - each.mean(dim=0)).square().sum()) for each in members)
+    return sum(float((rows_of_cluster - rows_of_cluster.mean(dim=0)).square().sum()) for rows_of_cluster in members)
 
 
-def blobs(clusters: int, each: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows around far corners, and which corner each belongs to."""
-    labels = torch.arange(clusters * each) % clusters
+def blobs(clusters: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows around far corners, and the number of each row's corner."""
+    labels = torch.arange(clusters * size) % clusters
     noise = torch.randn(len(labels), 8, generator=torch.Generator().manual_seed(seed))
     return torch.eye(8)[labels] * 5 + 0.1 * noise, labels
 
@@ -104,20 +104,20 @@ def test_scores_equal_scikit_learn(seed: int, size: int, classes: int, clusters:
     """The two numbers are compared with papers, which took them from there."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (size,), generator=generator)
-    found = torch.randint(clusters, (size,), generator=generator)
-    kept = torch.rand(size, generator=generator) < agreeing
-    found[kept] = labels[kept]
-    nmi, ami = normalized_mutual_information(labels, found), adjusted_mutual_information(labels, found)
-    assert nmi == pytest.approx(normalized_mutual_info_score(labels.numpy(), found.numpy()), rel=1e-9, abs=1e-9)
-    assert ami == pytest.approx(adjusted_mutual_info_score(labels.numpy(), found.numpy()), rel=1e-9, abs=1e-9)
+    partition = torch.randint(clusters, (size,), generator=generator)
+    same = torch.rand(size, generator=generator) < agreeing
+    partition[same] = labels[same]
+    nmi, ami = normalized_mutual_information(labels, partition), adjusted_mutual_information(labels, partition)
+    assert nmi == pytest.approx(normalized_mutual_info_score(labels.numpy(), partition.numpy()), rel=1e-9, abs=1e-9)
+    assert ami == pytest.approx(adjusted_mutual_info_score(labels.numpy(), partition.numpy()), rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("score", [normalized_mutual_information, adjusted_mutual_information])
-@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("classes", [1, 4])
-def test_equal_partitions_have_one(score: Any, each: int, classes: int) -> None:
-    """Also where entropy, or what chance leaves, is 0; exactly 1, so that no mean of such values exceeds it."""
-    labels = torch.arange(classes).repeat(each)
+def test_equal_partitions_have_one(score: Any, size: int, classes: int) -> None:
+    """The score is 1 also where entropy, or what chance leaves, is 0; exactly, so that no mean of scores exceeds it."""
+    labels = torch.arange(classes).repeat(size)
     assert score(labels, 7 - labels * 2) == 1.0
 
 
@@ -137,35 +137,35 @@ def test_two_large_classes() -> None:
     """Long sums, of which only the middle is computed: what is left out must not show."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(100_000) % 2
-    found = torch.where(torch.rand(100_000, generator=generator) < 0.1, labels, 1 - labels.roll(1) * 2)
-    expected = adjusted_mutual_info_score(labels.numpy(), found.numpy())
-    assert adjusted_mutual_information(labels, found) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    partition = torch.where(torch.rand(100_000, generator=generator) < 0.1, labels, 1 - labels.roll(1) * 2)
+    expected = adjusted_mutual_info_score(labels.numpy(), partition.numpy())
+    assert adjusted_mutual_information(labels, partition) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_memory_of_ami_does_not_grow_with_classes_times_clusters() -> None:
     """11,316 classes and as many clusters (SOP) would be a gigabyte as a table."""
     labels = torch.arange(60_502) % 11_316
-    found = torch.randint(11_316, (60_502,), generator=torch.Generator().manual_seed(0))
+    partition = torch.randint(11_316, (60_502,), generator=torch.Generator().manual_seed(0))
     with LargestTensor() as largest:
-        adjusted_mutual_information(labels, found)
+        adjusted_mutual_information(labels, partition)
     assert 60_502 <= largest.entries <= clustering._BLOCK_ENTRIES
 
 
 def test_memory_of_ami_where_all_sizes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing can be grouped there, so the sum is cut in blocks, and the cuts must not change it."""
     labels = torch.arange(100).repeat_interleave(torch.arange(1, 101))
-    found = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    found[::2] = labels[::2]
+    partition = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    partition[::2] = labels[::2]
     with LargestTensor() as largest:
-        whole = adjusted_mutual_information(labels, found)
+        whole = adjusted_mutual_information(labels, partition)
     assert largest.entries > 4 * len(labels)
     monkeypatch.setattr(clustering, "_BLOCK_ENTRIES", 2000)
     with LargestTensor() as largest:
-        blocked = adjusted_mutual_information(labels, found)
-    # The pairs of sizes are then the largest thing held, and there are at most two for each item.
+        blocked = adjusted_mutual_information(labels, partition)
+    # The pairs of sizes are then the largest thing in memory, and there are at most two for each item.
     assert largest.entries <= 2 * len(labels)
     assert blocked == pytest.approx(whole, rel=1e-12)
-    assert blocked == pytest.approx(adjusted_mutual_info_score(labels.numpy(), found.numpy()), rel=1e-9)
+    assert blocked == pytest.approx(adjusted_mutual_info_score(labels.numpy(), partition.numpy()), rel=1e-9)
 
 
 @pytest.mark.parametrize("score", [normalized_mutual_information, adjusted_mutual_information])
@@ -216,11 +216,32 @@ def test_kmeans_does_not_depend_on_the_order_of_the_rows() -> None:
     assert torch.equal(kmeans_labels(rows[order], 20), kmeans_labels(rows, 20)[order])
 
 
+def test_a_last_digit_hardly_moves_the_first_centroids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another processor or batch size rounds embeddings otherwise; other centroids would be another score."""
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    rounded = rows * (1 + torch.finfo(rows.dtype).eps * torch.randint(-1, 2, rows.shape))
+    assert (rows != rounded).float().mean() > 0.5
+    starts: list[Any] = []
+    train = faiss.Kmeans.train
+
+    def recording(self: Any, x: Any, weights: Any, init_centroids: Any) -> Any:
+        starts.append(init_centroids.copy())
+        return train(self, x, weights=weights, init_centroids=init_centroids)
+
+    monkeypatch.setattr(faiss.Kmeans, "train", recording)
+    for embeddings in (rows, rounded):
+        kmeans_labels(embeddings, 20, iterations=1)
+    # Only rows whose first columns agree to the last digits can change places, and those are few.
+    assert (np.abs(starts[0] - starts[1]).max(axis=1) < 1e-5).sum() >= 18
+
+
 def test_single_iterations_equal_one_run_of_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What makes it possible to call back between iterations must not cost quality, where clusters ran empty too."""
+    """Calls between the iterations must not cost quality, nor where clusters run empty."""
     generator = torch.Generator().manual_seed(0)
-    # Distinct rows, many of them nearer to each other than float32 tells: some of the first centroids get no rows.
-    rows = torch.randn(600, 4, generator=generator).round() + 1e-6 * torch.randn(600, 4, generator=generator)
+    # Distinct rows, of which many are one point to float32: what tells them apart vanishes in every sum of squares,
+    # on any processor. So several of the first centroids are at one place, and all but one of them get no rows.
+    points, names = torch.randn(600, 4, generator=generator).round(), torch.arange(600.0)[:, None]
+    rows = torch.cat([points, 1e-20 * names], dim=1)
     runs: list[dict[str, Any]] = []
     train = faiss.Kmeans.train
 
@@ -231,7 +252,7 @@ def test_single_iterations_equal_one_run_of_faiss(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(faiss.Kmeans, "train", recording)
         kmeans_labels(rows, 100, iterations=12)
-    one_run = faiss.Kmeans(4, 100, niter=11, min_points_per_centroid=1, max_points_per_centroid=600)
+    one_run = faiss.Kmeans(5, 100, niter=11, min_points_per_centroid=1, max_points_per_centroid=600)
     one_run.train(**runs[0])
     assert sum(stats["nsplit"] for stats in one_run.iteration_stats or []) > 0
     np.testing.assert_array_equal(runs[11]["init_centroids"], one_run.centroids)
@@ -240,15 +261,17 @@ def test_single_iterations_equal_one_run_of_faiss(monkeypatch: pytest.MonkeyPatc
 def test_kmeans_is_as_good_as_faiss() -> None:
     """The field's NMI is that of faiss's k-means: a weaker one would report lower numbers for the same model."""
     ratios, early = [], []
-    for seed in range(5):
+    for seed in range(12):
         rows = torch.randn(800, 16, generator=torch.Generator().manual_seed(seed)) + 3
         peer = faiss.Kmeans(16, 30, niter=20, seed=seed, min_points_per_centroid=1, max_points_per_centroid=800)
         peer.train(rows.numpy())
         reached = within_clusters(rows, torch.from_numpy(peer.assign(rows.numpy())[1]))
         ratios.append(within_clusters(rows, kmeans_labels(rows, 30, seed=seed)) / reached)
         early.append(within_clusters(rows, kmeans_labels(rows, 30, seed=seed, iterations=1)) / reached)
+    # Over 40 seeds a ratio scatters by 0.0084, so the mean of twelve by 0.0024, of which 0.01 is four. After a single
+    # iteration it is 1.054 and scatters by 0.0102, the mean by 0.003.
     assert np.mean(ratios) == pytest.approx(1, abs=0.01)
-    assert min(early) > 1.04
+    assert np.mean(early) > 1.04
 
 
 @pytest.mark.parametrize("clusters", [1, 2, 5, 39, 40])
@@ -259,14 +282,14 @@ def test_kmeans_of_any_rows(clusters: int, distinct: int, scale: float, capfd: p
     corners = torch.randn(distinct, 6, generator=torch.Generator().manual_seed(0))
     rows = corners.repeat(40 // distinct, 1) * scale
     calls: list[int] = []
-    found = kmeans_labels(rows, clusters, iterations=7, after_iteration=lambda: calls.append(1))
+    answer = kmeans_labels(rows, clusters, iterations=7, after_iteration=lambda: calls.append(1))
     # The other ranks wait this often, whatever rank 0 finds.
     assert len(calls) == 7
-    assert 0 <= int(found.min()) and int(found.max()) < clusters
+    assert 0 <= int(answer.min()) and int(answer.max()) < clusters
     # Equal rows share a cluster, so that a collapsed model is not scored by the order of its rows.
-    assert len({(row % distinct, cluster) for row, cluster in enumerate(found.tolist())}) == distinct
+    assert len({(row % distinct, cluster) for row, cluster in enumerate(answer.tolist())}) == distinct
     if clusters >= distinct:
-        assert len(torch.unique(found)) == distinct
+        assert len(torch.unique(answer)) == distinct
     assert capfd.readouterr() == ("", "")
 
 
@@ -289,15 +312,15 @@ ROWS = torch.eye(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"embeddings": ROWS[0]}, r"embeddings must be \(rows, dimensions\), got shape \(3,\)"),
+        ({"embeddings": ROWS[0]}, r"embeddings must have shape \(N, D\), got \(3,\)"),
         ({"embeddings": ROWS.long()}, "embeddings must be floating point, got torch.int64"),
         ({"embeddings": ROWS[:0]}, r"embeddings is empty, got shape \(0, 3\)"),
         ({"embeddings": ROWS.to("meta")}, "embeddings must be on the CPU, .* got meta"),
         ({"embeddings": ROWS / 0}, "embeddings has NaN or infinite values in 3 of 3 rows"),
-        ({"clusters": 0}, "clusters must be an integer from 1 to 3, the number of rows; .* got 0"),
-        ({"clusters": 4}, "clusters must be an integer from 1 to 3, the number of rows; .* got 4"),
-        ({"clusters": 2.0}, "clusters must be an integer from 1 to 3, .* got 2.0"),
-        ({"clusters": True}, "clusters must be an integer from 1 to 3, .* got True"),
+        ({"clusters": 0}, "clusters must be an integer from 1 to 3, got 0; the number of rows is the most"),
+        ({"clusters": 4}, "clusters must be an integer from 1 to 3, got 4; the number of rows is the most"),
+        ({"clusters": 2.0}, "clusters must be an integer from 1 to 3, got 2.0"),
+        ({"clusters": True}, "clusters must be an integer from 1 to 3, got True"),
         ({"seed": -1}, "seed must be an integer from 0 to .* got -1"),
         ({"iterations": 0}, "iterations must be an integer from 1 to .* got 0"),
     ],

@@ -38,7 +38,7 @@ def test_pairs_and_counts_equal_loops(query_keys: list[int], gallery_keys: list[
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
     counts = match_counts(integers(query_keys), integers(gallery_keys))
     assert counts.dtype == torch.int64
-    assert counts.tolist() == [sum(1 for row, _ in expected if row == each) for each in range(len(query_keys))]
+    assert counts.tolist() == [sum(1 for row, _ in expected if row == query) for query in range(len(query_keys))]
 
 
 @given(keys=KEYS)
@@ -46,8 +46,8 @@ def test_a_side_matched_with_itself_finds_at_least_itself(keys: list[int]) -> No
     """Self-retrieval leaves a query out of its own neighbours in this way."""
     rows, columns = matching_pairs(integers(keys), integers(keys))
     pairs = set(zip(rows.tolist(), columns.tolist(), strict=True))
-    assert {each for each in range(len(keys)) if (each, each) in pairs} == {
-        each for each, key in enumerate(keys) if key >= 0
+    assert {place for place in range(len(keys)) if (place, place) in pairs} == {
+        place for place, key in enumerate(keys) if key >= 0
     }
     assert pairs == {(column, row) for row, column in pairs}
 

@@ -1,4 +1,4 @@
-"""Faults that were observed in pytorch-metric-learning's AccuracyCalculator (2.9.0), each with what is right instead.
+"""Faults that were observed in pytorch-metric-learning's AccuracyCalculator (2.9.0), each with the right value instead.
 
 Labels in float32 are in test_retrieval_metrics.py; what needs several ranks is in test_retrieval_ranks.py.
 """
@@ -60,14 +60,14 @@ def test_a_collapsed_embedding_scores_chance_in_whatever_order_its_rows_come(met
     shuffled = in_order[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
     rows = torch.tensor([[0.3, -0.7, 0.2, 0.9]]).repeat(n, 1)
     rows = rows + noise * torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
-    found = [evaluated(rows, labels, metric=metric, ks=(1, 10)) for labels in (in_order, shuffled)]
-    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    results = [evaluated(rows, labels, metric=metric, ks=(1, 10)) for labels in (in_order, shuffled)]
+    assert results[0] == pytest.approx(results[1], rel=1e-9)
     # Of n - 1 candidates, per_class - 1 are right, in random order.
     r, others = per_class - 1, n - 1
     missed = math.prod((others - r - place) / (others - place) for place in range(10))
-    assert found[0]["recall@1"] == pytest.approx(r / others)
-    assert found[0]["recall@10"] == pytest.approx(1 - missed)
-    assert found[0]["r_precision"] == pytest.approx(r / others)
+    assert results[0]["recall@1"] == pytest.approx(r / others)
+    assert results[0]["recall@10"] == pytest.approx(1 - missed)
+    assert results[0]["r_precision"] == pytest.approx(r / others)
 
 
 def test_duplicates_of_other_classes_are_neither_found_first_nor_last() -> None:

@@ -117,14 +117,20 @@ HITS = torch.tensor([[True, False, True], [False, True, False]])
 @pytest.mark.parametrize("k", [0, 4, 1.0, True])
 def test_k_out_of_range(function: Callable[..., Any], k: Any) -> None:
     """Slicing past the end would silently give the metric of a smaller k."""
-    with pytest.raises(InputError, match=f"k must be an integer from 1 to the 3 columns of hits, got {k}"):
+    with pytest.raises(
+        InputError,
+        match=f"k must be an integer from 1 to 3, got {k}; hits has that many columns: search for more neighbours",
+    ):
         function(HITS, k)
 
 
 @pytest.mark.parametrize("k", [0, 4, 1.0, True])
 def test_k_of_ndcg_out_of_range(k: Any) -> None:
     """Its discounts would be cut short without a word."""
-    with pytest.raises(InputError, match=f"k must be an integer from 1 to the 3 columns of hits, got {k}"):
+    with pytest.raises(
+        InputError,
+        match=f"k must be an integer from 1 to 3, got {k}; hits has that many columns: search for more neighbours",
+    ):
         ndcg_at_k(HITS, torch.tensor([2, 1]), k)
 
 

@@ -6,12 +6,13 @@ import copy
 import math
 import pickle
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
@@ -19,12 +20,18 @@ from torch import Tensor
 from lightning_dml.distributed import collective_device
 from lightning_dml.retrieval import RetrievalMetrics, scoring
 from lightning_dml.retrieval.search import nearest
+from lightning_dml.retrieval.ties import RESOLUTION
+from tests.tolerances import gap, rounding
 
 
 def brute_force(
     embeddings: Any, labels: Any, indices: Any, is_query: Any, is_gallery: Any, ks: tuple[int, ...], metric: str
-) -> dict[str, float]:
-    """Every definition written out, one query and one gallery item at a time, in float64."""
+) -> tuple[dict[str, float], float]:
+    """Every definition written out, one query and one gallery item at a time, in float64.
+
+    And the least gap between a hit and another item in a ranking, of squared distances where those are compared.
+    """
+    margin = math.inf
     items: dict[int, tuple[Any, int, bool, bool]] = {}
     for embedding, label, index, query, gallery in zip(embeddings, labels, indices, is_query, is_gallery, strict=True):
         items.setdefault(int(index), (embedding.astype(np.float64), int(label), bool(query), bool(gallery)))
@@ -43,9 +50,10 @@ def brute_force(
             elif metric == "inner_product":
                 score = embedding @ other_embedding
             else:
-                score = -np.linalg.norm(embedding - other_embedding)
+                score = -(np.linalg.norm(embedding - other_embedding) ** 2)
             ranked.append((score, other_label == label))
         ranked.sort(key=lambda pair: -pair[0])
+        margin = min([margin, *(high[0] - low[0] for high, low in pairwise(ranked) if high[1] != low[1])])
         hits = [hit for _, hit in ranked]
         r = sum(hits)
         if r == 0:
@@ -55,7 +63,7 @@ def brute_force(
         sums["precision@1"].append(float(hits[0]))
         sums["r_precision"].append(sum(hits[:r]) / r)
         sums["map@r"].append(sum(sum(hits[:i]) / i for i in range(1, r + 1) if hits[i - 1]) / r)
-    return {name: float(np.mean(values)) if values else math.nan for name, values in sums.items()}
+    return {name: float(np.mean(values)) if values else math.nan for name, values in sums.items()}, margin
 
 
 def computed(metrics: RetrievalMetrics) -> dict[str, float]:
@@ -93,7 +101,12 @@ def test_equals_brute_force(
     for start in range(0, len(rows), batch):
         metrics.update(*(torch.from_numpy(column[start : start + batch].copy()) for column in columns))
 
-    assert computed(metrics) == pytest.approx(brute_force(*columns, ks, metric), rel=1e-12, nan_ok=True)
+    expected, margin = brute_force(*columns, ks, metric)
+    # Similarities of a hit and of another item that are this near may change places in float32; below RESOLUTION they
+    # are ties. Squared distances have the rounding of products up to the square of the sum of two lengths.
+    longest = 1.0 if metric == "cosine" else 2 * float(np.linalg.norm(embeddings, axis=1).max())
+    assume(margin > rounding(5 + 3, longest**2) + RESOLUTION * longest**2)
+    assert computed(metrics) == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
 def clustered(n: int, classes: int, dim: int = 8, noise: float = 0.6, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -190,7 +203,7 @@ def test_one_warning_tells_of_queries_without_a_match() -> None:
     assert len(caught) == 1
     assert values["recall@1"] == brute_force(
         rows.numpy(), [0, 0, 0, 1, 2], range(5), [True] * 5, [True] * 5, (1,), "cosine"
-    )["recall@1"] == 1.0  # fmt: skip
+    )[0]["recall@1"] == 1.0  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -247,7 +260,10 @@ def test_large_r_is_searched_in_blocks_with_the_same_result(monkeypatch: pytest.
 
     monkeypatch.setattr(scoring, "nearest", spy)
     monkeypatch.setattr(scoring, "_BLOCK_NEIGHBOURS", 25 * 7 + 3)  # R is 24, and one place more shows ties
-    assert metrics.compute() == expected
+    # faiss adds up the products of few queries in another order, which no two neighbours may be near enough to show.
+    similarities = embeddings.double() @ embeddings.double().T
+    assert gap(similarities) > rounding(8 + 3)
+    assert metrics.compute() == pytest.approx(expected, rel=rounding(25, dtype=torch.float64))
     assert searched == [7] * 7 + [1]
 
 

@@ -55,7 +55,7 @@ def share(rank: int, ranks: int) -> Tensor:
 
 
 def padded_share(rank: int, ranks: int) -> Tensor:
-    """As torch's DistributedSampler deals: the first rows again, until every rank has as many."""
+    """Rows as torch's DistributedSampler deals them: the first ones again, until every rank has as many."""
     most = -(-N // ranks) + 1
     return torch.arange(most * ranks).remainder(N)[rank::ranks]
 
@@ -130,13 +130,13 @@ def scenarios(rank: int, ranks: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """What one process gets: the expectation."""
+    """Outcomes of one process: the expectation."""
     return scenarios(0, 1)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What each rank gets."""
+    """Outcomes of all cases, by rank."""
     return run_ranks(request.param, scenarios)
 
 

@@ -1,4 +1,4 @@
-"""What RetrievalMetrics refuses, and how it says so."""
+"""Settings and input that RetrievalMetrics refuses, and the words with which it does."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_dml.labels import UNLABELLED
 from lightning_dml.retrieval.tasks import (
-    DISTRACTOR,
     IgnoreName,
     Task,
     by_draws,
@@ -19,7 +19,7 @@ from lightning_dml.retrieval.tasks import (
 )
 
 HASH = 8_317_204_965_523_771_239  # labels are often hashes of names
-LABELS = st.lists(st.sampled_from([DISTRACTOR, -2, 0, 1, 5, HASH, HASH + 1, -HASH]), max_size=10)
+LABELS = st.lists(st.sampled_from([UNLABELLED, -2, 0, 1, 5, HASH, HASH + 1, -HASH]), max_size=10)
 
 
 def integers(values: list[int]) -> Tensor:
@@ -30,8 +30,8 @@ def integers(values: list[int]) -> Tensor:
 @given(labels=LABELS)
 def test_classes_are_numbered_by_ascending_label(labels: list[int]) -> None:
     """Searches compare small numbers, and tables per class keep the order that a reader expects."""
-    ascending = sorted(set(labels) - {DISTRACTOR})
-    expected = [DISTRACTOR if label == DISTRACTOR else ascending.index(label) for label in labels]
+    ascending = sorted(set(labels) - {UNLABELLED})
+    expected = [UNLABELLED if label == UNLABELLED else ascending.index(label) for label in labels]
     classes = dense_classes(integers(labels))
     assert classes.dtype == torch.int64 and classes.tolist() == expected
 
@@ -44,7 +44,7 @@ def test_labels_are_not_written_to() -> None:
 
 
 def may_find(query: int, item: int, labels: list[int], groups: list[int], ignore: IgnoreName) -> bool:
-    """What the re-identification protocol, or that of sequences, says of a pair."""
+    """True where the protocol of re-identification, or that of sequences, lets a query find an item."""
     if query == item:
         return False
     same_group = groups[query] >= 0 and groups[query] == groups[item]
@@ -65,7 +65,7 @@ def test_equal_keys_are_the_pairs_that_may_not_find_each_other(
     for query in range(len(labels)):
         for item in range(len(labels)):
             # What a distractor may find is of no interest: it has no answer and is no query.
-            if labels[query] != DISTRACTOR:
+            if labels[query] != UNLABELLED:
                 free = bool(keys[query] != keys[item])
                 assert free == may_find(query, item, labels, groups, ignore)
 

@@ -1,11 +1,11 @@
-"""Metrics of tied rankings against their mean over every order of the tied items, and how ties are found."""
+"""Metrics of tied rankings against their mean over every order of the tied items, and the search for ties."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import combinations, permutations, product
+from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -27,52 +27,21 @@ from lightning_dml.retrieval import (
     tie_runs,
 )
 from lightning_dml.retrieval.ties import RESOLUTION, tied_with_next, with_last_run
-
-Hits = tuple[bool, ...]
-Runs = list[list[bool]]
-
-
-def orders(runs: Runs) -> Iterator[Hits]:
-    """Every way in which the hits of each run can lie in it, all equally probable."""
-    placed = [list(combinations(range(len(run)), sum(run))) for run in runs]
-    for choice in product(*placed):
-        yield tuple(at in chosen for run, chosen in zip(runs, choice, strict=True) for at in range(len(run)))
-
-
-def slow_recall(hits: Hits, k: int) -> float:
-    """Whether a hit is among the first k."""
-    return float(any(hits[:k]))
-
-
-def slow_precision(hits: Hits, k: int) -> float:
-    """Share of hits among the first k."""
-    return sum(hits[:k]) / k
-
-
-def slow_map_at_r(hits: Hits, r: int) -> float:
-    """Mean of the precisions at the hits among the first r."""
-    return sum(slow_precision(hits, place) for place in range(1, r + 1) if hits[place - 1]) / r
-
-
-def slow_ndcg(hits: Hits, r: int, k: int) -> float:
-    """Discounted gain over that of a perfect ranking."""
-    gain = sum(1 / math.log2(place + 1) for place in range(1, k + 1) if hits[place - 1])
-    return gain / sum(1 / math.log2(place + 1) for place in range(1, min(k, r) + 1))
-
-
-def slow_average_precision(hits: Hits) -> float:
-    """Mean of the precisions at all hits."""
-    places = [place for place, hit in enumerate(hits, 1) if hit]
-    return sum(number / place for number, place in enumerate(places, 1)) / len(places)
-
-
-def slow_reciprocal_rank(hits: Hits) -> float:
-    """One over the place of the first hit."""
-    return 1 / (1 + hits.index(True))
+from tests.retrieval.cases import (
+    Hits,
+    Runs,
+    orders,
+    slow_average_precision,
+    slow_map_at_r,
+    slow_ndcg,
+    slow_precision,
+    slow_recall,
+    slow_reciprocal_rank,
+)
 
 
 class Tied(NamedTuple):
-    """A ranking of which some columns are seen, as the functions get it, and what it was made of."""
+    """A ranking of which the first columns are known, as the functions get it, and the runs that it was made of."""
 
     runs: Runs
     columns: int
@@ -95,7 +64,7 @@ def tied_rankings(draw: st.DrawFn) -> Tied:
 
 
 def tied_ranking(runs: Runs, columns: int) -> Tied:
-    """What a search for `columns` neighbours makes of a ranking."""
+    """A ranking as a search for `columns` neighbours sees it."""
     whole = torch.tensor([[hit for run in runs for hit in run]])
     number = torch.tensor([at for at, run in enumerate(runs) for _ in run])
     tied = (number[1:] == number[:-1])[None]
@@ -125,9 +94,9 @@ def assert_equal(value: Tensor, expected: float) -> None:
 def test_the_orders_are_all_permutations() -> None:
     """The oracle below counts each placing of the hits once; every one stands for equally many permutations."""
     run = [True, False, True, False, False]
-    counted = [tuple(run[at] for at in order) for order in permutations(range(5))]
+    permuted = [tuple(run[at] for at in order) for order in permutations(range(5))]
     placings = list(orders([run]))
-    assert len(placings) == 10 and all(counted.count(each) == 12 for each in placings)
+    assert len(placings) == 10 and all(permuted.count(placing) == 12 for placing in placings)
 
 
 @given(ranking=tied_rankings(), extra=st.integers(0, 3))
@@ -148,10 +117,10 @@ def test_metrics_at_k_are_means_over_all_orders(ranking: Tied, extra: int) -> No
 @given(ranking=tied_rankings(), data=st.data())
 def test_metrics_at_r_are_means_over_all_orders(ranking: Tied, data: st.DataObject) -> None:
     """The hits before a place within a run are an expectation as well, which is easily taken for independent."""
-    found = max(1, int(ranking.hits.sum()))
+    hits = max(1, int(ranking.hits.sum()))
     # R may not be below the hits of any order; where the run that goes on has more, only such R can be asked for.
     within = min(ranking.columns, sum(map(sum, ranking.runs)))
-    r = data.draw(st.integers(max(found, within), ranking.columns))
+    r = data.draw(st.integers(max(hits, within), ranking.columns))
     counts = torch.tensor([r])
     assert_equal(
         r_precision(ranking.hits, counts, ranking.ties), ranking.expected(lambda order: slow_precision(order, r))
@@ -245,12 +214,12 @@ def test_only_the_last_run_of_the_named_queries_goes_on() -> None:
     hits = torch.tensor([[True, False, True, False], [True, False, True, False]])
     tied = torch.tensor([[True, False, True], [True, False, True]])
     before = tie_runs(hits, tied)
-    kept = [column.clone() for column in before]
+    copies = [column.clone() for column in before]
     ties = with_last_run(before, torch.tensor([1]), torch.tensor([9]), torch.tensor([4]))
     assert ties.start.tolist() == [[0, 0, 2, 2]] * 2
     assert ties.size.tolist() == [[2, 2, 2, 2], [2, 2, 9, 9]]
     assert ties.positives.tolist() == [[1, 1, 1, 1], [1, 1, 4, 4]]
-    assert all(now.equal(then) for now, then in zip(before, kept, strict=True))
+    assert all(now.equal(then) for now, then in zip(before, copies, strict=True))
 
 
 INFINITE = float("inf")

@@ -37,7 +37,7 @@ EPOCHS, BATCHES, CLASSES = 3, 6, 8  # CLASSES of the global batch
 
 @dataclass(frozen=True)
 class Run:
-    """What is fitted, and what happens to it.
+    """A fit and the signals that come into it.
 
     `at` holds (place, count, signal): the process sends itself the signal when it is in that place for the count-th
     time. `pause` is in seconds, in each training step.
@@ -190,7 +190,7 @@ def fit(run: Run) -> None:
         "weights": module.state_dict(),
         "bank": {} if memory.bank is None else memory.bank.state_dict(),
         "encoder": {} if encoder is None else encoder.state_dict(),
-        "optimizer": {str(key): each["momentum_buffer"] for key, each in optimizer["state"].items()},
+        "optimizer": {str(key): state["momentum_buffer"] for key, state in optimizer["state"].items()},
         "ended": {"step": trainer.global_step, "epoch": trainer.current_epoch},
     }
     torch.save(state, folder / f"{run.name}-{rank}.pt")
@@ -209,7 +209,7 @@ def _without_step_end_signals(deferred: bool) -> Iterator[None]:
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
     try:
-        fit(Run(**{**settings, "at": tuple(tuple(each) for each in settings["at"])}))
+        fit(Run(**{**settings, "at": tuple(tuple(place) for place in settings["at"])}))
     finally:
         if dist.is_initialized():  # an interpreter that ends with the group still up may abort in one of its threads
             dist.destroy_process_group()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dml.errors import InputError
+from lightning_dml.losses.calling import call_plainly
 
 MEASURED_REFERENCES = 8192
 """Most references that another library's loss is measured against: its probing axes then take half a GiB."""
@@ -56,16 +57,14 @@ def measured_weights(
         # Every reference is tilted towards an axis that nothing else has, and stays of unit length.
         axes = _TILT * torch.eye(len(references), dtype=torch.float64, device=references.device)
         tilted = torch.cat((references * math.sqrt(1 - _TILT**2), axes), dim=1)
-        keywords = {}
         if ref_emb is None:
             anchors = tilted
         else:
             anchors = embeddings.detach().double().clone()
             anchors = torch.cat((anchors, anchors.new_zeros(len(anchors), len(references))), dim=1)
-            keywords = {"ref_emb": tilted, "ref_labels": ref_labels}
         anchors.requires_grad_()
         try:
-            value = loss(anchors, labels, **keywords)
+            value = call_plainly(loss, anchors, labels, None if ref_emb is None else tilted, ref_labels)
         except Exception as error:
             raise InputError(
                 f"loss {type(loss).__name__} has no weights of pairs of samples: it could not be called "

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dml.errors import InputError
-from lightning_dml.losses.base import PairWeightingLoss
+from lightning_dml.checks import check_count
+from lightning_dml.losses.calling import index_keywords
 from lightning_dml.losses.inspection.pair_weights import pair_weights
 from lightning_dml.losses.labels import PairLabels
-
-
-class Rows(NamedTuple):
-    """Samples as a loss gets them.
-
-    Attributes:
-        embeddings: (n, D) float.
-        labels: (n,) integers.
-        indices: (n,) integer sample indices.
-    """
-
-    embeddings: Tensor
-    labels: Tensor
-    indices: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +34,7 @@ class ObservedSide:
 
 @dataclass(frozen=True)
 class ObservedWeights:
-    """What `observed_weights` sees.
+    """Similarities and weights of the pairs of a batch, positives and negatives apart.
 
     Attributes:
         positives: pairs of one class; a sample's pairs with itself are in neither set.
@@ -101,15 +86,15 @@ def observed_weights(
     Examples:
         >>> from lightning_dml.losses import ContrastiveLoss
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
-        >>> seen = observed_weights(ContrastiveLoss(margin=0.5), embeddings, torch.tensor([0, 0, 1]))
-        >>> seen.negatives.pairs, round(seen.negatives.force, 4)  # four pairs of weight 1 / 3
+        >>> observed = observed_weights(ContrastiveLoss(margin=0.5), embeddings, torch.tensor([0, 0, 1]))
+        >>> observed.negatives.pairs, round(observed.negatives.force, 4)  # four pairs of weight 1 / 3
         (4, 1.3333)
     """
-    for name, value in (("limit", limit), ("bins", bins)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be 1 or more, got {value}")
-    ours = {"indices": indices, "ref_indices": ref_indices} if isinstance(loss, PairWeightingLoss) else {}
-    weights = pair_weights(loss, embeddings, labels, ref_emb, ref_labels, **ours)
+    if limit is not None:
+        check_count("limit", limit, hint="None returns all pairs")
+    check_count("bins", bins)
+    known = index_keywords(loss, indices, ref_indices)
+    weights = pair_weights(loss, embeddings, labels, ref_emb, ref_labels, **known)
     if ref_emb is None or ref_labels is None:
         references, pairs = embeddings, PairLabels(labels, labels, indices, indices, own_column=0)
     else:
@@ -133,8 +118,8 @@ def thinned(observed: ObservedWeights, points: int, seed: int) -> ObservedWeight
     def draw(side: ObservedSide) -> ObservedSide:
         if len(side.similarity) <= points:
             return side
-        drawn = torch.randperm(len(side.similarity), generator=generator)[:points].sort().values
-        return replace(side, similarity=side.similarity[drawn], weight=side.weight[drawn])
+        places = torch.randperm(len(side.similarity), generator=generator)[:points].sort().values
+        return replace(side, similarity=side.similarity[places], weight=side.weight[places])
 
     return replace(observed, positives=draw(observed.positives), negatives=draw(observed.negatives))
 

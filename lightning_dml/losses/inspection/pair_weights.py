@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dml.errors import InputError
-from lightning_dml.losses.base import PairWeightingLoss
+from lightning_dml.losses.base import PairWeightingLoss, reduction_divisor
 from lightning_dml.losses.engine import drawing_again
 from lightning_dml.losses.inspection.measured import measured_weights
 
@@ -77,9 +77,9 @@ def _own_weights(
     similarity = embeddings @ references.T
     extra = () if task.statistics is None else (task.statistics,)
     with drawing_again(loss.miner), drawing_again(task.weighting):  # looking must not change what training draws
-        masks = task.mined(similarity, slice(0, len(embeddings)), slice(0, len(references)))
+        masks = task.kept_masks(similarity, slice(0, len(embeddings)), slice(0, len(references)))
         _, weights = task.weighting(similarity, *masks, *extra)
     active = weights != 0
-    divisor = {"anchors": len(embeddings), "active_anchors": active.any(dim=1).sum(), "pairs": active.sum()}
-    scaled: Tensor = weights / max(1, int(divisor[loss.reduction]))
+    divisor = reduction_divisor(loss.reduction, len(embeddings), active.any(dim=1).sum(), active.sum())
+    scaled: Tensor = weights / divisor.clamp_min(1)
     return scaled

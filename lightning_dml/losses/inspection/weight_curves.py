@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from lightning_dml.checks import check_number
 from lightning_dml.errors import InputError
 from lightning_dml.losses.base import PairWeightingLoss
 from lightning_dml.losses.curves import Constant
@@ -50,12 +51,12 @@ class Context:
     def __post_init__(self) -> None:
         for field in fields(self):
             values = tuple(map(float, getattr(self, field.name)))
-            if any(not -1 <= value <= 1 for value in values):
-                raise InputError(f"Context: {field.name} must be cosine similarities in [-1, 1], got {values}")
+            for value in values:
+                check_number(f"{field.name} of Context", value, "cosine similarities such as 0.5", least=-1, most=1)
             object.__setattr__(self, field.name, values)
 
     def __str__(self) -> str:
-        return f"{_described(self.positives, 'positive')}, {_described(self.negatives, 'negative')}"
+        return f"{_in_words(self.positives, 'positive')}, {_in_words(self.negatives, 'negative')}"
 
 
 ALONE = Context((), ())
@@ -107,7 +108,7 @@ def weight_curve(loss: nn.Module, similarity: Tensor, *, context: Context | None
 
 
 def context_free(loss: nn.Module) -> bool:
-    """Whether a pair's weight depends on no similarity but its own.
+    """Tells whether a pair's weight depends on no similarity but its own.
 
     Our losses on single pairs say so; of all others the curves at three different contexts, with as many pairs each,
     are compared. A loss that divides by the number of pairs alone (binomial deviance) is thus context-free.
@@ -121,17 +122,17 @@ def context_free(loss: nn.Module) -> bool:
         if loss.weighting.separable:
             return True
     probes = torch.linspace(-0.95, 0.95, 13, dtype=torch.float64)
-    curves = [torch.cat(weight_curve(loss, probes, context=each)) for each in _CONTRASTS]
-    return all(torch.allclose(curves[0], each, rtol=1e-6, atol=1e-9) for each in curves[1:])
+    curves = [torch.cat(weight_curve(loss, probes, context=context)) for context in _CONTRASTS]
+    return all(torch.allclose(curves[0], curve, rtol=1e-6, atol=1e-9) for curve in curves[1:])
 
 
 def draws_pairs(loss: nn.Module) -> bool:
-    """Whether a miner of the loss draws among the pairs, so that its curve is a mean of `DRAWS` draws."""
-    return any(isinstance(each, SampledMiner) for each in loss.modules())
+    """Tells whether a miner of the loss draws among the pairs, so that its curve is a mean of `DRAWS` draws."""
+    return any(isinstance(module, SampledMiner) for module in loss.modules())
 
 
 def _probe(loss: nn.Module, similarity: Tensor, context: Context, is_positive: bool) -> Tensor:
-    """dL/dS (n,) of a pair at each similarity."""
+    """Derivative dL/dS, (n,), of a pair at each similarity."""
     if not isinstance(loss, PairWeightingLoss):
         return _measured_probe(loss, similarity, context, is_positive)
     weighting = loss.weighting
@@ -139,10 +140,10 @@ def _probe(loss: nn.Module, similarity: Tensor, context: Context, is_positive: b
         # The other side may need what a curve has not got, and has no part in this one.
         side = weighting.positive if is_positive else weighting.negative
         if isinstance(side, MeasuredWeights):
-            measured = _measured_probe(side.loss, similarity, context, is_positive)
+            weights = _measured_probe(side.loss, similarity, context, is_positive)
             nothing = Constant(1.0)
-            kept = _own_probe(loss, DirectWeighting(nothing, nothing), similarity, context, is_positive).abs()
-            return measured * kept
+            share = _own_probe(loss, DirectWeighting(nothing, nothing), similarity, context, is_positive).abs()
+            return weights * share
         weighting = DirectWeighting(side, Constant(0.0)) if is_positive else DirectWeighting(Constant(0.0), side)
     return _own_probe(loss, weighting, similarity, context, is_positive)
 
@@ -152,13 +153,13 @@ def _own_probe(
     loss: PairWeightingLoss, weighting: Weighting, similarity: Tensor, context: Context, is_positive: bool
 ) -> Tensor:
     """The weights of the first pair of each row, by the weighting, over what the loss's miner keeps."""
-    coupled = [weighting, *(each.weighting for each in weighting.modules() if isinstance(each, LossWeights))]
-    if any(type(each).row_statistics is not Weighting.row_statistics for each in coupled):
+    parts = [weighting, *(side.weighting for side in weighting.modules() if isinstance(side, LossWeights))]
+    if any(type(part).row_statistics is not Weighting.row_statistics for part in parts):
         raise InputError(
             f"{type(loss).__name__} couples the rows of anchors and positives and works in-batch only, so that an "
             "anchor's pairs alone have no weights: look at observed_weights of a batch, or choose another variant"
         )
-    device = next((each.device for each in loss.parameters()), similarity.device)
+    device = next((parameter.device for parameter in loss.parameters()), similarity.device)
     repeats = DRAWS if draws_pairs(loss) else 1
     rows = _rows(similarity.repeat_interleave(repeats), context).to(device)
     positive = torch.zeros(rows.shape, dtype=torch.bool, device=device)
@@ -195,18 +196,18 @@ def _measured_rows(loss: nn.Module, similarity: Tensor, context: Context, is_pos
     for place, row in enumerate(rows.cpu()):
         # Each reference leaves the anchor's axis along one of its own, so that any similarities fit together.
         references = torch.cat((row[:, None], torch.diag((1 - row.square()).clamp(min=0).sqrt())), dim=1)
-        found = measured_weights(loss, embeddings, embeddings.new_zeros(anchors).long(), references, ref_labels)
-        weights[place] = found[:, 0].sum()
+        row_weights = measured_weights(loss, embeddings, embeddings.new_zeros(anchors).long(), references, ref_labels)
+        weights[place] = row_weights[:, 0].sum()
     return weights
 
 
 def _rows(similarity: Tensor, context: Context) -> Tensor:
-    """(n, 1 + P + K): the pair in question, the other positives, the other negatives."""
+    """Rows (n, 1 + P + K) of the pair in question, the other positives, the other negatives."""
     others = similarity.new_tensor([*context.positives, *context.negatives])
     return torch.cat((similarity[:, None], others.expand(len(similarity), -1)), dim=1)
 
 
-def _described(values: Sequence[float], name: str) -> str:
+def _in_words(values: Sequence[float], name: str) -> str:
     if not values:
         return f"no {name}s"
     low, high = min(values), max(values)

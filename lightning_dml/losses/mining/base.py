@@ -1,4 +1,4 @@
-"""What every samples mining is: smaller masks from a block of similarities."""
+"""The interface of samples mining: smaller masks from a block of similarities."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_count
 from lightning_dml.losses.mining.base import Miner, at_columns
 
 
@@ -57,8 +57,8 @@ class TopKMiner(Miner):
     def __init__(self, positives: int | None = None, negatives: int | None = 10) -> None:
         super().__init__()
         for name, value in (("positives", positives), ("negatives", negatives)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be a whole number of 1 or more, or None to keep all, got {value}")
+            if value is not None:
+                check_count(name, value, hint="None keeps all")
         self.positives = positives
         self.negatives = negatives
 
@@ -71,7 +71,7 @@ class TopKMiner(Miner):
         return positive, negative
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"positives={self.positives}, negatives={self.negatives}"
 
 

@@ -1,13 +1,11 @@
-"""Mining by the other side of the row: what is harder than the hardest pair of the other kind, less a slack."""
+"""Mining by the other side of the row: pairs that are harder than the hardest pair of the other kind, less a slack."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_number
 from lightning_dml.losses.mining.base import Miner, highest, lowest
 
 
@@ -27,8 +25,7 @@ class MultiSimilarityMiner(Miner):
 
     def __init__(self, epsilon: float = 0.1) -> None:
         super().__init__()
-        if not math.isfinite(epsilon):
-            raise InputError(f"epsilon must be a finite similarity such as 0.1, got {epsilon}")
+        check_number("epsilon", epsilon, "a similarity such as 0.1")
         self.epsilon = epsilon
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +33,7 @@ class MultiSimilarityMiner(Miner):
         return _violating(similarity, positive, negative, self.epsilon)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"epsilon={self.epsilon}"
 
 
@@ -66,8 +63,7 @@ class TripletViolationMiner(Miner):
 
     def __init__(self, margin: float = 0.1) -> None:
         super().__init__()
-        if not math.isfinite(margin):
-            raise InputError(f"margin must be a finite similarity such as 0.1, got {margin}")
+        check_number("margin", margin, "a similarity such as 0.1")
         self.margin = margin
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +71,7 @@ class TripletViolationMiner(Miner):
         return _violating(similarity, positive, negative, self.margin)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}"
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_dml import distributed
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_count, check_number
+from lightning_dml.losses.measure import Measure, check_measure
 from lightning_dml.losses.mining.base import Miner, at_columns, highest
-
-Measure = Literal["similarity", "distance", "squared_distance"]
 
 # The logarithm of a share that no draw meets. Beyond the range of exp, on either side, a CPU takes fifty times as long.
 _NEVER = -80.0
 
 
 class SampledMiner(Miner):
-    """A miner that draws.
+    """A miner that draws among the pairs, from a seeded stream.
 
     Every row uses the same count of random numbers, in the order of the rows, from one stream. So the draws do not
     depend on the engine's block size; and the state is a single integer, the position in the stream, which is saved
@@ -41,8 +40,7 @@ class SampledMiner(Miner):
         super().__init__()
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
-        if seed < 0:
-            raise InputError(f"seed must be 0 or more, got {seed}")
+        check_count("seed", seed, least=0)
         self.seed = seed
         self._position = 0
 
@@ -70,21 +68,22 @@ class SemiHardMiner(SampledMiner):
     without positives or without negatives keeps nothing.
 
     Args:
-        margin: m, in the measure.
-        measure: what is compared: "distance" :math:`d = \sqrt{2 - 2S}`; "squared_distance" :math:`d^2`; "similarity",
-            where the rule reads :math:`S_{ap} - m < S_{an} < S_{ap}`.
+        margin: m, in the units of the measure.
+        measure: what is compared: `similarity`, where the rule reads :math:`S_{ap} - m < S_{an} < S_{ap}`; `distance`
+            :math:`d = \sqrt{2 - 2S}`; `squared_distance` :math:`d^2`. FaceNet has the squared distance: set
+            `squared_distance` for its rule, and `distance` for the rule as written above.
         seed: see `SampledMiner`.
 
     Raises:
         InputError: for a margin that is not positive, an unknown measure or a negative seed.
     """
 
-    def __init__(self, margin: float = 0.2, measure: Measure = "distance", seed: int | torch.Generator = 0) -> None:
+    def __init__(
+        self, margin: float = 0.2, *, measure: Measure = "similarity", seed: int | torch.Generator = 0
+    ) -> None:
         super().__init__(seed)
-        if not (margin > 0 and math.isfinite(margin)):
-            raise InputError(f"margin must be positive, such as 0.2, got {margin}")
-        if measure not in get_args(Measure):
-            raise InputError(f"measure must be one of {', '.join(get_args(Measure))}, got {measure!r}")
+        check_number("margin", margin, "a number in the units of the measure, such as 0.2", above=0)
+        check_measure(measure)
         self.margin = margin
         self.measure = measure
 
@@ -104,7 +103,7 @@ class SemiHardMiner(SampledMiner):
         return kept_positive & both, kept_negative & both
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, measure={self.measure!r}, seed={self.seed}"
 
     def _farthest(self, nearest: Tensor) -> Tensor:
@@ -152,23 +151,19 @@ class DistanceWeightedMiner(SampledMiner):
         dim: int,
         min_distance: float = 0.5,
         max_distance: float | None = 1.4,
+        *,
         negatives: int | None = None,
         seed: int | torch.Generator = 0,
     ) -> None:
         super().__init__(seed)
-        if dim < 2:
-            raise InputError(f"dim is the number of dimensions of the embeddings and must be 2 or more, got {dim}")
-        if not 0 < min_distance < 2:
-            raise InputError(f"min_distance is between unit vectors and must lie in (0, 2), got {min_distance}")
-        if max_distance is not None and not min_distance < max_distance <= 2:
-            raise InputError(
-                f"max_distance must lie above min_distance ({min_distance}) and not above 2, "
-                f"or be None for no limit, got {max_distance}"
-            )
-        if negatives is not None and (not isinstance(negatives, int) or negatives < 1):
-            raise InputError(
-                f"negatives must be a whole number of 1 or more, or None for as many as positives, got {negatives}"
-            )
+        check_count("dim", dim, least=2, hint="it is the number of dimensions of the embeddings")
+        meaning = "a distance between unit vectors such as"
+        check_number("min_distance", min_distance, f"{meaning} 0.5", above=0, below=2)
+        if max_distance is not None:
+            hint = f"min_distance is {min_distance}, and None sets no limit"
+            check_number("max_distance", max_distance, f"{meaning} 1.4", above=min_distance, most=2, hint=hint)
+        if negatives is not None:
+            check_count("negatives", negatives, hint="None draws as many as there are positives")
         self.dim = dim
         self.min_distance = min_distance
         self.max_distance = max_distance
@@ -196,7 +191,7 @@ class DistanceWeightedMiner(SampledMiner):
         return positive, at_columns(columns, negative & (counts > 0))
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return (
             f"dim={self.dim}, min_distance={self.min_distance}, max_distance={self.max_distance}, "
             f"negatives={self.negatives}, seed={self.seed}"
@@ -209,7 +204,7 @@ class DistanceWeightedMiner(SampledMiner):
         return squared.log_().mul_((2 - self.dim) / 2).add_(rest, alpha=(3 - self.dim) / 2)
 
     def _counts(self, positive: Tensor) -> Tensor:
-        """How many negatives each row draws, (n, 1) int64."""
+        """Number of negatives that each row draws, (n, 1) int64."""
         if self.negatives is not None:
             return torch.full((len(positive), 1), self.negatives, device=positive.device)
         # Positives are few: listing them is cheaper than a sum over the block.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_number
 from lightning_dml.losses.mining.base import Miner
 
 
@@ -46,10 +44,8 @@ class ThresholdMiner(Miner):
     def __init__(self, positive_below: float | None = None, negative_above: float | None = 0.5) -> None:
         super().__init__()
         for name, value in (("positive_below", positive_below), ("negative_above", negative_above)):
-            if value is not None and not -1 <= value <= 1:
-                raise InputError(
-                    f"{name} is a cosine similarity and must lie in [-1, 1], or be None to keep all, got {value}"
-                )
+            if value is not None:
+                check_number(name, value, "a cosine similarity such as 0.5", least=-1, most=1, hint="None keeps all")
         self.positive_below = positive_below
         self.negative_above = negative_above
 
@@ -62,7 +58,7 @@ class ThresholdMiner(Miner):
         return positive, negative
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"positive_below={self.positive_below}, negative_above={self.negative_above}"
 
 
@@ -74,8 +70,8 @@ class RankedListMiner(Miner):
     :math:`\alpha`. A similarity above 1 by rounding is a distance of 0.
 
     Args:
-        alpha: distance :math:`\alpha` that negatives are to keep; 1 + m / 2 by default, as in pytorch-metric-learning.
         margin: gap m between the two; an m above :math:`\alpha` keeps every positive.
+        alpha: distance :math:`\alpha` that negatives are to keep; 1 + m / 2 by default, as in pytorch-metric-learning.
 
     Raises:
         InputError: if `alpha` is not positive or `margin` is negative.
@@ -83,14 +79,12 @@ class RankedListMiner(Miner):
 
     separable = True
 
-    def __init__(self, alpha: float = 1.2, margin: float = 0.4) -> None:
+    def __init__(self, *, margin: float = 0.4, alpha: float = 1.2) -> None:
         super().__init__()
-        if not (alpha > 0 and math.isfinite(alpha)):
-            raise InputError(f"alpha is a distance between unit vectors and must be positive, such as 1.2, got {alpha}")
-        if not (margin >= 0 and math.isfinite(margin)):
-            raise InputError(f"margin must be a finite distance of 0 or more, such as 0.4, got {margin}")
-        self.alpha = alpha
+        check_number("margin", margin, "a distance between unit vectors such as 0.4", least=0)
+        check_number("alpha", alpha, "a distance between unit vectors such as 1.2", above=0)
         self.margin = margin
+        self.alpha = alpha
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         """Mines a block of rows; see `Miner.forward`."""
@@ -99,8 +93,8 @@ class RankedListMiner(Miner):
         return positive, negative & (similarity > _similarity_at(self.alpha))
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
-        return f"alpha={self.alpha}, margin={self.margin}"
+        """Settings that `print` shows between the brackets."""
+        return f"margin={self.margin}, alpha={self.alpha}"
 
 
 def _similarity_at(distance: float) -> float:

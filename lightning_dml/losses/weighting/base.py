@@ -1,4 +1,4 @@
-"""What every pairs weighting is: row losses, and their derivative by the similarities."""
+"""The interface of pairs weighting: row losses, and their derivative by the similarities."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Weighting(nn.Module):
             inputs = [leaf, *parameters]
             losses = self.row_losses(leaf, positive, negative)
             if not losses.requires_grad:  # no pair took part
-                return losses, [torch.zeros_like(each) for each in inputs]
+                return losses, [torch.zeros_like(leaf) for leaf in inputs]
             gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True, materialize_grads=True)
         return losses.detach(), list(gradients)
 
@@ -93,7 +93,7 @@ class ChunkedWeighting(Weighting):
         return losses, similarity
 
     def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, of a chunk of rows."""
+        """Row losses and weights of a chunk of rows; see `forward`."""
         raise NotImplementedError(f"{type(self).__name__} must define chunk(similarity, positive, negative)")
 
 

@@ -26,13 +26,13 @@ class BinomialWeighting(ChunkedWeighting):
         """Row losses (n,) and weights (n, M) in closed form."""
         pairs = Positives.of(similarity, positive)
         # As bytes: counting bools takes several times as long.
-        kept = negative.view(torch.uint8).sum(dim=1, dtype=torch.int32).clamp_(min=1).to(similarity.dtype)
+        counts = negative.view(torch.uint8).sum(dim=1, dtype=torch.int32).clamp_(min=1).to(similarity.dtype)
         left_out = ~negative
         excess = similarity.sub_(self.base).mul_(self.beta)
         excess.masked_fill_(left_out, LEAST_EXPONENT).clamp_min_(LEAST_EXPONENT)
         # softplus(x), in a third of its time: [x]+ - log sigmoid(|x|).
-        losses = (excess.relu().sum(dim=1) - excess.abs().sigmoid_().log_().sum(dim=1)).div_(kept)
-        weights = excess.sigmoid_().mul_((self.beta / kept)[:, None]).masked_fill_(left_out, 0)
+        losses = (excess.relu().sum(dim=1) - excess.abs().sigmoid_().log_().sum(dim=1)).div_(counts)
+        weights = excess.sigmoid_().mul_((self.beta / counts)[:, None]).masked_fill_(left_out, 0)
 
         shortfall = (self.base - pairs.values) * self.alpha
         share = pairs.counts.to(similarity.dtype).reciprocal()[pairs.row]
@@ -40,5 +40,5 @@ class BinomialWeighting(ChunkedWeighting):
         return losses.add_(pairs.sums(softplus(shortfall) * share)), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"alpha={self.alpha}, beta={self.beta}, base={self.base}"

@@ -14,7 +14,7 @@ from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_sof
 class CircleWeighting(ChunkedWeighting):
     """Softmax weights of each side, times how far a pair is from its optimum; see `CircleLoss`."""
 
-    def __init__(self, margin: float = 0.4, gamma: float = 80.0, detach: bool = True) -> None:
+    def __init__(self, margin: float = 0.4, gamma: float = 80.0, *, detach: bool = True) -> None:
         super().__init__()
         check_number("margin", margin, "a relaxation of cosine similarities such as 0.4", least=0, most=1)
         check_number("gamma", gamma, "the scale of the logits such as 80.0", above=0)
@@ -44,5 +44,5 @@ class CircleWeighting(ChunkedWeighting):
         return softplus(excess), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, gamma={self.gamma}, detach={self.detach}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_number
 from lightning_dml.losses.curves import unit_step, unit_step_
 from lightning_dml.losses.weighting.base import Weighting
 from lightning_dml.losses.weighting.rows import Positives
@@ -19,8 +19,8 @@ class ContrastiveWeighting(Weighting):
     def __init__(self, margin: float = 0.5, pos_margin: float | None = None) -> None:
         super().__init__()
         for name, value in (("margin", margin), ("pos_margin", pos_margin)):
-            if value is not None and not -1 <= value <= 1:
-                raise InputError(f"{name} is a cosine similarity and must lie in [-1, 1], got {value}")
+            if value is not None:
+                check_number(name, value, "a cosine similarity such as 0.5", least=-1, most=1)
         self.margin = margin
         self.pos_margin = pos_margin
 
@@ -40,5 +40,5 @@ class ContrastiveWeighting(Weighting):
         return losses, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, pos_margin={self.pos_margin}"

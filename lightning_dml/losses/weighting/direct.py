@@ -34,11 +34,11 @@ class DirectWeighting(Weighting):
             check_frozen(name, side)
         self.positive = positive
         self.negative = negative
-        self.separable = all(each.separable for each in self.rows())
+        self.separable = all(side.separable for side in self.rows())
 
     def rows(self) -> list[RowWeights]:
         """The sides that are functions of the row, each once: those of positives first."""
-        return list(dict.fromkeys(each for each in (self.positive, self.negative) if isinstance(each, RowWeights)))
+        return list(dict.fromkeys(side for side in (self.positive, self.negative) if isinstance(side, RowWeights)))
 
     def forward(
         self,
@@ -51,9 +51,9 @@ class DirectWeighting(Weighting):
 
         `statistics` holds what `rows()` ask for, side by side: (n, a) of the block's anchors, (M, r) of all references.
         """
-        found = self._row_weights(similarity, positive, negative, statistics)
+        row_weights = self._row_weights(similarity, positive, negative, statistics)
         if isinstance(self.negative, RowWeights):
-            weights = found[self.negative]  # 0 where there is no pair, and its positives are written over
+            weights = row_weights[self.negative]  # 0 where there is no pair, and its positives are written over
             if self.positive is self.negative:
                 return torch.linalg.vecdot(weights, similarity), weights
         else:
@@ -64,14 +64,14 @@ class DirectWeighting(Weighting):
             weights = weights.masked_fill_(~negative, 0) if mine else weights.masked_fill(~negative, 0)
         pairs = Positives.of(similarity, positive)
         if isinstance(self.positive, RowWeights):
-            pull = found[self.positive][pairs.row, pairs.column]
+            pull = row_weights[self.positive][pairs.row, pairs.column]
         else:
             pull = -self.positive(pairs.values).detach().to(weights.dtype)
         weights[pairs.row, pairs.column] = pull
         return torch.linalg.vecdot(weights, similarity), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         sides = {"positive": self.positive, "negative": self.negative}
         return ", ".join(f"{name}={side}" for name, side in sides.items() if not isinstance(side, RowWeights))
 
@@ -81,7 +81,7 @@ class DirectWeighting(Weighting):
         sides = self.rows()
         if not sides:
             return {}
-        needs = [each.columns(similarity.shape[1]) for each in sides]
+        needs = [side.columns(similarity.shape[1]) for side in sides]
         own_needs, shared_needs = [need[0] for need in needs], [need[1] for need in needs]
         if statistics is None:
             if any(own_needs):

@@ -54,7 +54,7 @@ class HadsellWeighting(ChunkedWeighting):
         return losses.add_(pairs.sums(1 - pairs.values)), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}"
 
 
@@ -88,7 +88,7 @@ class DistanceContrastiveWeighting(ChunkedWeighting):
         return _hinges(similarity, positive, negative, self.pos_margin, self.margin)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, pos_margin={self.pos_margin}"
 
 
@@ -102,7 +102,7 @@ class MarginWeighting(ChunkedWeighting):
     separable = True
     beta: nn.Parameter | float
 
-    def __init__(self, margin: float = 0.2, beta: float = 1.2, learn_beta: bool = False) -> None:
+    def __init__(self, margin: float = 0.2, beta: float = 1.2, *, learn_beta: bool = False) -> None:
         super().__init__()
         check_number("margin", margin, "a distance between unit vectors such as 0.2", least=0)
         check_number("beta", beta, "a distance between unit vectors such as 1.2", above=0)
@@ -121,7 +121,7 @@ class MarginWeighting(ChunkedWeighting):
         return _hinges(similarity, positive, negative, beta - self.margin, beta + self.margin)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, beta={float(self._beta()):g}, learn_beta={isinstance(self.beta, Tensor)}"
 
     def _beta(self) -> Tensor | float:
@@ -134,7 +134,7 @@ def distances(similarity: Tensor) -> Tensor:
 
 
 def distance_and_slope(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """The same distances, and -dd/dS = 1/d, 0 nearer than `MIN_DISTANCE`; without autograd, in fewer passes."""
+    """Distances, at least `MIN_DISTANCE`, and -dd/dS = 1/d, 0 for nearer pairs; without autograd, in fewer passes."""
     return distance_and_slope_(similarity.clone())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -10,14 +9,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_dml.checks import check_choice, check_number
 from lightning_dml.errors import InputError
+from lightning_dml.losses.measure import UnsquaredMeasure, check_unsquared_measure
 from lightning_dml.losses.weighting.base import Weighting
 from lightning_dml.losses.weighting.distance import distance_and_slope
 from lightning_dml.losses.weighting.rows import LEAST_EXPONENT, row_softmax
 
 ShapeName = Literal["constant", "linear", "power", "exponential", "sigmoid", "softmax", "softmax_with_one"]
 Normalization = Literal["none", "mean", "sum", "nonzero"]
-Measure = Literal["similarity", "distance"]
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,15 @@ class Shape:
     exponent: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ShapeName):
-            raise InputError(f"weighting must be one of {', '.join(get_args(ShapeName))}, got {self.name!r}")
-        if not math.isfinite(self.threshold):
-            raise InputError(f"threshold must be finite, got {self.threshold}")
-        for field in ("rate", "exponent"):
-            value = getattr(self, field)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{field} must be positive, got {value}")
+        check_choice("weighting", self.name, get_args(ShapeName))
+        check_number("threshold", self.threshold, "a number in the units of the measure, such as 0.5")
+        check_number("rate", self.rate, "the sharpness of an exponential such as 10.0", above=0)
+        check_number("exponent", self.exponent, "the exponent of a power such as 2.0", above=0)
 
-    def __call__(self, violation: Tensor, kept: Tensor) -> Tensor:
-        """Weights (n, M) for violations (n, M), 0 where `kept` (n, M) is False."""
+    def __call__(self, violation: Tensor, mask: Tensor) -> Tensor:
+        """Weights (n, M) for violations (n, M), 0 where `mask` (n, M) is False."""
         if self.name in ("softmax", "softmax_with_one"):
-            return row_softmax(self.rate * violation, kept, with_one=self.name == "softmax_with_one").shares()
+            return row_softmax(self.rate * violation, mask, with_one=self.name == "softmax_with_one").shares()
         if self.name == "constant":
             weights = torch.ones_like(violation)
         elif self.name == "linear":
@@ -61,22 +57,23 @@ class Shape:
             weights = torch.exp((self.rate * violation).clamp_(max=-LEAST_EXPONENT))
         else:
             weights = torch.sigmoid(self.rate * violation)
-        return weights.masked_fill_(~kept, 0)
+        return weights.masked_fill_(~mask, 0)
 
 
 class GeneralWeighting(Weighting):
     """Named weightings on both sides; see `GeneralPairWeightingLoss`."""
 
     def __init__(
-        self, positive: Shape, negative: Shape, normalization: Normalization = "none", measure: Measure = "similarity"
+        self,
+        positive: Shape,
+        negative: Shape,
+        *,
+        normalization: Normalization = "none",
+        measure: UnsquaredMeasure = "similarity",
     ) -> None:
         super().__init__()
-        if normalization not in get_args(Normalization):
-            raise InputError(
-                f"normalization must be one of {', '.join(get_args(Normalization))}, got {normalization!r}"
-            )
-        if measure not in get_args(Measure):
-            raise InputError(f"measure must be similarity or distance, got {measure!r}")
+        check_choice("normalization", normalization, get_args(Normalization))
+        check_unsquared_measure(measure)
         self.positive = positive
         self.negative = negative
         self.normalization = normalization
@@ -96,14 +93,14 @@ class GeneralWeighting(Weighting):
         return losses, weights if slope is None else weights * slope
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"{self.positive}, {self.negative}, normalization={self.normalization!r}, measure={self.measure!r}"
 
-    def _normalized(self, weights: Tensor, kept: Tensor) -> Tensor:
+    def _normalized(self, weights: Tensor, mask: Tensor) -> Tensor:
         if self.normalization == "none":
             return weights
         if self.normalization == "mean":
-            divisor = kept.to(weights.dtype).sum(dim=1, keepdim=True)
+            divisor = mask.to(weights.dtype).sum(dim=1, keepdim=True)
         elif self.normalization == "sum":
             divisor = weights.sum(dim=1, keepdim=True)
         else:

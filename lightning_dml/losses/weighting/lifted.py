@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from lightning_dml.checks import check_number
 from lightning_dml.errors import InputError
+from lightning_dml.losses.measure import UnsquaredMeasure, check_unsquared_measure
 from lightning_dml.losses.weighting.base import ChunkedWeighting, Weighting
 from lightning_dml.losses.weighting.distance import distance_and_slope_, distances
 from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
-
-Measure = Literal["distance", "similarity"]
 
 
 class LiftedWeighting(ChunkedWeighting):
     """Softmax weights of each side while the row's hinge is open; see `LiftedStructureLoss`."""
 
     def __init__(
-        self, measure: Measure = "distance", margin: float = 1.0, alpha: float = 1.0, beta: float = 1.0
+        self, measure: UnsquaredMeasure = "similarity", margin: float = 0.0, alpha: float = 2.0, beta: float = 40.0
     ) -> None:
         super().__init__()
-        _check(measure, margin)
+        check_unsquared_measure(measure)
+        check_number("margin", margin, "a number in the units of the measure, such as 1.0")
         for name, value in (("alpha", alpha), ("beta", beta)):
             check_number(name, value, "the sharpness of an exponential such as 1.0", above=0)
-        self.measure: Measure = measure
+        self.measure: UnsquaredMeasure = measure
         self.margin = margin
         self.alpha = alpha
         self.beta = beta
@@ -45,12 +43,12 @@ class LiftedWeighting(ChunkedWeighting):
         return losses, weights if slope is None else weights.mul_(slope)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"measure={self.measure!r}, margin={self.margin}, alpha={self.alpha}, beta={self.beta}"
 
 
 class OriginalLiftedWeighting(Weighting):
-    r"""Each positive pair against the negatives of both its ends; see `LiftedStructureLoss`.
+    r"""Weights of each positive pair against the negatives of both its ends; see `LiftedStructureLoss`.
 
     The rows of a batch are coupled: the pair's J needs :math:`E_i = \log \sum_{k \in N_i} e^{M - u_{ik}}` of both ends,
     which is the row statistic. An ordered pair has :math:`\frac14 [J_{ij}]_+^2`, so that an unordered one has half of
@@ -62,10 +60,11 @@ class OriginalLiftedWeighting(Weighting):
     at a pair's own similarity; a miner that keeps (i, j) without (j, i) still selects the pairs of these weights.
     """
 
-    def __init__(self, measure: Measure = "distance", margin: float = 1.0) -> None:
+    def __init__(self, measure: UnsquaredMeasure = "similarity", margin: float = 0.0) -> None:
         super().__init__()
-        _check(measure, margin)
-        self.measure: Measure = measure
+        check_unsquared_measure(measure)
+        check_number("margin", margin, "a number in the units of the measure, such as 1.0")
+        self.measure: UnsquaredMeasure = measure
         self.margin = margin
 
     def row_statistics(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
@@ -96,19 +95,13 @@ class OriginalLiftedWeighting(Weighting):
         return pairs.sums(violation.square() / 4), weights if slope is None else weights.mul_(slope)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"measure={self.measure!r}, margin={self.margin}"
 
 
-def _closeness_(similarity: Tensor, measure: Measure) -> tuple[Tensor, Tensor | None]:
+def _closeness_(similarity: Tensor, measure: UnsquaredMeasure) -> tuple[Tensor, Tensor | None]:
     """S or -d in the memory of S, and its derivative by S; None for 1."""
     if measure == "similarity":
         return similarity, None
     distance, slope = distance_and_slope_(similarity)
     return distance.neg_(), slope
-
-
-def _check(measure: str, margin: float) -> None:
-    if measure not in get_args(Measure):
-        raise InputError(f"measure must be one of {', '.join(get_args(Measure))}, got {measure!r}")
-    check_number("margin", margin, "a number in the units of the measure, such as 1.0")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_number
 from lightning_dml.losses.weighting.base import Weighting
 from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax
 
@@ -17,10 +15,8 @@ class MultiSimilarityWeighting(Weighting):
     def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5) -> None:
         super().__init__()
         for name, value in (("alpha", alpha), ("beta", beta)):
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name} is the sharpness of an exponential and must be positive, got {value}")
-        if not math.isfinite(base):
-            raise InputError(f"base must be a finite similarity such as 0.5, got {base}")
+            check_number(name, value, "the sharpness of an exponential such as 2.0", above=0)
+        check_number("base", base, "a similarity such as 0.5")
         self.alpha = alpha
         self.beta = beta
         self.base = base
@@ -35,5 +31,5 @@ class MultiSimilarityWeighting(Weighting):
         return pull.log_sum / self.alpha + push.log_sum / self.beta, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"alpha={self.alpha}, beta={self.beta}, base={self.base}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.checks import check_number
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_count, check_number
 from lightning_dml.losses.weighting.base import ChunkedWeighting
 from lightning_dml.losses.weighting.distance import distance_and_slope
 from lightning_dml.losses.weighting.rows import Positives, row_softmax
@@ -19,6 +18,7 @@ class RankedListWeighting(ChunkedWeighting):
         self,
         margin: float = 0.4,
         alpha: float = 1.2,
+        *,
         neg_temperature: float = 10.0,
         pos_temperature: float = 0.0,
         balance: float = 0.5,
@@ -53,7 +53,7 @@ class RankedListWeighting(ChunkedWeighting):
         return losses, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return (
             f"margin={self.margin}, alpha={self.alpha}, neg_temperature={self.neg_temperature}, "
             f"pos_temperature={self.pos_temperature}, balance={self.balance}"
@@ -70,8 +70,7 @@ class FastAPWeighting(ChunkedWeighting):
 
     def __init__(self, bins: int = 10) -> None:
         super().__init__()
-        if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
-            raise InputError(f"bins must be a positive integer such as 10, got {bins!r}")
+        check_count("bins", bins)
         self.bins = bins
 
     def chunk(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +108,7 @@ class FastAPWeighting(ChunkedWeighting):
         return histogram
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"bins={self.bins}"
 
 

@@ -19,7 +19,7 @@ class RowWeights(nn.Module):
     separable: bool = False
 
     def columns(self, references: int) -> tuple[int, int]:
-        """How many numbers it needs beside the similarities: of each anchor, and of each of the references."""
+        """Counts of the numbers it needs beside the similarities: for each anchor, and for each reference."""
         return 0, 0
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor, own: Tensor, everyone: Tensor) -> Tensor:
@@ -54,11 +54,11 @@ class LossWeights(RowWeights):
 
     @property
     def coupled(self) -> bool:
-        """Whether the weighting needs a number of other anchors' rows."""
+        """Tells whether the weighting needs a number of other anchors' rows."""
         return type(self.weighting).row_statistics is not Weighting.row_statistics
 
     def columns(self, references: int) -> tuple[int, int]:
-        """The row statistic of each side, where the weighting has one."""
+        """One number for each anchor and reference where the weighting has a row statistic, else none."""
         return (1, 1) if self.coupled else (0, 0)
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor, own: Tensor, everyone: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class MeasuredWeights(RowWeights):
         self.loss = loss
 
     def columns(self, references: int) -> tuple[int, int]:
-        """A weight for each pair."""
+        """A weight for each pair: as many numbers for each anchor as there are references."""
         return references, 0
 
     def forward(self, similarity: Tensor, positive: Tensor, negative: Tensor, own: Tensor, everyone: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class MeasuredWeights(RowWeights):
 
 def check_frozen(name: str, side: object) -> None:
     """Raises `InputError` for a side with parameters that are to be trained."""
-    if isinstance(side, nn.Module) and any(each.requires_grad for each in side.parameters()):
+    if isinstance(side, nn.Module) and any(parameter.requires_grad for parameter in side.parameters()):
         raise InputError(
             f"{name} has parameters that require a gradient, but weights are held constant: "
             "freeze them with requires_grad_(False)"

@@ -40,14 +40,14 @@ class Positives:
         return cls(row, column, slot, similarity[row, column], counts)
 
     def table(self, values: Tensor, fill: float) -> Tensor:
-        """(n, most positives of a row) with `values` (E,) of each pair in its slot, and `fill` in empty slots."""
+        """Table (n, most positives of a row) with `values` (E,) of each pair in its slot, and `fill` in empty slots."""
         width = int(self.counts.max()) if len(self.counts) else 0
         table = values.new_full((len(self.counts), width), fill)
         table[self.row, self.slot] = values
         return table
 
     def sums(self, values: Tensor) -> Tensor:
-        """(n,) sums of `values` (E,) over the positives of each row."""
+        """Sums (n,) of `values` (E,) over the positives of each row."""
         return values.new_zeros(len(self.counts)).index_add_(0, self.row, values)
 
 
@@ -80,20 +80,20 @@ class RowSoftmax(NamedTuple):
     sums: Tensor
 
     def shared(self, total: Tensor) -> Tensor:
-        """(n, M) shares of the row totals (n,) by the softmax; overwrites `powers`."""
+        """Shares (n, M) of the row totals (n,) by the softmax; overwrites `powers`."""
         return self.powers.mul_((total / self.sums)[:, None])
 
     def shares(self) -> Tensor:
-        """(n, M) shares of 1; overwrites `powers`."""
+        """Shares (n, M) of 1; overwrites `powers`."""
         return self.powers.div_(self.sums[:, None])
 
 
-def row_softmax(logits: Tensor, kept: Tensor, with_one: bool = False) -> RowSoftmax:
-    """Softmax of each row of `logits` (n, M), which it overwrites, over the entries of the mask `kept` (n, M).
+def row_softmax(logits: Tensor, mask: Tensor, with_one: bool = False) -> RowSoftmax:
+    """Softmax of each row of `logits` (n, M), which it overwrites, over the entries of `mask` (n, M).
 
     With `with_one`, each row has one more entry, of logit 0, whose share belongs to nobody.
     """
-    left_out = ~kept
+    left_out = ~mask
     logits.masked_fill_(left_out, -torch.inf)
     largest = logits.amax(dim=1) if logits.shape[1] else logits.new_zeros(len(logits))
     largest = largest.clamp_min_(0) if with_one else largest.masked_fill_(largest == -torch.inf, 0)
@@ -111,5 +111,5 @@ def side_softmax(pairs: Positives, logits: Tensor, with_one: bool = False) -> Ro
 
 
 def softplus(values: Tensor) -> Tensor:
-    """log(1 + e^x) for any x, -inf too; torch's own is linear from 20 on, an error of 2e-9."""
+    """The function log(1 + e^x) for any x, -inf too; torch's own is linear from 20 on, an error of 2e-9."""
     return -F.logsigmoid(-values)

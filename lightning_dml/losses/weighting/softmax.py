@@ -12,8 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_dml.checks import check_number
-from lightning_dml.errors import InputError
+from lightning_dml.checks import check_choice, check_number
 from lightning_dml.losses.weighting.base import Weighting
 from lightning_dml.losses.weighting.distance import MIN_DISTANCE
 from lightning_dml.losses.weighting.rows import Positives, row_softmax, side_softmax, softplus
@@ -29,14 +28,15 @@ class NPairWeighting(Weighting):
     scale; the sum over the positives is the total that the negatives share by softmax.
     """
 
-    def __init__(self, scale: float = 16.0, positives: PositivesReduction = "mean") -> None:
+    def __init__(self, scale: float = 16.0, *, positives: PositivesReduction = "mean") -> None:
         super().__init__()
         check_number("scale", scale, "the sharpness of a softmax over similarities such as 16.0", above=0)
-        if positives not in get_args(PositivesReduction):
-            raise InputError(
-                f"positives must be one of {', '.join(get_args(PositivesReduction))}, got {positives!r}: it says "
-                "whether the terms of an anchor's positives are averaged or summed"
-            )
+        check_choice(
+            "positives",
+            positives,
+            get_args(PositivesReduction),
+            "it says whether the terms of an anchor's positives are averaged or summed",
+        )
         self.scale = scale
         self.positives: PositivesReduction = positives
 
@@ -55,19 +55,19 @@ class NPairWeighting(Weighting):
         return pairs.sums(losses), weights
 
     def target(self, values: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What stands for the similarities (E,) of positives in the softmax, and its derivative by them."""
+        """Stand-in for the similarities (E,) of positives in the softmax, and its derivative by them."""
         return values, 1.0
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"scale={self.scale}, positives={self.positives!r}"
 
 
 class TupletMarginWeighting(NPairWeighting):
-    r"""As `NPairWeighting`, with the angle of the positive less a margin; see `TupletMarginLoss`."""
+    r"""The weights of `NPairWeighting` with the angle of the positive less a margin; see `TupletMarginLoss`."""
 
-    def __init__(self, scale: float = 64.0, margin: float = 5.73, positives: PositivesReduction = "mean") -> None:
-        super().__init__(scale, positives)
+    def __init__(self, scale: float = 64.0, margin: float = 5.73, *, positives: PositivesReduction = "mean") -> None:
+        super().__init__(scale, positives=positives)
         check_number("margin", margin, "an angle in degrees such as 5.73", least=0, most=90)
         self.margin = margin
 
@@ -80,7 +80,7 @@ class TupletMarginWeighting(NPairWeighting):
         return values * cosine + sines * sine, cosine - sine * lean
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"scale={self.scale}, margin={self.margin}, positives={self.positives!r}"
 
 
@@ -102,12 +102,12 @@ class SupConWeighting(Weighting):
         share = (push.log_sum - everything).exp_().masked_fill_(pairs.counts == 0, 0)
         weights = push.shared(share / self.temperature)
         surprise = everything[pairs.row] - logits
-        wanted = pairs.counts.to(similarity.dtype).reciprocal()[pairs.row]
-        weights[pairs.row, pairs.column] = (torch.exp(-surprise) - wanted) / self.temperature
-        return pairs.sums(surprise * wanted), weights
+        target = pairs.counts.to(similarity.dtype).reciprocal()[pairs.row]
+        weights[pairs.row, pairs.column] = (torch.exp(-surprise) - target) / self.temperature
+        return pairs.sums(surprise * target), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"temperature={self.temperature}"
 
 
@@ -131,7 +131,7 @@ class NCAWeighting(Weighting):
         return softplus(excess), weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"scale={self.scale}"
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dml.checks import check_number
-from lightning_dml.errors import InputError
+from lightning_dml.losses.measure import Measure, check_measure
 from lightning_dml.losses.weighting.base import ChunkedWeighting
 from lightning_dml.losses.weighting.distance import distance_and_slope
 from lightning_dml.losses.weighting.rows import Positives
-
-Measure = Literal["similarity", "distance", "squared_distance"]
 
 
 class TripletWeighting(ChunkedWeighting):
@@ -25,10 +21,10 @@ class TripletWeighting(ChunkedWeighting):
     places. Working memory is that of a few copies of the chunk.
     """
 
-    def __init__(self, margin: float = 0.1, measure: Measure = "similarity") -> None:
+    def __init__(self, margin: float = 0.1, *, measure: Measure = "similarity") -> None:
         super().__init__()
         check_number("margin", margin, "a number in the units of the measure, such as 0.1", least=0)
-        _check_measure(measure)
+        check_measure(measure)
         self.margin = margin
         self.measure: Measure = measure
 
@@ -54,7 +50,7 @@ class TripletWeighting(ChunkedWeighting):
         return losses, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"margin={self.margin}, measure={self.measure!r}"
 
 
@@ -65,10 +61,10 @@ class SoftTripletWeighting(ChunkedWeighting):
     chunk but in time proportional to the triplets. Against 65,536 references this is for a few positives per row.
     """
 
-    def __init__(self, scale: float = 1.0, measure: Measure = "similarity") -> None:
+    def __init__(self, scale: float = 1.0, *, measure: Measure = "similarity") -> None:
         super().__init__()
         check_number("scale", scale, "the sharpness of a soft margin such as 10.0", above=0)
-        _check_measure(measure)
+        check_measure(measure)
         self.scale = scale
         self.measure: Measure = measure
 
@@ -93,12 +89,12 @@ class SoftTripletWeighting(ChunkedWeighting):
         return losses, weights
 
     def extra_repr(self) -> str:
-        """What `print` shows between the brackets."""
+        """Settings that `print` shows between the brackets."""
         return f"scale={self.scale}, measure={self.measure!r}"
 
 
 def count_below(thresholds: Tensor, values: Tensor) -> Tensor:
-    """How many of a row's thresholds are less than each of the row's values.
+    """Counts how many of a row's thresholds are less than each of the row's values.
 
     Args:
         thresholds: (n, W) float, ascending; +inf where a row has fewer than W.
@@ -113,7 +109,7 @@ def count_below(thresholds: Tensor, values: Tensor) -> Tensor:
 
 
 def _count_below_by_grid(thresholds: Tensor, values: Tensor) -> Tensor:
-    """As `count_below`, four times as fast as a binary search on a CPU: most of it is one look-up.
+    """Does what `count_below` does, four times as fast as a binary search on a CPU: most of it is one look-up.
 
     A fine grid over the range of a row's thresholds knows how many of them lie in lower cells. Thresholds and values
     get their cells by the same monotonic operations, so only the thresholds in a value's own cell, mostly none or
@@ -165,8 +161,3 @@ def _closeness(similarity: Tensor, measure: Measure) -> tuple[Tensor, Tensor | f
         return 2 * similarity, 2.0
     distance, slope = distance_and_slope(similarity)
     return distance.neg_(), slope
-
-
-def _check_measure(measure: str) -> None:
-    if measure not in get_args(Measure):
-        raise InputError(f"measure must be one of {', '.join(get_args(Measure))}, got {measure!r}")

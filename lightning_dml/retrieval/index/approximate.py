@@ -14,8 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dml.checks import check_embeddings, check_finite, check_integers, is_integer
+from lightning_dml.checks import (
+    check_choice,
+    check_count,
+    check_embeddings,
+    check_finite,
+    check_integers,
+    check_not_empty,
+)
 from lightning_dml.errors import InputError
+from lightning_dml.retrieval.exclusion import Exclusions
 from lightning_dml.retrieval.index.factory import (
     EXAMPLES,
     FEWEST_PER_CENTROID,
@@ -29,11 +37,12 @@ from lightning_dml.retrieval.index.factory import (
 )
 from lightning_dml.retrieval.index.file import read_index, write_index
 from lightning_dml.retrieval.search import (
-    Exclusions,
-    SearchName,
     SimilarityName,
+    check_on_cpu,
+    check_products,
     nearest,
     search_excluding,
+    search_metric,
     unit_rows,
     worst_value,
 )
@@ -92,18 +101,18 @@ class ApproximateIndex:
         graph_threads: int = 1,
     ) -> None:
         """Trains the index on a sample of the gallery and adds all of its rows."""
-        if metric not in get_args(SimilarityName):
-            raise InputError(f"metric must be one of {', '.join(get_args(SimilarityName))}, got {metric!r}")
-        _check_integer("seed", seed, at_least=0)
-        _check_integer("graph_threads", graph_threads)
+        check_choice("metric", metric, get_args(SimilarityName))
+        check_count("seed", seed, 0)
+        check_count("graph_threads", graph_threads)
         if train_rows is not None:
-            _check_integer("train_rows", train_rows)
+            check_count("train_rows", train_rows)
         _check_gallery(gallery)
         self.factory = factory
         self.metric = metric
+        self._kind = search_metric(metric)
         self.dim = gallery.shape[1]
         self._parameters: dict[str, str] = {}
-        self._index = untrained_index(factory, self.dim, self._search_metric)
+        self._index = untrained_index(factory, self.dim, self._kind)
         self.parameters = parameters
         self._build(gallery, seed, train_rows, graph_threads)
 
@@ -130,7 +139,7 @@ class ApproximateIndex:
     @parameters.setter
     def parameters(self, parameters: str) -> None:
         # Tried on an empty one, so that a wrong name leaves no half of them behind.
-        set_parameters(untrained_index(self.factory, self.dim, self._search_metric), self.factory, parameters)
+        set_parameters(untrained_index(self.factory, self.dim, self._kind), self.factory, parameters)
         self._parameters.update(set_parameters(self._index, self.factory, parameters))
 
     @torch.no_grad()
@@ -154,14 +163,14 @@ class ApproximateIndex:
                 products overflow.
         """
         prepared, keys = self._checked(queries, k, exclude)
-        values, positions = search_excluding(self._found, prepared, k, self._search_metric, keys)
+        values, positions = search_excluding(self._search, prepared, k, self._kind, keys)
         return values.to(queries.device), positions.to(queries.device)
 
     @torch.no_grad()
     def recall(self, queries: Tensor, k: int, gallery: Tensor, exclude: Exclusions = ()) -> float:
         """The share of the exact `k` nearest neighbours of all queries that the index finds.
 
-        What is found counts by its exact similarity: it is right if that is not below the k-th best by more than
+        A found row counts by its exact similarity: it is right if that is not below the k-th best by more than
         float32 rounding, so among equally near rows any will do (Aumueller et al. 2018, arXiv 1807.05614, section 2).
 
         Args:
@@ -185,21 +194,25 @@ class ApproximateIndex:
             )
         check_finite("gallery", gallery)
         exact = self._exact(prepared, k, gallery, keys)
-        found = search_excluding(self._found, prepared, k, self._search_metric, keys)[1]
+        positions = search_excluding(self._search, prepared, k, self._kind, keys)[1]
         wanted = int((exact >= 0).sum())
         if wanted == 0:
             raise InputError(f"{len(queries)} queries have no candidate in the gallery; give others, or exclude less")
         right = 0
         for rows in torch.split(torch.arange(len(prepared)), max(1, _BLOCK_ENTRIES // (4 * k * self.dim))):
             best, scale = self._similarities(prepared[rows], gallery, exact[rows])
-            got, _ = self._similarities(prepared[rows], gallery, found[rows])
+            got, _ = self._similarities(prepared[rows], gallery, positions[rows])
             last = best.masked_fill(exact[rows] < 0, math.inf).amin(dim=1)
             rounding = math.sqrt(self.dim) * torch.finfo(torch.float32).eps * scale
-            right += int(((got >= (last - rounding)[:, None]) & (found[rows] >= 0)).sum())
+            right += int(((got >= (last - rounding)[:, None]) & (positions[rows] >= 0)).sum())
         return right / wanted
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes index and settings to one file, aside first: an interrupted save leaves an older file as it was."""
+        """Writes index and settings to one file, whole or not at all: a failed save leaves an older file as it was.
+
+        Raises:
+            UnwritableFile: an InputError and an OSError; if the file cannot be written.
+        """
         settings = {"factory": self.factory, "metric": self.metric, "parameters": self.parameters}
         write_index(Path(path), {**settings, "dim": self.dim, "count": len(self)}, self._index)
 
@@ -213,14 +226,11 @@ class ApproximateIndex:
         settings, index = read_index(Path(path))
         loaded = cls.__new__(cls)
         loaded.factory, loaded.metric, loaded.dim = settings["factory"], settings["metric"], settings["dim"]
+        loaded._kind = search_metric(loaded.metric)
         loaded._index, loaded._parameters = index, {}
         # Not all of them are kept in what faiss writes.
         loaded.parameters = settings["parameters"]
         return loaded
-
-    @property
-    def _search_metric(self) -> SearchName:
-        return "l2" if self.metric == "l2" else "inner_product"
 
     def _build(self, gallery: Tensor, seed: int, train_rows: int | None, graph_threads: int) -> None:
         index, parts = self._index, list(index_parts(self._index))
@@ -229,24 +239,25 @@ class ApproximateIndex:
         lent = [faiss.ProductQuantizer(rotation.d_out, rotation.M, 8) for rotation in rotations]
         for rotation, quantizer in zip(rotations, lent, strict=True):
             rotation.pq = quantizer
-        found = clusterings(index)
-        usual = max([_USUAL_TRAIN_ROWS, *(MOST_PER_CENTROID * each.centroids for each in found)])
+        kmeans = clusterings(index)
+        usual = max([_USUAL_TRAIN_ROWS, *(MOST_PER_CENTROID * clustering.centroids for clustering in kmeans)])
         rows = min(len(gallery), train_rows or usual)
         if not index.is_trained:
-            check_training_rows(self.factory, found, rows, len(gallery))
+            check_training_rows(self.factory, kmeans, rows, len(gallery))
         check_finite("gallery", gallery)
-        for each in found:
-            each.settings.seed = seed % 2**31
-            if rows < FEWEST_PER_CENTROID * each.centroids:  # we have warned; faiss would for every k-means of many
-                each.settings.min_points_per_centroid = 1
+        for clustering in kmeans:
+            clustering.settings.seed = seed % 2**31
+            # We have warned; faiss would for every k-means of many.
+            if rows < FEWEST_PER_CENTROID * clustering.centroids:
+                clustering.settings.min_points_per_centroid = 1
         # The graph of a coarse quantiser is linked in training, and adding leaves it alone.
         lists = any(isinstance(part, faiss.IndexIVF) for part in parts)
         graphs = [] if lists else [part for part in parts if isinstance(part, (faiss.IndexHNSW, faiss.IndexNSG))]
         whole = any(isinstance(graph, faiss.IndexNSG) for graph in graphs)
         try:
             if not index.is_trained:
-                drawn = np.random.default_rng(seed).choice(len(gallery), rows, replace=False, shuffle=False)
-                sample = gallery if rows == len(gallery) else gallery[torch.from_numpy(np.sort(drawn))]
+                numbers = np.random.default_rng(seed).choice(len(gallery), rows, replace=False, shuffle=False)
+                sample = gallery if rows == len(gallery) else gallery[torch.from_numpy(np.sort(numbers))]
                 index.train(self._prepared(sample).numpy())
             with _threads(graph_threads if graphs else faiss.omp_get_max_threads()):
                 for _, block in self._blocks(gallery, len(gallery) if whole else None):
@@ -269,48 +280,39 @@ class ApproximateIndex:
             yield start, self._prepared(gallery[start : start + block])
 
     def _checked(self, queries: Tensor, k: int, exclude: Exclusions) -> tuple[Tensor, Exclusions]:
-        """Queries as the index takes them, and the keys beside them."""
-        check_embeddings("queries", queries)
-        if queries.shape[1] != self.dim:
-            raise InputError(
-                f"queries have {queries.shape[1]} dimensions and the index has {self.dim}; embed both with one model"
-            )
-        _check_integer("k", k)
+        """Queries as the index takes them and the keys beside them, once they are known to be right."""
+        check_embeddings("queries", queries, self.dim)
+        check_count("k", k)
         for query_keys, gallery_keys in exclude:
-            check_integers("exclude, query keys", query_keys, len(queries))
-            check_integers("exclude, gallery keys", gallery_keys, len(self))
+            check_integers("exclude, query keys", query_keys, len(queries), "queries")
+            check_integers("exclude, gallery keys", gallery_keys, len(self), "the gallery")
         check_finite("queries", queries)
         return self._prepared(queries), [(ours.cpu().long(), theirs.cpu().long()) for ours, theirs in exclude]
 
-    def _found(self, queries: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    def _search(self, queries: Tensor, width: int) -> tuple[Tensor, Tensor]:
         answer = self._index.search(queries.numpy(), min(width, len(self)))
         values, positions = torch.from_numpy(answer[0]), torch.from_numpy(answer[1])
         nothing = positions < 0
-        overflown = ~(torch.isfinite(values) | nothing).all(dim=1)
-        if overflown.any():
-            raise InputError(
-                f"queries: {int(overflown.sum())} rows have products with the gallery that overflow float32; scale the "
-                "rows down or build the index with metric='cosine'"
-            )
+        check_products((torch.isfinite(values) | nothing).all(dim=1))
         if self.metric == "l2":
             values.clamp_min_(0)  # a distance to a compressed row is a sum that may round to below nothing
-        return values.masked_fill_(nothing, worst_value(self._search_metric)), positions
+        return values.masked_fill_(nothing, worst_value(self._kind)), positions
 
     def _exact(self, queries: Tensor, k: int, gallery: Tensor, exclude: Exclusions) -> Tensor:
-        """Positions of the exact nearest (Nq, k), found block by block."""
+        """Positions of the exact nearest (Nq, k), by a search block by block."""
         values = queries.new_empty((len(queries), 0))
         positions = torch.empty((len(queries), 0), dtype=torch.int64)
         for start, rows in self._blocks(gallery):
             within = [(ours, theirs[start : start + len(rows)]) for ours, theirs in exclude]
-            part = nearest(queries, rows, k, self._search_metric, within)
+            part = nearest(queries, rows, k, self._kind, within)
             values = torch.cat([values, part[0]], dim=1)
             positions = torch.cat([positions, torch.where(part[1] < 0, -1, part[1] + start)], dim=1)
-            best = values.topk(k, dim=1, largest=self._search_metric != "l2")
+            best = values.topk(k, dim=1, largest=self._kind != "l2")
             values, positions = best.values, positions.gather(1, best.indices)
         return positions
 
     def _similarities(self, queries: Tensor, gallery: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Float64 similarities (n, k) to these rows, larger is nearer, and what their rounding is relative to, (n,)."""
+        """Similarities (n, k) float64 to these rows, larger is nearer, and the scale of their rounding, (n,)."""
         rows = self._prepared(gallery[positions.clamp_min(0).flatten()]).double().view(*positions.shape, self.dim)
         queries = queries.double()
         longest, lengths = rows.norm(dim=2).amax(dim=1), queries.norm(dim=1)
@@ -321,15 +323,8 @@ class ApproximateIndex:
 
 def _check_gallery(gallery: Tensor) -> None:
     check_embeddings("gallery", gallery)
-    if gallery.device.type != "cpu":
-        raise InputError(f"gallery is on {gallery.device}; the index is built on the CPU, move it with .cpu()")
-    if len(gallery) == 0:
-        raise InputError(f"gallery is empty, got shape {tuple(gallery.shape)}; give at least one row")
-
-
-def _check_integer(name: str, value: int, at_least: int = 1) -> None:
-    if not is_integer(value, at_least):
-        raise InputError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+    check_on_cpu("gallery", gallery)
+    check_not_empty("gallery", gallery)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Factory strings of faiss: what they make, and what they ask of the metric, the dimensions and the rows."""
+"""Factory strings of faiss: the indexes that they make, and their demands on metric, dimensions and rows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ import faiss
 from lightning_dml.errors import InputError
 from lightning_dml.retrieval.search import SearchName
 
+
+class UnknownFactory(InputError):
+    """A factory that faiss does not know, whatever the dimensions."""
+
+
 EXAMPLES = "such as 'IVF1024,Flat', 'HNSW32', 'SQ8' or 'OPQ16,IVF1024,PQ16'"
 # Rows for each centroid of a k-means: faiss warns below the first and uses no more than the second.
 FEWEST_PER_CENTROID, MOST_PER_CENTROID = 39, 256
@@ -22,7 +27,7 @@ class Clustering(NamedTuple):
     """A k-means that training runs.
 
     Attributes:
-        makes: what it makes, in words.
+        makes: its outcome in words, for messages.
         centroids: how many.
         settings: its faiss.ClusteringParameters, inside the index.
     """
@@ -36,18 +41,19 @@ def untrained_index(factory: str, dim: int, metric: SearchName) -> Any:
     """The faiss index of a factory string, empty.
 
     Raises:
-        InputError: if faiss does not know it, or it does not fit the dimensions or the metric.
+        UnknownFactory: an InputError; if faiss does not know the string.
+        InputError: if it does not fit the dimensions or the metric.
     """
     if not isinstance(factory, str) or not factory:
-        raise InputError(f"factory must be a faiss factory string {EXAMPLES}, got {factory!r}")
+        raise UnknownFactory(f"factory must be a faiss factory string {EXAMPLES}, got {factory!r}")
     try:
         index = faiss.index_factory(dim, factory, faiss_metric(metric))
     except Exception as error:  # faiss raises RuntimeError, its parser of numbers others
-        if "number of subquantizers" in str(error):
+        if _is_about_pieces(error):
             raise _uneven(factory, dim) from error
         if metric == "inner_product" and _searches_by_l2(factory, dim):
             raise _only_l2(factory) from error
-        raise InputError(
+        raise UnknownFactory(
             f"factory {factory!r} is no faiss factory string for {dim} dimensions ({reason(error)}); write one "
             f"{EXAMPLES}"
         ) from error
@@ -64,14 +70,24 @@ def untrained_index(factory: str, dim: int, metric: SearchName) -> Any:
 
 
 def faiss_metric(metric: SearchName) -> int:
-    """The number that faiss gives it."""
+    """The number that faiss gives a metric."""
     return int(faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
 
 
 def reason(error: Exception) -> str:
-    """What faiss says, without the place in its source code."""
+    """The message of faiss without the place in its source code; see `_is_about_pieces`."""
     text = re.sub(r"^Error in .*?\.(?:cpp|h):\d+: ", "", str(error), flags=re.DOTALL)
     return re.sub(r"^Error: '.*?' failed: ?(?=\S)", "", text).strip()
+
+
+def _is_about_pieces(error: Exception) -> bool:
+    """True for a product quantiser whose number of pieces does not divide the dimensions.
+
+    Here and in `reason` alone the text of faiss's errors is read: it has one class for all of them. This is the text
+    of 1.15.1: "Error in void faiss::ProductQuantizer::set_derived_values() at .../ProductQuantizer.cpp:64: Error:
+    '!(d % M == 0)' failed: The dimension of the vector (d) should be a multiple of the number of subquantizers (M)".
+    """
+    return "number of subquantizers" in str(error)
 
 
 def index_parts(index: Any) -> Iterator[Any]:
@@ -86,32 +102,32 @@ def index_parts(index: Any) -> Iterator[Any]:
 
 
 def clusterings(index: Any) -> list[Clustering]:
-    """Each k-means that training the index runs, the product quantiser of an OPQ rotation only if it is lent one."""
-    found = []
+    """All k-means that the training of an index runs, that of an OPQ rotation only if it is lent a quantiser."""
+    kmeans = []
     for part in index_parts(index):
         # The lists of a multi-index have no centroids: they are the combinations of those of a product quantiser.
         if isinstance(part, faiss.IndexIVF) and not isinstance(
             faiss.downcast_index(part.quantizer), faiss.MultiIndexQuantizer
         ):
-            found.append(Clustering(f"{part.nlist} lists", int(part.nlist), part.cp))
+            kmeans.append(Clustering(f"{part.nlist} lists", int(part.nlist), part.cp))
         if (product := getattr(part, "pq", None)) is not None:
-            found.append(Clustering(f"2**{product.nbits} codes", int(product.ksub), product.cp))
+            kmeans.append(Clustering(f"2**{product.nbits} codes", int(product.ksub), product.cp))
         if (residual := getattr(part, "rq", None)) is not None:
             bits = int(faiss.vector_to_array(residual.nbits).max())
-            found.append(Clustering(f"2**{bits} codes", 2**bits, residual.cp))
-    return found
+            kmeans.append(Clustering(f"2**{bits} codes", 2**bits, residual.cp))
+    return kmeans
 
 
-def check_training_rows(factory: str, found: Sequence[Clustering], rows: int, available: int) -> None:
+def check_training_rows(factory: str, kmeans: Sequence[Clustering], rows: int, available: int) -> None:
     """Raises InputError where a k-means has more centroids than rows; warns where it has few rows for each.
 
     Args:
         factory: for the messages.
-        found: what `clusterings` found.
+        kmeans: those of the index, as `clusterings` lists them.
         rows: to train on.
         available: rows of the gallery.
     """
-    for makes, centroids, _ in found:
+    for makes, centroids, _ in kmeans:
         if rows < centroids:
             more = "raise train_rows" if available >= centroids else "give more rows"
             simpler = (
@@ -123,7 +139,8 @@ def check_training_rows(factory: str, found: Sequence[Clustering], rows: int, av
                 f"factory {factory!r} learns {makes} and needs at least {centroids} training rows, got {rows}: "
                 f"{more}, or {simpler}"
             )
-    makes, centroids, _ = max(found, key=lambda each: each.centroids, default=Clustering("nothing", 0, None))
+    nothing = Clustering("nothing", 0, None)
+    makes, centroids, _ = max(kmeans, key=lambda clustering: clustering.centroids, default=nothing)
     if rows < FEWEST_PER_CENTROID * centroids:
         warnings.warn(
             f"factory {factory!r} learns {makes} from {rows} training rows; below {FEWEST_PER_CENTROID} for each, "
@@ -133,7 +150,7 @@ def check_training_rows(factory: str, found: Sequence[Clustering], rows: int, av
 
 
 def set_parameters(index: Any, factory: str, parameters: str) -> dict[str, str]:
-    """Sets what faiss.ParameterSpace reads from a string such as "nprobe=16,k_factor_rf=4".
+    """Sets search parameters from a string that faiss.ParameterSpace reads, such as "nprobe=16,k_factor_rf=4".
 
     Returns:
         Names and values, as they were written.

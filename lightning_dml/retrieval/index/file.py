@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import faiss
 
 from lightning_dml.errors import InputError
+from lightning_dml.files import replacing
 
 # The stubs that some releases of faiss bring lack both callbacks.
 _faiss: Any = faiss
@@ -21,19 +22,17 @@ _TRAILER = struct.Struct("<QI")  # length of all that precedes it, and its CRC-3
 
 
 def write_index(path: Path, settings: dict[str, Any], index: Any) -> None:
-    """Writes settings (what JSON holds) and a faiss index aside, and puts the file in its place when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with open(aside, "wb") as file:
-            summed = _Summed(file)
-            summed.write(_MAGIC + json.dumps(settings).encode() + b"\n")
-            # Through a callback, so that no second copy of an index of many gigabytes is made.
-            faiss.write_index(index, _faiss.PyCallbackIOWriter(summed.write))
-            file.write(_TRAILER.pack(summed.length, summed.sum))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Writes settings, which JSON can hold, and a faiss index to one file, whole or not at all.
+
+    Raises:
+        UnwritableFile: if the system refuses to write.
+    """
+    with replacing(path) as aside, open(aside, "wb") as file:
+        checked = _CheckedFile(file)
+        checked.write(_MAGIC + json.dumps(settings).encode() + b"\n")
+        # Through a callback, so that no second copy of an index of many gigabytes is made.
+        faiss.write_index(index, _faiss.PyCallbackIOWriter(checked.write))
+        file.write(_TRAILER.pack(checked.length, checked.sum))
 
 
 def read_index(path: Path) -> tuple[dict[str, Any], Any]:
@@ -45,8 +44,8 @@ def read_index(path: Path) -> tuple[dict[str, Any], Any]:
     if not path.is_file():
         raise InputError(f"there is no index file {path}; give one that ApproximateIndex.save wrote")
     with open(path, "rb") as file:
-        summed = _Summed(file)
-        if summed.read(len(_MAGIC)) != _MAGIC:
+        checked = _CheckedFile(file)
+        if checked.read(len(_MAGIC)) != _MAGIC:
             raise InputError(f"{path} is not an index file; give one that ApproximateIndex.save wrote")
         try:
             # Before faiss reads lengths from it and asks for as much memory.
@@ -56,17 +55,17 @@ def read_index(path: Path) -> tuple[dict[str, Any], Any]:
             if length != end:
                 raise ValueError("cut off")
             file.seek(len(_MAGIC))
-            settings = json.loads(summed.readline())
-            index = faiss.read_index(_faiss.PyCallbackIOReader(summed.read))
-            if (summed.length, summed.sum) != (length, total):
+            settings = json.loads(checked.readline())
+            index = faiss.read_index(_faiss.PyCallbackIOReader(checked.read))
+            if (checked.length, checked.sum) != (length, total):
                 raise ValueError("changed")
-        except Exception as error:  # what arbitrary bytes raise is not limited
+        except Exception as error:  # arbitrary bytes raise any error
             raise InputError(f"{path} was cut off or is damaged; copy it again, or build and save the index") from error
     return settings, index
 
 
-class _Summed:
-    """Counts and sums the bytes that pass to or from a file."""
+class _CheckedFile:
+    """A file with the length and the checksum of the bytes that were written to it, or read from it, so far."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.length, self.sum = file, 0, 0

@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dml.checks import check_embeddings, check_finite, check_integers, is_integer, is_number
+from lightning_dml.checks import (
+    check_count,
+    check_embeddings,
+    check_finite,
+    check_integers,
+    check_not_empty,
+    check_number,
+)
 from lightning_dml.distributed import map_rows
-from lightning_dml.errors import InputError
+from lightning_dml.retrieval.exclusion import Exclusions
 from lightning_dml.retrieval.reranking.step import RerankingStep
-from lightning_dml.retrieval.search import Exclusions, nearest, unit_rows
+from lightning_dml.retrieval.search import nearest, unit_rows
 
 # Entries of the rows that are expanded at a time: 16 MiB of float32, and as much again for their neighbours.
 _BLOCK_ENTRIES = 2**22
@@ -33,15 +40,13 @@ class QueryExpansion(RerankingStep):
     """
 
     def __init__(self, k: int = 10, alpha: float = 3.0) -> None:
-        if not is_integer(k, 1):
-            raise InputError(f"k must be an integer of at least 1, got {k!r}; leave the re-ranking out for none")
-        if not is_number(alpha) or alpha < 0:
-            raise InputError(f"alpha must be a finite number of at least 0, got {alpha!r}; 0 weights all alike")
+        check_count("k", k, hint="leave the re-ranking out for none")
+        check_number("alpha", alpha, least=0, hint="0 weights all alike")
         self.k = k
         self.alpha = alpha
 
     def apply(self, queries: Tensor, gallery: Tensor, exclude: Exclusions = ()) -> Tensor:
-        """The expanded queries.
+        """Expands queries by their nearest gallery items.
 
         Which of several items that tie for the k-th place enter is up to the search, as for any k neighbours.
 
@@ -64,20 +69,15 @@ class QueryExpansion(RerankingStep):
         """
         check_embeddings("queries", queries)
         check_finite("queries", queries)
-        _check_gallery(gallery)
-        if queries.shape[1] != gallery.shape[1]:
-            raise InputError(
-                f"gallery has {gallery.shape[1]} dimensions and queries have {queries.shape[1]}; embed both with one "
-                "model"
-            )
+        _check_gallery(gallery, queries.shape[1])
         blocks = []
         for rows in torch.split(torch.arange(len(queries)), _block_rows(gallery)):
-            kept = [(query_keys[rows], gallery_keys) for query_keys, gallery_keys in exclude]
-            blocks.append(self.expanded(queries[rows].float(), gallery, kept))
+            of_block = [(query_keys[rows], gallery_keys) for query_keys, gallery_keys in exclude]
+            blocks.append(self.expanded(queries[rows].float(), gallery, of_block))
         return torch.cat(blocks)
 
     def expanded(self, queries: Tensor, gallery: Tensor, exclude: Exclusions) -> Tensor:
-        """`apply` for one block of float32 queries and input that is already checked."""
+        """The same as `apply` for one block of float32 queries, without checks."""
         similarities, positions = nearest(queries, gallery, self.k, "inner_product", exclude)
         # Missing neighbours are told by their positions: 0 ** 0 would give them a weight.
         weights = similarities.clamp_min(0).pow(self.alpha).masked_fill_(positions < 0, 0)
@@ -109,7 +109,7 @@ class DatabaseAugmentation(RerankingStep):
         self._expansion = QueryExpansion(k, alpha)
 
     def apply(self, gallery: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The augmented gallery; a collective: the ranks share the work and all get the same rows.
+        """Augments a gallery; a collective: the ranks share the work and all get the same rows.
 
         Args:
             gallery: (Ng, D) unit rows, float32 or float16, on the CPU, the same on every rank.
@@ -132,7 +132,7 @@ class DatabaseAugmentation(RerankingStep):
         _check_gallery(gallery)
         if keys is None:
             keys = torch.arange(len(gallery))
-        check_integers("keys", keys, len(gallery))
+        check_integers("keys", keys, len(gallery), "gallery")
         every_key = keys.long()
 
         def augmented(rows: Tensor) -> tuple[Tensor]:
@@ -142,10 +142,9 @@ class DatabaseAugmentation(RerankingStep):
         return map_rows(len(gallery), augmented, _block_rows(gallery))[0]
 
 
-def _check_gallery(gallery: Tensor) -> None:
-    check_embeddings("gallery", gallery)
-    if not len(gallery):
-        raise InputError("gallery is empty: there are no neighbours to move to; give at least one row")
+def _check_gallery(gallery: Tensor, dim: int | None = None) -> None:
+    check_embeddings("gallery", gallery, dim)
+    check_not_empty("gallery", gallery)
     check_finite("gallery", gallery)
 
 

@@ -2,7 +2,7 @@
 
 Source: Zhong, Zheng, Cao, Li, Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017
 (arXiv 1701.08398). Sets of neighbours are kept as sparse rows, so memory grows with items times neighbours, and the
-distances of a block of queries are all that is ever held of the distances.
+distances of a block of queries are all that is in memory at any time.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dml.checks import check_embeddings, check_finite, check_integers, is_integer, is_number
+from lightning_dml.checks import check_count, check_embeddings, check_finite, check_not_empty, check_number
 from lightning_dml.distributed import map_rows
 from lightning_dml.errors import InputError
-from lightning_dml.retrieval.exclusion import matching_pairs
+from lightning_dml.retrieval.exclusion import Exclusions, key_pairs, matching_pairs
 from lightning_dml.retrieval.reranking.sparse_rows import BLOCK_PAIRS, SparseRows, parts, repeated
 from lightning_dml.retrieval.reranking.step import RerankingStep
-from lightning_dml.retrieval.search import Exclusions, nearest, similarities, unit_rows
+from lightning_dml.retrieval.search import nearest, similarities, unit_rows
 
 # Numbers of each array that a block of rows works on: 16 MiB of float32, of which there are about four at a time.
 _BLOCK_ENTRIES = 2**22
@@ -45,10 +45,9 @@ class KReciprocal(RerankingStep):
     """
 
     def __init__(self, k1: int = 20, k2: int = 6, weight: float = 0.3) -> None:
-        _check_whole("k1", k1)
-        _check_whole("k2", k2)
-        if not is_number(weight) or not 0 <= weight <= 1:
-            raise InputError(f"weight must be the original distance's share, from 0 to 1, got {weight!r}")
+        check_count("k1", k1)
+        check_count("k2", k2)
+        check_number("weight", weight, "the share of the original distance", least=0, most=1)
         self.k1 = k1
         self.k2 = k2
         self.weight = weight
@@ -64,14 +63,13 @@ class KReciprocal(RerankingStep):
                 whether it is a query, in the gallery, or both. A row of zeros has the distance 2 to all others.
 
         Returns:
-            What `KReciprocalEncoding.nearest` searches.
+            The encoding, whose `nearest` searches.
 
         Raises:
             InputError: wrong shape or dtype, no items, or rows that hold NaN or infinity.
         """
         check_embeddings("embeddings", embeddings)
-        if not len(embeddings):
-            raise InputError("embeddings are empty: there is nothing to encode; give at least one row")
+        check_not_empty("embeddings", embeddings)
         check_finite("embeddings", embeddings)
         neighbours, largest = _neighbours(embeddings, max(self.k1 + 1, self.k2))
         graph = _ReciprocalGraph.of(neighbours, self.k1)
@@ -126,7 +124,7 @@ class KReciprocalEncoding:
         Raises:
             InputError: `k` < 1, no gallery, or an item that is in it twice.
         """
-        _check_whole("k", k)
+        check_count("k", k)
         place = self._places(gallery)
         whole = torch.equal(gallery, torch.arange(len(self.embeddings)))
         items = self.embeddings if whole else self.embeddings[gallery]
@@ -140,16 +138,15 @@ class KReciprocalEncoding:
             distances -= self._shared(queries[rows], place, len(gallery))
             for query_keys, gallery_keys in exclude:
                 distances[matching_pairs(query_keys[rows], gallery_keys)] = float("inf")
-            found = distances.topk(min(k, len(gallery)), dim=1, largest=False)
-            columns = found.values.shape[1]
-            values[rows, :columns] = -found.values
-            positions[rows, :columns] = found.indices.masked_fill(found.values.isinf(), -1)
+            best = distances.topk(min(k, len(gallery)), dim=1, largest=False)
+            columns = best.values.shape[1]
+            values[rows, :columns] = -best.values
+            positions[rows, :columns] = best.indices.masked_fill(best.values.isinf(), -1)
         return values, positions
 
     def _places(self, gallery: Tensor) -> Tensor:
-        """Where each item is in the gallery, (M,) int64; one past its end for those that are not."""
-        if not len(gallery):
-            raise InputError("gallery is empty: there is nothing to search; give at least one position")
+        """Place of each item in the gallery, (M,) int64; one past its end for those that are not in it."""
+        check_not_empty("gallery", gallery)
         own = torch.arange(len(gallery))
         place = torch.full((len(self.embeddings),), len(gallery)).scatter_(0, gallery, own)
         again = place[gallery] != own
@@ -158,7 +155,7 @@ class KReciprocalEncoding:
         return place
 
     def _original(self, queries: Tensor, items: Tensor) -> Tensor:
-        """(1 - weight) + weight * scaled distance: the whole distance from items without a common neighbour."""
+        """Distances (1 - weight) + weight * scaled distance, which hold between items without a common neighbour."""
         scale = (2 * self.weight / self.largest[queries])[:, None]
         scaled = self.embeddings[queries].float() * scale
         distances = torch.empty(len(queries), len(items))
@@ -169,7 +166,7 @@ class KReciprocalEncoding:
         return torch.sub(scale, distances, out=distances).clamp_min_(0).add_(1 - self.weight)
 
     def _shared(self, queries: Tensor, place: Tensor, count: int) -> Tensor:
-        """(1 - weight) * Jaccard similarity of each query and gallery item, (n, count) float32."""
+        """Jaccard similarity of each query and gallery item times (1 - weight), (n, count) float32."""
         # Items that are not in the gallery have the place `count`: a spare column, cut off at the end.
         sums = torch.zeros(len(queries), count + 1)
         neighbours, weights = self.rows.entries(queries)
@@ -183,7 +180,7 @@ class KReciprocalEncoding:
             holders = neighbours == column
             sums.index_add_(0, owners[holders], torch.minimum(weights[holders, None], everyone))
         short = (~long).nonzero().flatten()
-        for part in (short[each] for each in parts(lengths[short], BLOCK_PAIRS)):
+        for part in (short[places] for places in parts(lengths[short], BLOCK_PAIRS)):
             items, theirs = self.columns.entries(neighbours[part])
             ours = repeated(weights[part], lengths[part])
             cells = place.index_select(0, items).add_(repeated(owners[part] * (count + 1), lengths[part]))
@@ -229,16 +226,11 @@ def k_reciprocal_nearest(
         [[1], [0], [3], [2]]
     """
     check_embeddings("queries", queries)
-    check_embeddings("gallery", gallery)
-    if (query_indices is None) != (gallery_indices is None):
-        missing = "query_indices" if query_indices is None else "gallery_indices"
-        raise InputError(f"{missing} is missing; give the indices of both sides, or none")
+    check_embeddings("gallery", gallery, queries.shape[1])
+    exclude = key_pairs("indices", query_indices, gallery_indices, queries, gallery)
     rows = torch.cat([queries.detach().float(), gallery.detach().float()])
-    items, first, exclude = torch.arange(len(rows)), torch.arange(len(rows)), list[tuple[Tensor, Tensor]]()
-    if query_indices is not None and gallery_indices is not None:
-        check_integers("query_indices", query_indices, len(queries))
-        check_integers("gallery_indices", gallery_indices, len(gallery))
-        exclude = [(query_indices.long(), gallery_indices.long())]
+    items, first = torch.arange(len(rows)), torch.arange(len(rows))
+    if exclude:
         indices = torch.cat(exclude[0])
         indices = torch.where(indices < 0, -1 - items, indices)  # a number of its own for everyone without one
         unique, items = torch.unique(indices, return_inverse=True)
@@ -249,7 +241,7 @@ def k_reciprocal_nearest(
 
 @dataclass(frozen=True)
 class _ReciprocalGraph:
-    """Which neighbours are mutual, among the k1 and among half as many.
+    """Lists of neighbours and which of those are mutual, for k1 neighbours and for half as many.
 
     Attributes:
         lists, mutual: (M, k1 + 1) int64 neighbours, itself first, and bool.
@@ -263,36 +255,36 @@ class _ReciprocalGraph:
 
     @classmethod
     def of(cls, neighbours: Tensor, k1: int) -> _ReciprocalGraph:
-        """From lists of neighbours, (M, at least k1 + 1 or M)."""
+        """Makes the graph from lists of neighbours, (M, at least k1 + 1 or M)."""
         # Half of an odd k1 is rounded to even, as in the authors' release.
         lists, short = neighbours[:, : k1 + 1], neighbours[:, : int(np.around(k1 / 2)) + 1]
         return cls(lists, _mutual(lists), short, _mutual(short))
 
     @property
     def block(self) -> int:
-        """How many rows may be expanded at a time."""
+        """Number of rows that may be expanded at a time."""
         return max(1, BLOCK_PAIRS // (self.lists.shape[1] * (self.short_lists.shape[1] + 1)))
 
     def expanded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """R* of each of `rows`: how many members it has, (n,), and those, ascending, one row after the other."""
-        nobody = len(self.lists)
+        """Sets R* of some rows: the size of each, (n,), and the members, ascending, one row after the other."""
+        none = len(self.lists)
         mutual = self.mutual[rows]
-        own = self.lists[rows].masked_fill(~mutual, nobody).sort(dim=1).values
+        own = self.lists[rows].masked_fill(~mutual, none).sort(dim=1).values
         theirs = self.short_lists[self.lists[rows]]
         valid = self.short_mutual[self.lists[rows]]
         place = torch.searchsorted(own, theirs.flatten(1)).clamp_max_(own.shape[1] - 1)
         known = (own.gather(1, place) == theirs.flatten(1)).view_as(theirs) & valid
         # More than two thirds, in whole numbers.
         joins = mutual & (3 * known.sum(dim=2) > 2 * valid.sum(dim=2))
-        joined = theirs.masked_fill_(~(valid & joins[:, :, None]), nobody)
+        joined = theirs.masked_fill_(~(valid & joins[:, :, None]), none)
         members = torch.cat([own, joined.flatten(1)], dim=1).sort(dim=1).values
-        new = members < nobody
+        new = members < none
         new[:, 1:] &= members[:, 1:] != members[:, :-1]
         return new.sum(dim=1), members[new]
 
 
 def _neighbours(embeddings: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(M, at most `width`) nearest items of each, itself first, and the (M,) largest squared distances to any."""
+    """Nearest items of each item (M, at most `width`), itself first, and its largest squared distance to any (M,)."""
     count, others = len(embeddings), min(width, len(embeddings)) - 1
     keys = torch.arange(count)
 
@@ -307,19 +299,14 @@ def _neighbours(embeddings: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _mutual(lists: Tensor) -> Tensor:
-    """Whether each item is in the list of each that is in its own; bool of the shape of `lists`."""
+    """True where an item is in the list of its neighbour as well; bool of the shape of `lists`."""
     rows = torch.split(torch.arange(len(lists)), max(1, BLOCK_PAIRS // lists.shape[1] ** 2))
     return torch.cat([(lists[lists[block]] == block[:, None, None]).any(dim=2) for block in rows])
 
 
 def _pair_similarities(embeddings: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of the items `left` and `right` (n,) names, (n,) float32."""
+    """Inner products of the items `left` with the items `right`, both (n,) int64; (n,) float32."""
     products = torch.empty(len(left))
     for pairs in torch.split(torch.arange(len(left)), max(1, _BLOCK_ENTRIES // embeddings.shape[1])):
         products[pairs] = (embeddings[left[pairs]].float() * embeddings[right[pairs]].float()).sum(dim=1)
     return products
-
-
-def _check_whole(name: str, value: int) -> None:
-    if not is_integer(value, 1):
-        raise InputError(f"{name} must be an integer of at least 1, got {value!r}; 1 is the least there is")

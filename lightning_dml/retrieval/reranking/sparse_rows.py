@@ -31,16 +31,16 @@ class SparseRows:
 
     @classmethod
     def of(cls, counts: Tensor, columns: Tensor, weights: Tensor) -> SparseRows:
-        """From the entries of each row, and how many those are."""
+        """Makes the matrix from the entries, one row after the other, and their counts by row."""
         return cls(torch.cat([counts.new_zeros(1), counts.cumsum(dim=0)]), columns, weights)
 
     @property
     def longest(self) -> int:
-        """The most entries that any row has."""
+        """Number of entries of the longest row."""
         return int(self.starts.diff().max())
 
     def counts(self, rows: Tensor) -> Tensor:
-        """How many entries each of `rows` has."""
+        """Numbers of entries of `rows`."""
         return self.starts[rows + 1] - self.starts[rows]
 
     def entries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class SparseRows:
         return SparseRows.of(self.columns.bincount(minlength=count), owners[order], self.weights[order])
 
     def averaged(self, neighbours: Tensor) -> SparseRows:
-        """Each row replaced by the mean of the rows `neighbours` (M, k) names; a collective."""
+        """The matrix whose row i is the mean of the rows `neighbours[i]`, (M, k) int64; a collective."""
         count, width = neighbours.shape
 
         def means(rows: Tensor) -> tuple[Tensor, ...]:
@@ -73,7 +73,7 @@ class SparseRows:
 
 
 def repeated(values: Tensor, counts: Tensor) -> Tensor:
-    """Each of `values` (n,) as often as `counts` says; torch's own repeat takes about eight times as long."""
+    """Values (n,), each as often as `counts` says; torch's own repeat takes about eight times as long."""
     return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
 
 

@@ -1,4 +1,4 @@
-"""What all re-ranking steps are, so that options and configs can ask for one of them."""
+"""The base class of all re-ranking steps, so that options and configs can ask for one of them."""
 
 from __future__ import annotations
 

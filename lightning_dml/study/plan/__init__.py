@@ -1,1 +1,1 @@
-"""What a study is to run: its file, its grid, and the overrides of each point."""
+"""The plan of a study: its file, its grid, and the overrides of each point."""

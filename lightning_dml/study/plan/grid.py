@@ -53,7 +53,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What a person calls it."""
+        """A name for people: the point's label and the seed."""
         return f"{self.point.label}, seed={self.seed}"
 
 
@@ -65,18 +65,18 @@ def points_of(study: StudyFile) -> list[Point]:
             a baseline that no point has.
     """
     points: list[Point] = []
-    seen: dict[str, Point] = {}
+    by_key: dict[str, Point] = {}
     for variants in itertools.product(*(axis.variants for axis in study.axes)):
         choice = dict(zip((axis.name for axis in study.axes), variants, strict=True))
-        if any(_matches(choice, each) for each in study.exclude):
+        if any(_matches(choice, excluded) for excluded in study.exclude):
             continue
         point = _point(study, choice)
-        if point.key in seen:
+        if point.key in by_key:
             raise InputError(
-                f"the points ({seen[point.key].label}) and ({point.label}) are the same training config: take a "
+                f"the points ({by_key[point.key].label}) and ({point.label}) are the same training config: take a "
                 "variant out, or put one of the points under exclude"
             )
-        seen[point.key] = point
+        by_key[point.key] = point
         points.append(point)
     if not points:
         raise InputError("the study has no point left: exclude takes all of them out")
@@ -94,23 +94,23 @@ def runs_of(study: StudyFile, points: Sequence[Point]) -> list[Run]:
 def baseline_of(point: Point, points: Sequence[Point], baseline: Mapping[str, str]) -> Point | None:
     """The point to compare with: that with the baseline's variants, and those of `point` on the other axes."""
     wanted = {**point.choice, **baseline}
-    return next((each for each in points if baseline and each.choice == wanted), None)
+    return next((other for other in points if baseline and other.choice == wanted), None)
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a training config makes one training another: all but the seed, and where and how it is logged."""
+    """The part of a config that makes one training another: all but the seed, and where and how it is logged."""
     trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key not in NOT_IDENTITY}
     return {**{key: value for key, value in config.items() if key != "seed_everything"}, "trainer": trainer}
 
 
 def covering(points: Sequence[Point]) -> list[Point]:
     """Few points, in which every variant occurs."""
-    unseen = {each for point in points for each in point.choice.items()}
-    chosen = []
+    unseen = {variant for point in points for variant in point.choice.items()}
+    cover = []
     while unseen:
-        chosen.append(max(points, key=lambda point: len(unseen & set(point.choice.items()))))
-        unseen -= set(chosen[-1].choice.items())
-    return chosen
+        cover.append(max(points, key=lambda point: len(unseen & set(point.choice.items()))))
+        unseen -= set(cover[-1].choice.items())
+    return cover
 
 
 def check_configs(

@@ -1,4 +1,4 @@
-"""Which axes of a study choose the loss, as the configs of the points tell; no torch."""
+"""The axes of a study that choose the loss, as the configs of the points tell; no torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lightning_dml.study.plan.study_file import Axis
 
 
 def loss_config(point: Point) -> Any:
-    """What the point's config has at `model.init_args.loss`; None if there is nothing."""
-    found: Any = point.config
+    """The part of the point's config at `model.init_args.loss`; None if there is nothing."""
+    config: Any = point.config
     for key in ("model", "init_args", "loss"):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
 def chooses_the_loss(axis: Axis, points: Sequence[Point]) -> bool:
-    """Whether any two variants of the axis have different losses at the same variants of the other axes.
+    """True when any two variants of the axis have different losses at the same variants of the other axes.
 
     Raises:
         InputError: if some variants have the same loss and some do not.
     """
     losses: dict[str, dict[str, str]] = {}
     for point in points:
-        others = json.dumps({name: each for name, each in point.choice.items() if name != axis.name})
+        others = json.dumps({name: variant for name, variant in point.choice.items() if name != axis.name})
         loss = json.dumps(loss_config(point), sort_keys=True)
         losses.setdefault(point.choice[axis.name], {})[others] = loss
     pairs = list(itertools.combinations(losses, 2))

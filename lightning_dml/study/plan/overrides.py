@@ -1,4 +1,4 @@
-"""How one training config is laid over another: dotted keys, classes, and the items of a list by their class."""
+"""Laying one training config over another: dotted keys, classes, and the items of a list by their class."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def _place(items: list[Any], name: str, where: str) -> int:
     if name.isdigit() and int(name) < len(items):
         return int(name)
     classes = [str(item.get("class_path", "")) if isinstance(item, Mapping) else "" for item in items]
-    places = [place for place, each in enumerate(classes) if name in (each, each.rpartition(".")[2])]
+    places = [place for place, path in enumerate(classes) if name in (path, path.rpartition(".")[2])]
     if len(places) != 1:
-        held = ", ".join(each.rpartition(".")[2] or "an item without class_path" for each in classes) or "nothing"
+        contents = ", ".join(path.rpartition(".")[2] or "an item without class_path" for path in classes) or "nothing"
         raise InputError(
             f"{where}.{name} names {'no item' if not places else f'{len(places)} items'} of the list {where}, which "
-            f"has {held}: use the name of one of the classes, its place (0, 1, ...), or {where}+ to add one"
+            f"has {contents}: use the name of one of the classes, its place (0, 1, ...), or {where}+ to add one"
         )
     return places[0]
 

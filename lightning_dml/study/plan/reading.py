@@ -1,4 +1,4 @@
-"""YAML files as the command line reads them, and files that appear only when they are whole."""
+"""YAML files as the command line reads them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _mapping(loader: Any, node: Any) -> dict[Hashable, Any]:
     if twice:
         message = f"the key {twice[0]!r} stands there twice"
         raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
-    found: dict[Hashable, Any] = loader.construct_mapping(node, deep=True)
-    return found
+    mapping: dict[Hashable, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
 
 
 _Loader: Any = type("_Loader", (yaml.SafeLoader,), {})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_dml.checks import check_choice, check_count, check_number, is_integer, is_number
 from lightning_dml.errors import InputError
 from lightning_dml.study.plan.overrides import overlay
 from lightning_dml.study.plan.reading import read_yaml
@@ -41,7 +41,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Course:
-    """What of each training is noted at every so many steps.
+    """The metrics of a training that are noted at every so many steps.
 
     Args:
         metrics: names of logged values; none notes nothing.
@@ -95,7 +95,7 @@ class StudyFile:
             raise InputError(f"name must consist of letters, digits and . _ + -, got {name!r}")
         axes = _axes(content["axes"])
         output = Path(_text(content, "output", "a path") if content.get("output") else Path("runs/study") / name)
-        blocked = next((each for each in (output, *output.parents) if each.exists() and not each.is_dir()), None)
+        blocked = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
         if blocked is not None:
             raise InputError(f"output must be a folder, and {blocked} is a file, got {str(output)!r}")
         metric = _text(content, "metric")
@@ -108,7 +108,7 @@ class StudyFile:
             axes=axes,
             seeds=_seeds(content.get("seeds", [0])),
             seed_options=_options(content.get("seed_options")),
-            exclude=tuple(_choices(each, axes, "exclude") for each in _list(content.get("exclude"), "exclude")),
+            exclude=tuple(_choices(choice, axes, "exclude") for choice in _list(content.get("exclude"), "exclude")),
             baseline=_baseline(content.get("baseline"), axes),
             metric=metric,
             metrics=tuple(dict.fromkeys([metric, *_names(content.get("metrics"), "metrics")])),
@@ -160,7 +160,7 @@ def _is_base(key: Any) -> bool:
 
 def _from_folder(layers: Any, folder: Path) -> Any:
     if isinstance(layers, list):
-        return [_from_folder(each, folder) for each in layers]
+        return [_from_folder(layer, folder) for layer in layers]
     return str(folder / layers) if isinstance(layers, str) else layers
 
 
@@ -195,7 +195,7 @@ def _axis(name: str, content: Any) -> Axis:
         variants = content["variants"]
         if not isinstance(variants, Mapping) or not variants:
             raise InputError(f"{where} is empty: give it at least one variant")
-        wrong = [each for each, over in variants.items() if not isinstance(over, Mapping)]
+        wrong = [variant for variant, over in variants.items() if not isinstance(over, Mapping)]
         if wrong:
             raise InputError(
                 f"{where}.{wrong[0]} must be overrides of the training config, such as "
@@ -208,7 +208,7 @@ def _axis(name: str, content: Any) -> Axis:
     named = {_shown(value): {str(content["option"]): value} for value in values}
     if len(named) != len(values):
         raise InputError(f"{where} has a value twice: {', '.join(_shown(value) for value in values)}")
-    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    numbers = all(map(is_number, values))
     return Axis(name, named, tuple(map(float, values)) if numbers else (), label)
 
 
@@ -216,13 +216,13 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping) and "class_path" in value:
-        options = ", ".join(f"{key}={_shown(each)}" for key, each in (value.get("init_args") or {}).items())
+        options = ", ".join(f"{key}={_shown(option)}" for key, option in (value.get("init_args") or {}).items())
         return str(value["class_path"]).rpartition(".")[2] + (f"({options})" if options else "")
     return str(value)
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:
-    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed not in SEEDS for seed in seeds):
+    if not isinstance(seeds, list) or not seeds or not all(is_integer(seed, 0, SEEDS[-1]) for seed in seeds):
         raise InputError(f"seeds must be a list of whole numbers from 0 to {SEEDS[-1]}, got {seeds!r}")
     if len(set(seeds)) != len(seeds):
         raise InputError(f"seeds must differ from each other, got {seeds!r}")
@@ -231,7 +231,7 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
 
 def _names(names: Any, where: str) -> tuple[str, ...]:
     named = [] if names is None else names
-    if not isinstance(named, list) or any(not isinstance(each, str) for each in named):
+    if not isinstance(named, list) or any(not isinstance(entry, str) for entry in named):
         raise InputError(f"{where} must be a list of names of logged values, got {named!r}")
     return tuple(dict.fromkeys(named))
 
@@ -242,24 +242,23 @@ def _course(content: Any) -> Course:
     if not isinstance(content, Mapping) or not content.get("metrics") or set(content) - {"metrics", "every"}:
         raise InputError(f"course must have metrics, a list of names, and may have every, in steps, got {content!r}")
     every = content.get("every", Course.every)
-    if type(every) is not int or every < 1:
-        raise InputError(f"course.every must be a whole number of optimizer steps, at least 1, got {every!r}")
+    check_count("course.every", every, hint="it counts optimizer steps")
     return Course(_names(content["metrics"], "course.metrics"), every)
 
 
 def _options(options: Any) -> tuple[str, ...]:
     named = _list(options, "seed_options")
-    if any(not isinstance(each, str) or not each for each in named):
+    if any(not isinstance(option, str) or not option for option in named):
         raise InputError(f"seed_options must be a list of dotted options, such as [data.init_args.seed], got {named!r}")
     return tuple(named)
 
 
 def _baseline(baseline: Any, axes: tuple[Axis, ...]) -> dict[str, str]:
-    chosen = _choices(baseline or {}, axes, "baseline")
-    several = [name for name, variants in chosen.items() if len(variants) > 1]
+    choice = _choices(baseline or {}, axes, "baseline")
+    several = [name for name, variants in choice.items() if len(variants) > 1]
     if several:
-        raise InputError(f"baseline.{several[0]} must be one variant, got {', '.join(chosen[several[0]])}")
-    return {name: variants[0] for name, variants in chosen.items()}
+        raise InputError(f"baseline.{several[0]} must be one variant, got {', '.join(choice[several[0]])}")
+    return {name: variants[0] for name, variants in choice.items()}
 
 
 def _choices(content: Any, axes: tuple[Axis, ...], where: str) -> dict[str, tuple[str, ...]]:
@@ -267,18 +266,18 @@ def _choices(content: Any, axes: tuple[Axis, ...], where: str) -> dict[str, tupl
     if not isinstance(content, Mapping):
         raise InputError(f"{where} must map axes to their variants, got {content!r}")
     known = {axis.name: axis for axis in axes}
-    chosen = {}
+    choice = {}
     for name, variants in content.items():
         if str(name) not in known:
             raise InputError(f"{where} has the axis {name!r}, which is none of {', '.join(known)}")
-        names = tuple(_shown(each) for each in (variants if isinstance(variants, list) else [variants]))
-        unknown = [each for each in names if each not in known[str(name)].variants]
+        names = tuple(_shown(variant) for variant in (variants if isinstance(variants, list) else [variants]))
+        unknown = [variant for variant in names if variant not in known[str(name)].variants]
         if unknown or not names:
             raise InputError(
                 f"{where}.{name} must be among {', '.join(known[str(name)].variants)}, got {', '.join(unknown) or '[]'}"
             )
-        chosen[str(name)] = names
-    return chosen
+        choice[str(name)] = names
+    return choice
 
 
 def _list(content: Any, where: str) -> list[Any]:
@@ -291,8 +290,7 @@ def _list(content: Any, where: str) -> list[Any]:
 
 def _one_of(content: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> Any:
     value = content.get(key, allowed[0])
-    if value not in allowed:
-        raise InputError(f"{key} must be {' or '.join(allowed)}, got {value!r}")
+    check_choice(key, value, allowed)
     return value
 
 
@@ -309,6 +307,5 @@ def _boolean(value: Any, key: str) -> bool:
 
 
 def _positive(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"{key} must be a positive number of seconds, got {value!r}")
+    check_number(key, value, "a number of seconds", above=0)
     return float(value)

@@ -1,1 +1,1 @@
-"""What came out of a study: statistics, tables and figures."""
+"""The results of a study: statistics, tables and figures."""

@@ -3,305 +3,231 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import textwrap
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import cycle
+from statistics import median
+from typing import Any, TypeVar
 
 import matplotlib
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lightning_dml.losses import Context
 from lightning_dml.losses.inspection.weight_curves import DRAWS
-from lightning_dml.report.curve_figure import FONTS, MARKERS, PALETTE, STYLES, LineStyle
+from lightning_dml.report.curve_figure import FONTS, MARKERS, PALETTE, STYLES
 from lightning_dml.report.saving import as_text
 from lightning_dml.study.plan.study_file import Axis, StudyFile
-from lightning_dml.study.results.curve_layout import SMALL, Layout, lay_out
-from lightning_dml.study.results.figure import limits, metric_label, seeds_in, series_of
-from lightning_dml.study.results.loss_curves import SIDES, SIMILARITY, LossCurve, Side, alike, curves_of
+from lightning_dml.study.results.figure import LETTER, limits, metric_label, seeds_in, series_of
+from lightning_dml.study.results.loss_curves import SIMILARITY, LossCurve, Side, curves_of
 from lightning_dml.study.results.summary import Row
 
-COLOURS = dict(zip(SIDES, PALETTE, strict=False))
-SIDE_STYLES = dict(zip(SIDES, STYLES, strict=False))
+SIDES: tuple[Side, Side] = ("positive", "negative")
 BLACK, GREY, BASELINE = "#000000", "0.55", "0.35"
 BOLD, THIN, WIDEST = 2.6, 1.3, 3.8  # points
 CUT = 2.0  # weights are cut off at this many times the median of the curves' largest
 FLAT = 0.1  # of the common scale: where the curves of a row stay below, each row has a scale of its own
 FAINT = 0.05  # of a row's scale: a curve that stays below has its largest weight written on it
 STEEP = 1e3  # times the median of the curves' largest: a row that goes higher has a logarithmic scale
-LINEAR = 4.0  # decades' height of the part of a logarithmic scale that is linear, with room for its two numbers
 
-
-@dataclass(frozen=True)
-class Series:
-    """One combination of the other axes' variants.
-
-    Args:
-        name: of the combination.
-        rows: by the variant of this axis, as far as there are points.
-        colour: of its dots, and of its curves where it has curves of its own.
-        style: of these curves.
-        marker: of the dots.
-    """
-
-    name: str
-    rows: Mapping[str, Row]
-    colour: str
-    style: LineStyle
-    marker: str
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What the columns of curves show.
-
-    Args:
-        by_row: for each row the curves by the name of the series.
-        split: whether the curves of a row differ, so that positives and negatives have a column each.
-        fixed: sides that are the same everywhere, while the other is what is varied.
-        tops: of the scale of each row.
-        linear: up to where each scale is linear; it is logarithmic beyond.
-    """
-
-    by_row: Sequence[Mapping[str, LossCurve]]
-    split: bool
-    fixed: tuple[Side, ...]
-    tops: Sequence[float]
-    linear: Sequence[float]
-
-    @classmethod
-    def of(cls, by_row: Sequence[Mapping[str, LossCurve]]) -> Curves:
-        """Finds what differs and sets the scales."""
-        rows = [list(each.values()) for each in by_row]
-        everywhere = [curve for each in rows for curve in each]
-        fixed = tuple(side for side in SIDES if alike(everywhere, side))
-        split = any(not alike(each, side) for each in rows for side in SIDES)
-        peaks = [peak for curve in everywhere for side in SIDES if (peak := curve.peak(side)) > 0] or [1.0]
-        # As high as half of each curve needs: one that is large everywhere would be out of sight.
-        halves = [curve.usual(side) for curve in everywhere for side in SIDES]
-        common = min(max(peaks), max(CUT * statistics.median(peaks), *halves))
-        own = [max(curve.peak() for curve in each) for each in rows]
-        tops = [common] * len(rows) if min(own) >= FLAT * common else [each or common for each in own]
-        usual = statistics.median(peaks)
-        linear = [10.0 ** round(math.log10(usual)) if top > STEEP * usual else math.inf for top in tops]
-        return cls(by_row, split, fixed if len(fixed) == 1 else (), tops, linear)
-
-    @property
-    def lowest(self) -> float:
-        """The lowest weight, 0 where none is negative."""
-        return min(curve.lowest for each in self.by_row for curve in each.values())
+Looks = Mapping[str, dict[str, Any]]
 
 
 def curve_axis_figure(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
-    """Draws a row for each variant: its weight curve, and means and intervals of all metrics.
+    """Draws a row for each variant of an axis of losses: its weight curve, and means and intervals of all metrics.
 
     Where the losses of a row differ by the other axes, positives and negatives have a column each, and the curves the
-    colours of the dots. All curves have one scale, unless some would be flat on it; what is far above the median of
-    the curves' largest weights is cut off, or on a logarithmic scale where each row has its own, and the caption says
-    so.
-
-    Args:
-        study: the study.
-        axis: one whose variants are losses; see `chooses_the_loss`.
-        rows: of all points.
-
-    Returns:
-        A figure, not known to pyplot.
+    colours of the dots. All curves have one scale, unless some would be flat on it; what is far above the median of the
+    curves' largest weights is cut off, or on a logarithmic scale where rows have their own, and the caption says so.
 
     Raises:
         InputError: naming the first point whose loss cannot be built or has no weight curve.
     """
-    by_key = curves_of(row.point for row in rows)
-    found = series_of(study, axis, rows)
-    order = [variant for variant in axis.variants if any(variant in held for held in found.values())]
-    curves = Curves.of(
-        [
-            {others: by_key[held[variant].point.key] for others, held in found.items() if variant in held}
-            for variant in order
-        ]
-    )
-    series = _series(found, curves.split)
-    with matplotlib.rc_context(FONTS):
-        figure = Figure()
+    by_key, series = curves_of(row.point for row in rows), series_of(study, axis, rows)
+    names = [name for name in axis.variants if any(name in own for own in series.values())]
+    in_row = [{key: own[name] for key, own in series.items() if name in own} for name in names]
+    curves = CurveRows([{key: by_key[row.point.key] for key, row in own.items()} for own in in_row])
+    # The first two colours are those of positives and negatives where these share a panel.
+    colours = PALETTE if curves.split else (BLACK,) if len(series) == 1 else PALETTE[2:]
+    looks = {
+        key: {"color": colour, "linestyle": style, "marker": marker}
+        for key, colour, style, marker in zip(series, cycle(colours), cycle(STYLES), cycle(MARKERS), strict=False)
+    }
+    sides: dict[str, tuple[Side, ...]] = {side: (side,) for side in SIDES} if curves.split else {"curve": SIDES}
+    columns, bottom = [*sides, *study.metrics], len(names) - 1
+    width = 2.3 + 2.5 * len(sides) + 3.1 * len(study.metrics)  # inches
+    caption = textwrap.fill(as_text(_caption(names, curves)), int(width / LETTER), break_on_hyphens=False)
+    handles = _handles(study, looks, curves)
+    beside = min(len(handles), max(1, int(width / (LETTER * max(map(len, handles)) + 0.7))))
+    lines = math.ceil(len(handles) / beside) + caption.count("\n") + bool(caption)
+    with matplotlib.rc_context({**FONTS, "axes.spines.top": False, "axes.spines.right": False}):
+        height = 2.1 + 0.25 * lines + max(0.75, 0.09 * len(series)) * len(names)
+        figure = Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.09))
         FigureCanvasAgg(figure)
-        layout = lay_out(
-            figure,
-            title=f"{study.name}: weight curves, mean and 95% interval over {seeds_in(study, rows)}",
-            handles=_handles(study, series, curves),
-            heading=as_text(study.labels.get(axis.name, axis.label)),
-            names=[as_text(name) for name in order],
-            curve_headings=_headings(curves),
-            metrics=[metric_label(study, name) for name in study.metrics],
-            caption=as_text(_caption(order, curves)),
-            series=len(series),
-        )
-        columns: list[tuple[Side, ...]] = [("positive",), ("negative",)] if curves.split else [SIDES]
-        for panels, of_row, top, linear in zip(layout.curves, curves.by_row, curves.tops, curves.linear, strict=True):
-            for panel, sides in zip(panels, columns, strict=True):
-                _frame(panel, top, max(-top, curves.lowest), linear)
-                for side in sides:
-                    _draw_curves(panel, of_row, side, series, curves)
-                    _name_if_faint(panel, of_row, side, FAINT * min(top, linear), _look(side, curves)["color"])
-        for panel, metric in zip(layout.metrics, study.metrics, strict=True):
-            _draw_metric(panel, metric, order, series, {row.point.key: row for row in rows}, layout)
+        panels = figure.subplot_mosaic([[f"{column} {place}" for column in columns] for place in range(len(names))])
+        for place, own in enumerate(in_row):
+            for column in columns:
+                panel = panels[f"{column} {place}"]
+                panel.grid(axis="x", alpha=0.35)
+                panel.tick_params(labelbottom=place == bottom, labelleft=column == columns[0], length=3)
+                if column in sides:
+                    _draw_curves(panel, place, sides[column], looks, curves)
+                else:
+                    _draw_metric(panel, column, own, looks, rows)
+        firsts = [panels[f"{columns[0]} {place}"] for place in range(len(names))]
+        for panel, name in zip(firsts, names, strict=True):
+            look: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 12, "fontsize": 13}
+            panel.set_ylabel(textwrap.fill(as_text(name), 20), **look)
+        figure.align_ylabels(firsts)
+        unit = "|dL/dS| per anchor" if curves.lowest == 0 else "\N{MINUS-OR-PLUS SIGN}dL/dS per anchor"
+        for column, (side, *_) in sides.items():
+            which = f" of {side}s{', all alike' if side in curves.fixed else ''}" if curves.split else ""
+            panels[f"{column} 0"].set_title(f"weight{which},\n{unit}", fontsize=13)
+        for column in columns:
+            label = "cosine similarity S" if column in sides else textwrap.fill(metric_label(study, column), 26)
+            panels[f"{column} {bottom}"].set_xlabel(label)
+        title = f"{study.name}: weight curves, mean and 95% interval over {seeds_in(study, rows)}"
+        look = {"title": textwrap.fill(title, int(width / LETTER)), "title_fontsize": 14, "frameon": False}
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=beside, **look)
+        figure.supylabel(as_text(study.labels.get(axis.name, axis.label)), fontsize=14)
+        figure.supxlabel(caption, fontsize=13, color="0.3", x=0.01, ha="left")
     return figure
 
 
-def _series(found: Mapping[str, Mapping[str, Row]], split: bool) -> list[Series]:
-    # The first two colours are those of positives and negatives where these share a panel.
-    colours = PALETTE if split else (BLACK,) if len(found) == 1 else PALETTE[2:]
-    return [
-        Series(name, held, colours[k % len(colours)], STYLES[k % len(STYLES)], MARKERS[k % len(MARKERS)])
-        for k, (name, held) in enumerate(found.items())
-    ]
+class CurveRows:
+    """The curves of each row by the name of their series, what they have in common, and the ends of their scales."""
+
+    def __init__(self, rows: Sequence[Mapping[str, LossCurve]]) -> None:
+        self.rows = rows
+        curves = {(place, name): curve for place, row in enumerate(rows) for name, curve in row.items()}
+        alike = [side for side in SIDES if len(distinct(curves, side)) == 1]
+        self.fixed = alike if len(alike) == 1 else []  # while the other side is what is varied
+        self.split = any(len(distinct(row, side)) > 1 for row in rows for side in SIDES)
+        sides = [curve.finite(side) for curve in curves.values() for side in SIDES]
+        self.lowest = min(low if (low := float(side.min())) < -1e-6 * _peak([side]) else 0.0 for side in sides)
+        self.peaks = [_peak(curve.finite(side) for curve in row.values() for side in SIDES) for row in rows]
+        peaks = [peak for side in sides if (peak := _peak([side])) > 0] or [1.0]
+        # As high as half of each curve needs: one that is large everywhere would be out of sight.
+        common = min(max(peaks), max(CUT * median(peaks), *(float(side.abs().median()) for side in sides)))
+        flat, steep = min(self.peaks) < FLAT * common, STEEP * median(peaks)
+        self.tops = [peak or common for peak in self.peaks] if flat else [common] * len(rows)
+        # Beyond these the scale is logarithmic.
+        self.linear = [10.0 ** round(math.log10(median(peaks))) if top > steep else math.inf for top in self.tops]
 
 
-def _look(side: Side, curves: Curves) -> dict[str, Any]:
-    """Of a curve that is that of the whole row."""
+K = TypeVar("K", bound=Hashable)
+
+
+def distinct(curves: Mapping[K, LossCurve], side: Side) -> Mapping[K, LossCurve]:
+    """The curves that a side is to be drawn with: the first alone where all are alike there."""
+    name, first = next(iter(curves.items()))
+    near: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-9, "equal_nan": True}
+    alike = all(torch.allclose(getattr(first, side), getattr(curve, side), **near) for curve in curves.values())
+    return {name: first} if alike else curves
+
+
+def _peak(weights: Iterable[torch.Tensor]) -> float:
+    return max(float(side.abs().max()) for side in weights)
+
+
+def _whole_row(side: Side, curves: CurveRows) -> dict[str, Any]:
+    """The look of a curve that all losses of a row share."""
+    number = SIDES.index(side)
     if side in curves.fixed:
-        return {"color": GREY, "linestyle": SIDE_STYLES[side], "linewidth": THIN, "zorder": 2.5}
-    if curves.split:
-        return {"color": BLACK, "linewidth": BOLD}
-    return {"color": COLOURS[side], "linestyle": SIDE_STYLES[side], "linewidth": BOLD, "zorder": 4}
+        return {"color": GREY, "linestyle": STYLES[number], "linewidth": THIN, "zorder": 2.5}
+    look = {"color": BLACK} if curves.split else {"color": PALETTE[number], "linestyle": STYLES[number], "zorder": 4}
+    return {**look, "linewidth": BOLD}
 
 
-def _draw_curves(
-    panel: Axes, of_row: Mapping[str, LossCurve], side: Side, series: Sequence[Series], curves: Curves
-) -> None:
-    drawn = list(of_row.values())
-    if alike(drawn, side):
-        panel.plot(SIMILARITY.numpy(), drawn[0].side(side).numpy(), label=side, **_look(side, curves))
-        return
-    held = [each for each in series if each.name in of_row]
-    for number, each in enumerate(held):
-        # The later the thinner, so that curves that lie on each other are all seen.
-        width = WIDEST - (WIDEST - THIN) * number / max(1, len(held) - 1)
-        weights = of_row[each.name].side(side)
-        look: dict[str, Any] = {"color": each.colour, "linestyle": each.style, "linewidth": width}
-        panel.plot(SIMILARITY.numpy(), weights.numpy(), label=each.name, **look)
+def _draw_curves(panel: Axes, place: int, sides: Sequence[Side], looks: Looks, curves: CurveRows) -> None:
+    top, linear = curves.tops[place], curves.linear[place]
+    _scale(panel, top, max(-top, curves.lowest), linear)
+    for side in sides:
+        row = distinct(curves.rows[place], side)
+        for number, (name, curve) in enumerate(row.items()):
+            # The later the thinner, so that curves that lie on each other are all seen.
+            width = WIDEST - (WIDEST - THIN) * number / max(1, len(row) - 1)
+            look = {**looks[name], "marker": "", "linewidth": width} if len(row) > 1 else _whole_row(side, curves)
+            panel.plot(SIMILARITY, getattr(curve, side), label=name if len(row) > 1 else side, **look)
+        peak = _peak([curve.finite(side)])
+        if len(row) == 1 and 0 < peak <= FAINT * min(top, linear):
+            middle = float(SIMILARITY[getattr(curve, side).abs() > peak / 2].mean())
+            written = panel.annotate(f"{peak:.2g}", (middle, 0), (0, 3), textcoords="offset points", ha="center")
+            written.set_color(look["color"])
 
 
-def _name_if_faint(panel: Axes, of_row: Mapping[str, LossCurve], side: Side, faint: float, colour: str) -> None:
-    """Writes the largest weight on a curve that is hardly above 0 on its scale, over the middle of where it is one."""
-    curve = next(iter(of_row.values()))
-    peak = curve.peak(side)
-    if peak > faint or not peak or not alike(list(of_row.values()), side):
-        return
-    place = float(SIMILARITY[curve.side(side).abs() > peak / 2].mean())
-    text = f"{peak:.2g}".replace("-", "\N{MINUS SIGN}")
-    offset: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points"}
-    panel.annotate(text, (place, 0), ha="center", va="bottom", fontsize=12, color=colour, **offset)
-
-
-def _frame(panel: Axes, top: float, bottom: float, linear: float) -> None:
+def _scale(panel: Axes, top: float, bottom: float, linear: float) -> None:
+    panel.axhline(0, color="0.6", linewidth=0.8, zorder=1)
     power = 10.0 ** math.floor(math.log10(top * 1.001))
-    if linear < power:
-        shown = panel.yaxis.get_major_formatter()
-        panel.set_yscale("symlog", linthresh=linear, linscale=LINEAR)
-        panel.yaxis.set_major_formatter(shown)
+    if linear < power:  # the linear part is as high as four decades, with room for its two numbers
+        panel.set_yscale("symlog", linthresh=linear, linscale=4)
         panel.yaxis.set_minor_locator(NullLocator())
-        panel.set_yticks([0, linear, power])
         # As much room as on a linear scale: a tenth of the height at either end.
-        panel.set_ylim(bottom - 0.4 * linear, top * (top / linear) ** 0.15)
+        panel.set(yticks=[0, linear, power], ylim=(bottom - 0.4 * linear, top * (top / linear) ** 0.15))
     else:
         step = power * max(factor for factor in (1, 2, 5) if factor * power <= top * 1.001)
-        panel.set_yticks([-step, 0, step] if bottom <= -step else [0, step])
-        panel.set_ylim(bottom - 0.1 * top, 1.1 * top)
-    panel.axhline(0, color="0.6", linewidth=0.8, zorder=1)
+        panel.set(yticks=[-step, 0, step] if bottom <= -step else [0, step], ylim=(bottom - 0.1 * top, 1.1 * top))
+    panel.set(xlim=(-1, 1), xticks=[-1, -0.5, 0, 0.5, 1])
+    for scale in (panel.xaxis, panel.yaxis):
+        scale.set_major_formatter("{x:g}")
 
 
-def _draw_metric(
-    panel: Axes, metric: str, order: Sequence[str], series: Sequence[Series], rows: Mapping[str, Row], layout: Layout
-) -> None:
-    for number, each in enumerate(series):
-        means = [each.rows[name].means[metric] if name in each.rows else None for name in order]
-        shown = [mean if mean is not None and mean.n else None for mean in means]
-        panel.errorbar(
-            [math.nan if mean is None else mean.mean for mean in shown],
-            [place + layout.offset(number) for place in range(len(order))],
-            xerr=[math.nan if mean is None else mean.high - mean.mean for mean in shown],
-            color=each.colour,
-            marker=each.marker,
-            linestyle="none",
-            markersize=6 if len(series) <= 6 else 5,
-            linewidth=1.6,
-            capsize=3,
-            label=each.name,
-            zorder=4,
-        )
-    for place, name in enumerate(order):
-        held = [each for each in series if name in each.rows]
-        if not any(each.rows[name].means[metric].n for each in held):
-            across = panel.get_yaxis_transform()
-            panel.text(0.5, place, "no result", transform=across, ha="center", va="center", **SMALL)
-        # A baseline of several series is none's own, and so is the only one.
-        colours: dict[str, str] = {}
-        for each in held:
-            baseline = each.rows[name].baseline
-            if baseline is not None and rows[baseline.key].means[metric].n:
-                colours[baseline.key] = BASELINE if baseline.key in colours else each.colour
-        for key, colour in colours.items():
-            look: dict[str, Any] = {"color": BASELINE if len(colours) == 1 else colour, "linewidth": 1.1, "zorder": 2}
-            panel.vlines(rows[key].means[metric].mean, place - 0.5, place + 0.5, **look)
-    panel.set_xlim(limits([row.means[metric] for row in rows.values()]))
+def _draw_metric(panel: Axes, metric: str, in_row: Mapping[str, Row], looks: Looks, rows: Sequence[Row]) -> None:
+    means = {row.point.key: row.means[metric] for row in rows}
+    owners: dict[str, list[str]] = {}  # colours by the baseline
+    for place, (name, look) in enumerate(looks.items()):
+        row = in_row.get(name)
+        if row is not None and row.baseline is not None and means[row.baseline.key].n:
+            owners.setdefault(row.baseline.key, []).append(look["color"])
+        if row is not None and (mean := row.means[metric]).n:
+            bar: dict[str, Any] = {"xerr": None if math.isnan(mean.low) else mean.high - mean.mean, "capsize": 3}
+            panel.errorbar(mean.mean, place, label=name, linewidth=1.6, markersize=6, zorder=4, **bar, **look)
+    for key, colours in owners.items():  # a baseline of several series is none's own, and so is the only one
+        colour = colours[0] if len(colours) == 1 < len(owners) else BASELINE
+        panel.axvline(means[key].mean, color=colour, linewidth=1.1, zorder=2)
+    if not panel.containers:
+        panel.text(0.5, 0.5, "no result", transform=panel.transAxes, ha="center", va="center", color="0.3")
+    middle, half = (len(looks) - 1) / 2, max(2.5, 0.6 * len(looks))
+    panel.set(yticks=[], ylim=(middle + half, middle - half), xlim=limits(list(means.values())))
     panel.xaxis.set_major_locator(MaxNLocator(4))
 
 
-def _handles(study: StudyFile, series: Sequence[Series], curves: Curves) -> dict[str, Line2D]:
-    """Of the legend, by label."""
-    handles: dict[str, Line2D] = {}
+def _handles(study: StudyFile, looks: Looks, curves: CurveRows) -> dict[str, Line2D]:
+    """Handles of the legend, by their labels."""
+    shown: dict[str, dict[str, Any]] = {}
     if not curves.split:
-        for side in SIDES:
-            label = f"{side}s{', the same in all rows' if side in curves.fixed else ''}"
-            handles[label] = Line2D([], [], **_look(side, curves))
-    if len(series) > 1:
-        for each in series:
-            look: dict[str, Any] = {"linestyle": each.style if curves.split else "none", "linewidth": 2}
-            handles[as_text(each.name)] = Line2D([], [], color=each.colour, marker=each.marker, **look)
-    for side in SIDES if curves.split else ():
-        if side not in curves.fixed and any(alike(list(each.values()), side) for each in curves.by_row):
-            handles["the same in all of a row"] = Line2D([], [], **_look(side, curves))
+        same = {side: ", the same in all rows" if side in curves.fixed else "" for side in SIDES}
+        shown = {f"{side}s{same[side]}": _whole_row(side, curves) for side in SIDES}
+    for name, look in looks.items() if len(looks) > 1 else ():
+        shown[name] = {**look, "linewidth": 2} if curves.split else {**look, "linestyle": "none"}
+    for side in set(SIDES) - set(curves.fixed) if curves.split else ():
+        if any(len(distinct(row, side)) == 1 for row in curves.rows):
+            shown["the same in all of a row"] = _whole_row(side, curves)
     if study.baseline:
         wanted = ", ".join(f"{axis}={variant}" for axis, variant in study.baseline.items())
-        handles[as_text(f"mean of the baseline ({wanted})")] = Line2D([], [], color=BASELINE, linewidth=1.1)
-    return handles
+        shown[f"mean of the baseline ({wanted})"] = {"color": BASELINE, "linewidth": 1.1}
+    return {as_text(label): Line2D([], [], **look) for label, look in shown.items()}
 
 
-def _headings(curves: Curves) -> list[str]:
-    unit = "|dL/dS| per anchor" if curves.lowest == 0 else "\N{MINUS-OR-PLUS SIGN}dL/dS per anchor"
-    if not curves.split:
-        return [f"weight,\n{unit}"]
-    return [f"weight of {side}s{', all alike' if side in curves.fixed else ''},\n{unit}" for side in SIDES]
-
-
-def _caption(order: Sequence[str], curves: Curves) -> str:
-    in_row = dict(zip(order, (each.values() for each in curves.by_row), strict=True))
-    wholly = [name for name, each in in_row.items() if all(curve.at_context for curve in each)]
-    partly = [name for name, each in in_row.items() if any(curve.at_context for curve in each) and name not in wholly]
+def _caption(names: Sequence[str], curves: CurveRows) -> str:
     text = []
-    if wholly or partly:
-        which = [_listed(wholly, order)] if wholly else []
-        which += [f"some curves of {_listed(partly, order)}"] if partly else []
-        text.append(f"Curves that depend on the anchor's other pairs, drawn at {Context()}: {'; '.join(which)}.")
+    flags = {name: {curve.at_context for curve in row.values()} for name, row in zip(names, curves.rows, strict=True)}
+    which = [name + " (some)" * (False in flags[name]) for name in names if True in flags[name]]
+    if which:
+        listed = "all rows" if all(row == {True} for row in flags.values()) else ", ".join(which)
+        text.append(f"Curves that depend on the anchor's other pairs, drawn at {Context()}: {listed}.")
     if len(set(curves.tops)) > 1:
         text.append("Each row of curves has a scale of its own.")
-    steep = [(name, linear) for name, linear in zip(order, curves.linear, strict=True) if math.isfinite(linear)]
+    steep = {name: linear for name, linear in zip(names, curves.linear, strict=True) if math.isfinite(linear)}
     if steep:
-        text.append(f"That of {', '.join(name for name, _ in steep)} is logarithmic above {steep[0][1]:g}.")
-    if any(curve.of_draws for each in in_row.values() for curve in each):
+        text.append(f"That of {', '.join(steep)} is logarithmic above {min(steep.values()):g}.")
+    if any(curve.of_draws for row in curves.rows for curve in row.values()):
         text.append(f"Where the mining draws, a curve is the mean of {DRAWS} draws.")
-    peaks = {name: max(curve.peak() for curve in each) for name, each in in_row.items()}
-    cut = [name for name, top in zip(order, curves.tops, strict=True) if peaks[name] > 1.1 * top]
-    if 0 < len(cut) <= 3:
-        text.append(f"Cut off at the top: {', '.join(f'{name} (up to {peaks[name]:.3g})' for name in cut)}.")
-    elif cut:
-        text.append(f"Cut off at the top: {_listed(cut, order)} (up to {max(peaks.values()):.3g}).")
-    return " ".join(text)
-
-
-def _listed(names: Sequence[str], order: Sequence[str]) -> str:
-    return "all rows" if len(names) == len(order) else ", ".join(names)
+    ends = zip(names, curves.peaks, curves.tops, strict=True)
+    cut = [f"{name} (up to {peak:.3g})" for name, peak, top in ends if peak > 1.1 * top]
+    return " ".join([*text, f"Cut off at the top: {', '.join(cut)}."] if cut else text)

@@ -38,7 +38,7 @@ TITLE = 58  # letters in a line of the title, which must end before the legend
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows.
+    """One panel and what it shows.
 
     Args:
         label: of its upward axis.
@@ -52,7 +52,7 @@ class Panel:
 
 
 def panels_of(study: StudyFile, rows: Sequence[Row]) -> list[Panel]:
-    """One for each metric, and after the study's own one for the differences from the baseline."""
+    """A panel for each metric, and after the study's own one a panel for the differences from the baseline."""
     panels = [Panel(metric_label(study, name), partial(_mean, name)) for name in study.metrics]
     if any(row.comparison is not None and row.comparison.difference.n for row in rows):
         wanted = ", ".join(f"{axis}={variant}" for axis, variant in study.baseline.items())
@@ -87,8 +87,8 @@ def _drawn(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
         axes = figure.add_subplot(len(panels), 1, place + 1)
         if panel.zero:
             axes.axhline(0, color="0.35", linewidth=1.1, zorder=1.5)
-        for number, (others, held) in enumerate(series.items()):
-            means = [panel.mean(held[variant]) if variant in held else None for variant in order]
+        for number, (others, by_variant) in enumerate(series.items()):
+            means = [panel.mean(by_variant[variant]) if variant in by_variant else None for variant in order]
             # Side by side in points, as intervals at one place would hide each other.
             shift = ScaledTranslation(APART * (number - (len(series) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
             _draw(axes, places, means, others, number, bool(axis.numbers) or several, shift)
@@ -112,11 +112,11 @@ def _drawn(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> Figure:
 
 def series_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     """The rows by the variants of the other axes and then that of this one, in the order of the study file."""
-    variants = [list(each.variants) for each in study.axes]
+    variants = [list(any_axis.variants) for any_axis in study.axes]
     series: dict[str, dict[str, Row]] = {}
 
     def in_the_file(row: Row) -> list[int]:
-        return [held.index(each) for held, each in zip(variants, row.point.choice.values(), strict=True)]
+        return [names.index(name) for names, name in zip(variants, row.point.choice.values(), strict=True)]
 
     for row in sorted(rows, key=in_the_file):
         others = ", ".join(f"{name}={variant}" for name, variant in row.point.choice.items() if name != axis.name)
@@ -125,20 +125,20 @@ def series_of(study: StudyFile, axis: Axis, rows: Sequence[Row]) -> dict[str, di
 
 
 def metric_label(study: StudyFile, name: str) -> str:
-    """What the figures call a metric, with the unit where it is known."""
+    """The name that the figures give a metric, with the unit where it is known."""
     return as_text(study.labels.get(name, _with_unit(name)))
 
 
 def seeds_in(study: StudyFile, rows: Sequence[Row]) -> str:
-    """How many seeds the points have, such as "3 seeds" or "0 to 2 seeds"."""
+    """The number of seeds of the points, such as "3 seeds" or "0 to 2 seeds"."""
     seeds = sorted({row.means[study.metric].n for row in rows})
     count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     return f"{count} seed{'s' * (seeds[-1] != 1)}"
 
 
 def limits(means: Sequence[Mean]) -> tuple[float, float] | None:
-    """Of a scale that shows all means and intervals; None if there is nothing to show."""
-    bounds = [each for mean in means for each in (mean.mean, mean.low, mean.high) if not math.isnan(each)]
+    """The ends of a scale that shows all means and intervals; None if there is nothing to show."""
+    bounds = [bound for mean in means for bound in (mean.mean, mean.low, mean.high) if not math.isnan(bound)]
     if not bounds:
         return None
     room = ROOM * (max(bounds) - min(bounds)) or 0.05 * abs(bounds[0]) or 1.0
@@ -146,7 +146,7 @@ def limits(means: Sequence[Mean]) -> tuple[float, float] | None:
 
 
 def _in_lines(label: str) -> list[str]:
-    """Few enough letters in each to stand beside a panel."""
+    """The lines of a label, with few enough letters in each to stand beside a panel."""
     return [line for part in label.split("\n") for line in textwrap.wrap(part, LABEL)]
 
 

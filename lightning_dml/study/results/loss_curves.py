@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from lightning_dml.errors import InputError, input_error_in
+from lightning_dml.errors import InputError, input_error_in, one_line
 
 # By this import a config may name the losses without the module, as for `fit`.
 from lightning_dml.losses import Context, context_free, weight_curve
@@ -23,51 +21,25 @@ from lightning_dml.study.plan.loss_axis import loss_config
 
 SIMILARITY = torch.linspace(-1, 1, 201, dtype=torch.float64)
 INNER = SIMILARITY.abs() <= 0.98  # losses on distances have infinite weights at 1
-
 Side = Literal["positive", "negative"]
-SIDES: tuple[Side, Side] = ("positive", "negative")
 
 
-@dataclass(frozen=True)
-class LossCurve:
-    """The weight curve of a loss at `SIMILARITY`.
-
-    Args:
-        positive: (n,) weights of positives, float64.
-        negative: (n,) weights of negatives.
-        at_context: whether they depend on the anchor's other pairs, which are then those of `Context()`.
-        of_draws: whether a miner draws, so that they are means.
-    """
+class LossCurve(NamedTuple):
+    """Weights (n,) float64 at `SIMILARITY`, at the pairs of `Context()` where these matter, means of draws."""
 
     positive: Tensor
     negative: Tensor
     at_context: bool
-    of_draws: bool = False
+    of_draws: bool
 
-    def side(self, name: Side) -> Tensor:
-        """Weights (n,) of the positives or the negatives."""
-        return self.positive if name == "positive" else self.negative
-
-    def peak(self, *sides: Side) -> float:
-        """The largest absolute weight of the sides, both if none is named."""
-        return max(float(self._finite(side).abs().max()) for side in sides or SIDES)
-
-    def usual(self, side: Side) -> float:
-        """The absolute weight that half of the similarities do not exceed."""
-        return float(self._finite(side).abs().median())
-
-    @property
-    def lowest(self) -> float:
-        """The lowest weight: below 0 where a positive is pushed away or a negative pulled, but for rounding."""
-        lowest = min(float(self._finite(side).min()) for side in SIDES)
-        return lowest if lowest < -1e-6 * self.peak() else 0.0
-
-    def _finite(self, side: Side) -> Tensor:
-        return torch.where(INNER & self.side(side).isfinite(), self.side(side), 0)
+    def finite(self, side: Side) -> Tensor:
+        """Weights (n,) of a side, 0 where they are beyond all bounds."""
+        weights: Tensor = getattr(self, side)
+        return torch.where(INNER & weights.isfinite(), weights, 0)
 
 
 def curves_of(points: Iterable[Point]) -> dict[str, LossCurve]:
-    """By the key of the point; a loss of several points is asked once.
+    """Curves by the key of the point; a loss of several points is asked once.
 
     Raises:
         InputError: naming the first point whose loss cannot be built or has no weight curve.
@@ -76,20 +48,14 @@ def curves_of(points: Iterable[Point]) -> dict[str, LossCurve]:
     curves = {}
     for point in points:
         text = json.dumps(loss_config(point), sort_keys=True)
-        if text not in by_loss:
-            try:
-                by_loss[text] = _curve(json.loads(text))
-            # Whatever a loss of any library raises: a report must not fail for it.
-            except Exception as error:
-                raise InputError(f"the loss of ({point.label}) has no weight curve: {_said(error)}") from error
-        curves[point.key] = by_loss[text]
+        try:
+            curves[point.key] = by_loss[text] = by_loss.get(text) or _curve(json.loads(text))
+        except Exception as error:  # whatever a loss of any library raises: a report must not fail for it
+            # Of what jsonargparse wraps, our own error, else the part that names the option.
+            reason = one_line(input_error_in(error) or error, 10**4).partition(" Given value type")[0]
+            reason = (reason.partition("Errors: - ")[2] or reason)[:400]
+            raise InputError(f"the loss of ({point.label}) has no weight curve: {reason}") from error
     return curves
-
-
-def alike(curves: Sequence[LossCurve], side: Side) -> bool:
-    """Whether all give the same weights on the side."""
-    first = curves[0].side(side)
-    return all(torch.allclose(first, each.side(side), rtol=1e-6, atol=1e-9, equal_nan=True) for each in curves[1:])
 
 
 def _curve(config: Any) -> LossCurve:
@@ -102,11 +68,3 @@ def _curve(config: Any) -> LossCurve:
     alone = context_free(loss)
     weights = weight_curve(loss, SIMILARITY, context=Context((), ()) if alone else Context())
     return LossCurve(*weights, at_context=not alone, of_draws=draws_pairs(loss))
-
-
-def _said(error: BaseException) -> str:
-    """One line: of what jsonargparse wraps, the error of ours, else the part that names the option."""
-    text = " ".join(str(input_error_in(error) or error).split())
-    text = text.partition(" Given value type")[0]
-    text = text.partition("Errors: - ")[2] or text
-    return textwrap.shorten(text or type(error).__name__, 400)

@@ -38,8 +38,8 @@ def mean_of(values: Sequence[float]) -> Mean:
     """Mean and interval by Student's t distribution.
 
     Examples:
-        >>> found = mean_of([1.0, 2.0, 3.0])
-        >>> found.n, round(found.mean, 3), round(found.low, 3), round(found.high, 3)
+        >>> mean = mean_of([1.0, 2.0, 3.0])
+        >>> mean.n, round(mean.mean, 3), round(mean.low, 3), round(mean.high, 3)
         (3, 2.0, -0.484, 4.484)
     """
     n = len(values)
@@ -62,14 +62,14 @@ def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Compa
         baseline: by seed.
 
     Examples:
-        >>> found = compare({0: 1.0, 1: 2.0, 2: 4.0}, {0: 0.5, 1: 1.0, 2: 2.0, 3: 9.0})
-        >>> found.difference.n, round(found.difference.mean, 3), round(found.p, 3)
+        >>> comparison = compare({0: 1.0, 1: 2.0, 2: 4.0}, {0: 0.5, 1: 1.0, 2: 2.0, 3: 9.0})
+        >>> comparison.difference.n, round(comparison.difference.mean, 3), round(comparison.p, 3)
         (3, 1.167, 0.118)
     """
     differences = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
     difference = mean_of(differences)
     shared = values.keys() & baseline.keys()
-    size = max([abs(each[seed]) for each in (values, baseline) for seed in shared], default=0.0)
+    size = max([abs(by_seed[seed]) for by_seed in (values, baseline) for seed in shared], default=0.0)
     if difference.n < 2 or max(differences) - min(differences) <= ROUNDING * size:
         # Equal but for rounding: their spread tells nothing of the seeds.
         return Comparison(Mean(difference.n, difference.mean, math.nan, math.nan), math.nan)

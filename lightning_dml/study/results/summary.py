@@ -1,4 +1,4 @@
-"""What the trials of a study amount to: a row for each grid point, and how much is left to do."""
+"""The trials of a study summed up: a row for each grid point, and how much is left to do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        """Whether all seeds are in."""
+        """True when all seeds are in."""
         return all(state == "finished" for state in self.states.values())
 
 
@@ -71,16 +71,16 @@ def rows_of(study: StudyFile, points: Sequence[Point], entries: Mapping[str, Ent
 
 
 def state_of(run: Run, entries: Mapping[str, Entry]) -> str:
-    """Finished, running, waiting (also where it is not entered yet, or was lost) or failed."""
+    """The state of a training: finished, running, waiting (also if not entered yet, or lost) or failed."""
     entry = entries.get(run.key)
     return entry.state if entry is not None and entry.state in STATES else "waiting"
 
 
 def count_states(runs: Sequence[Run], entries: Mapping[str, Entry]) -> str:
-    """Such as "12 trainings: 9 finished, 1 running, 2 waiting"."""
+    """The counts of the states, such as "12 trainings: 9 finished, 1 running, 2 waiting"."""
     counts = Counter(state_of(run, entries) for run in runs)
-    found = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    return f"{len(runs)} training{'s' if len(runs) != 1 else ''}: {found}"
+    text = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    return f"{len(runs)} training{'s' if len(runs) != 1 else ''}: {text}"
 
 
 def seconds_of_one(runs: Sequence[Run], entries: Mapping[str, Entry]) -> float:

@@ -63,8 +63,8 @@ def course_csv(study: StudyFile, runs: Sequence[Run], courses: Mapping[str, Mapp
         for name in names:
             for step, value in courses.get(run.key, {}).get(name, []):
                 by_step.setdefault(step, {})[name] = value
-        for step, found in sorted(by_step.items()):
-            noted = ["" if found.get(name) is None else found[name] for name in names]
+        for step, values in sorted(by_step.items()):
+            noted = ["" if values.get(name) is None else values[name] for name in names]
             lines.append([*run.point.choice.values(), run.seed, run.key, step, *noted])
     return _csv(lines)
 
@@ -86,7 +86,7 @@ def markdown(study: StudyFile, rows: Sequence[Row], runs: Sequence[Run], entries
         elif compared:
             cells += ["baseline" if row.baseline is row.point else "", "", ""]
         body.append(cells)
-    table = "\n".join("| " + " | ".join(each.replace("|", "\\|") for each in line) + " |" for line in body)
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in body)
     return f"# Study {study.name}\n\n{count_states(runs, entries)}.\n\n{table}\n\n{_notes(study, rows, compared)}\n"
 
 

@@ -14,7 +14,7 @@ def own_identity() -> dict[str, Any]:
 
 
 def is_alive(identity: Any) -> bool | None:
-    """Whether the process lives; None where this host cannot tell, as for a process of another host."""
+    """True if the process lives; None where this host cannot tell, as for a process of another host."""
     machine = _machine()
     if not isinstance(identity, dict) or machine is None or identity.get("machine") != machine:
         return None

@@ -70,8 +70,8 @@ class _Sign:
 
 
 def is_there(storage: BaseStorage, name: str) -> bool:
-    """Whether the storage has the study, which is not made for the asking."""
-    return any(each.study_name == name for each in storage.get_all_studies())
+    """True if the storage has the study; asking does not make it."""
+    return any(study.study_name == name for study in storage.get_all_studies())
 
 
 class Ledger:
@@ -124,8 +124,8 @@ class Ledger:
         """The entry that counts of each training that has been entered."""
         latest: dict[str, Entry] = {}
         for entry, _ in self._counting().values():
-            held = latest.get(entry.key)
-            if held is None or (held.state != "finished" and entry.attempt > held.attempt):
+            newest = latest.get(entry.key)
+            if newest is None or (newest.state != "finished" and entry.attempt > newest.attempt):
                 latest[entry.key] = entry
         return latest
 
@@ -133,7 +133,7 @@ class Ledger:
         """Enters each training that is not there, and the next attempt at each that was lost (or has failed)."""
         again = {"lost", "failed"} if retry_failed else {"lost"}
         entries = self.entries()
-        due = [run for run in runs if (held := entries.get(run.key)) is None or held.state in again]
+        due = [run for run in runs if (entry := entries.get(run.key)) is None or entry.state in again]
         distributions = self._distributions(runs) if due else {}
         for run in due:
             attributes = {
@@ -224,21 +224,23 @@ class Ledger:
             raise Lost
 
     def _distributions(self, runs: Sequence[Run]) -> dict[str, Any]:
-        """What the trials' parameters are out of, without those that the study has had otherwise, as Optuna refuses."""
+        """The choices of the trials' parameters, without those that the study has had otherwise, as Optuna refuses."""
         values: dict[str, dict[Any, None]] = defaultdict(dict)
         for run in runs:
             for name, value in _parameters(run).items():
                 values[name][value] = None
-        wanted = {name: self._optuna.distributions.CategoricalDistribution([*each]) for name, each in values.items()}
+        wanted = {
+            name: self._optuna.distributions.CategoricalDistribution([*choices]) for name, choices in values.items()
+        }
         trials = self.storage.get_all_trials(self._study, deepcopy=False)
-        before = {name: each for trial in trials for name, each in trial.distributions.items()}
-        return {name: each for name, each in wanted.items() if before.get(name, each) == each}
+        before = {name: choices for trial in trials for name, choices in trial.distributions.items()}
+        return {name: choices for name, choices in wanted.items() if before.get(name, choices) == choices}
 
     def _counting(self) -> dict[tuple[str, int], tuple[Entry, list[FrozenTrial]]]:
-        """By key and attempt, the trial that counts and those that do not."""
+        """The trials by key and attempt: the one that counts and those that do not."""
         counting: dict[tuple[str, int], tuple[Entry, list[FrozenTrial]]] = {}
         trials = self.storage.get_all_trials(self._study, deepcopy=False)
-        for trial in sorted(trials, key=lambda each: each.number):
+        for trial in sorted(trials, key=lambda trial: trial.number):
             attributes = trial.user_attrs
             if "key" not in attributes:
                 continue  # somebody else's, put in by hand
@@ -270,19 +272,19 @@ class Ledger:
                     self._end(entry, self._optuna.trial.TrialState.FAIL)
 
     def _verdict(self, entry: Entry) -> bool | None:
-        """Whether the worker of a running trial lives; None while that cannot be told."""
+        """True if the worker of a running trial lives; None while that cannot be told."""
         owner, beat = entry.attributes.get("owner"), entry.attributes.get("beat")
         verdict = is_alive(owner)
         if verdict is not None:
             return verdict
         # By this host's own clock, as clocks of hosts differ: what counts is how long the sign of life is the same.
         now, sign = time.monotonic(), (owner, beat)
-        seen = self._seen.setdefault(entry.number, _Sign(sign, now))
-        if seen.sign != sign:
-            seen = self._seen[entry.number] = _Sign(sign, now, renewed=True)
-        if now - seen.since > self.lease:
+        last = self._seen.setdefault(entry.number, _Sign(sign, now))
+        if last.sign != sign:
+            last = self._seen[entry.number] = _Sign(sign, now, renewed=True)
+        if now - last.since > self.lease:
             return False
-        return True if seen.renewed else None
+        return True if last.renewed else None
 
     def _note(self, entry: Entry, key: str, value: Any) -> None:
         try:
@@ -298,7 +300,7 @@ class Ledger:
 
 
 def _parameters(run: Run) -> dict[str, Any]:
-    """What Optuna's own tools are to know of a training."""
+    """The parameters that Optuna's own tools show of a training."""
     return {"seed": run.seed, **run.point.choice}
 
 
@@ -306,8 +308,8 @@ def _difference(old: Any, new: Any, where: str = "") -> str:
     """Dotted path of one place at which two configs differ, with both values; empty when there is none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            found = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-            if found:
-                return found
+            difference = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            if difference:
+                return difference
         return ""
     return "" if old == new else f"{where} (was {old!r}, is {new!r})"

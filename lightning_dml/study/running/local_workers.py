@@ -37,7 +37,7 @@ def run_workers(command: Sequence[str], workers: int, first: Sequence[str] = ())
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    before = {each: signal.signal(each, pass_on) for each in heard()}
+    before = {number: signal.signal(number, pass_on) for number in heard()}
     try:
         for place in range(workers):
             if not came:
@@ -45,8 +45,8 @@ def run_workers(command: Sequence[str], workers: int, first: Sequence[str] = ())
                 processes.append(subprocess.Popen([*command, *further], env=_environment(place, workers)))
         statuses = [process.wait() for process in processes]
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if came:
         return came[0], []
     if any(status == 2 for status in statuses):
@@ -60,15 +60,15 @@ def run_workers(command: Sequence[str], workers: int, first: Sequence[str] = ())
 
 
 def _environment(place: int, workers: int) -> dict[str, str]:
-    """Of one local worker: a GPU of its own as long as there are some, and its share of the processor's cores."""
+    """The environment of one local worker: a GPU of its own while there are some, and its share of the cores."""
     import torch  # takes seconds, which only the process that starts the others needs to spend
 
     from lightning_dml.cores import cores
 
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
-    devices = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-    devices = devices or [str(each) for each in range(torch.cuda.device_count())]
+    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    devices = devices or [str(device) for device in range(torch.cuda.device_count())]
     if len(devices) > 1:
         environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
     return environment

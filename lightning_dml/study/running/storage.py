@@ -34,7 +34,7 @@ def needed(name: str) -> ModuleType:
 
 
 def exists(storage: str) -> bool:
-    """Whether there may be something in the storage; False only for a file that is not there."""
+    """True where there may be something in the storage; False only for a file that is not there."""
     path = _file(storage)
     return path is None or path.exists()
 

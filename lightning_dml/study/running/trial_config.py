@@ -43,7 +43,9 @@ def training_config(run: Run, folder: Path, course: Course = NO_COURSE) -> dict[
     trainer = dict(run.point.config.get("trainer") or {})
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    callbacks = [_in_folder(each, folder) for each in callbacks if not _class_of(each).endswith("ProgressBar")]
+    callbacks = [
+        _in_folder(callback, folder) for callback in callbacks if not _class_of(callback).endswith("ProgressBar")
+    ]
     settings = {
         "default_root_dir": str(folder),
         "enable_progress_bar": False,
@@ -67,12 +69,12 @@ def write_config(run: Run, folder: Path, course: Course = NO_COURSE) -> Path:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole, if there is one."""
-    found = sorted(
+    newest_first = sorted(
         (path for path in folder.rglob("*.ckpt") if path.is_file()),  # not so a link to what is gone
         key=lambda path: path.stat().st_mtime,
         reverse=True,
     )
-    return next((path for path in found if zipfile.is_zipfile(path)), None)
+    return next((path for path in newest_first if zipfile.is_zipfile(path)), None)
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -85,7 +87,7 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What `StudyRecord` wrote; None if the training did not come to its end."""
+    """The result that `StudyRecord` wrote; None if the training did not come to its end."""
     path = folder / RESULT
     if not path.exists():
         return None
@@ -96,8 +98,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def metric_value(result: Mapping[str, Any], name: str, mode: str, value: str) -> float:
     """The last value of a metric or its best; not a number where it is missing or was not finite."""
     key = mode if value == "best" else "last"
-    found = result.get("metrics", {}).get(name, {}).get(key)
-    return math.nan if found is None else float(found)
+    number = result.get("metrics", {}).get(name, {}).get(key)
+    return math.nan if number is None else float(number)
 
 
 def set_aside(folder: Path, suffix: str) -> Path:
@@ -124,7 +126,7 @@ def _loggers(loggers: Any, folder: Path) -> Any:
     if loggers is None or loggers is True:
         loggers = {"class_path": "pytorch_lightning.loggers.CSVLogger"}
     several = loggers if isinstance(loggers, list) else [loggers]
-    return [_logger(each, folder) for each in several]
+    return [_logger(logger, folder) for logger in several]
 
 
 def _logger(logger: Any, folder: Path) -> Any:
@@ -137,16 +139,16 @@ def _logger(logger: Any, folder: Path) -> Any:
 
 
 def _has_save_dir(name: str) -> bool:
-    """Whether a logger has such an option; of a class that is not to be found, the training itself will tell."""
+    """True when a logger takes `save_dir`; of a class that is not to be found, the training itself will tell."""
     if name.endswith(("CSVLogger", "TensorBoardLogger", "WandbLogger", "MLFlowLogger")):
         return True
     module, _, short = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), short)
+        logger_class = getattr(importlib.import_module(module or "pytorch_lightning.loggers"), short)
     except (ImportError, AttributeError, ValueError):
         return False
-    for each in (each for each in getattr(found, "__mro__", ()) if "__init__" in vars(each)):
-        options = inspect.signature(each.__init__).parameters
+    for base in (base for base in getattr(logger_class, "__mro__", ()) if "__init__" in vars(base)):
+        options = inspect.signature(base.__init__).parameters
         if "save_dir" in options:
             return True
         if not any(option.kind == option.VAR_KEYWORD for option in options.values()):

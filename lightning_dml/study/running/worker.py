@@ -223,17 +223,17 @@ class Worker:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {each: signal.signal(each, note) for each in heard()}
+        before = {number: signal.signal(number, note) for number in heard()}
         try:
             yield
         finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def heard() -> list[signal.Signals]:
     """The signals that end a worker: not those that whoever started it had it ignore, as nohup does with SIGHUP."""
-    return [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _environment() -> dict[str, str]:
@@ -253,11 +253,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _complaint(path: Path) -> str:
-    """What a command line says from "error: " on, or else the last line that was printed, as that of a traceback is."""
+    """The complaint of a command from "error: " on, else the last line that was printed, as that of a traceback is."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    said = max((place for place, line in enumerate(lines) if COMPLAINT.match(line)), default=-1)
-    if any(line.startswith("Traceback (most recent") for line in lines[said + 1 :]):
-        said = -1
-    return " ".join(lines[said:])[:500] or "it printed nothing"
+    start = max((place for place, line in enumerate(lines) if COMPLAINT.match(line)), default=-1)
+    if any(line.startswith("Traceback (most recent") for line in lines[start + 1 :]):
+        start = -1
+    return " ".join(lines[start:])[:500] or "it printed nothing"

@@ -1,29 +1,23 @@
-"""The cache of resized images: the same pictures, made once, and never a wrong or half one."""
+"""The cache of resized images: the same pictures, made once, and never a wrong one."""
 
 from __future__ import annotations
 
-import errno
 import gc
-import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import time
 import tracemalloc
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
-import torch.distributed
-from PIL import Image, ImageFile
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from lightning_dml.datamodules.images import cache as image_cache
 from lightning_dml.datamodules.images import cache_file as image_cache_file
@@ -31,64 +25,7 @@ from lightning_dml.datamodules.images.cache import ImageCache
 from lightning_dml.datamodules.images.opening import open_row
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.errors import InputError
-from tests.helpers import run_ranks
-
-RESIZE = 24
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> ImageTable:
-    """Six pictures of several shapes, kinds and modes, two of them parts of one file, some smaller than RESIZE."""
-    rng = np.random.default_rng(0)
-    names = ["a.jpg", "b/1.png", "c.jpg", "d.png", "b/1.png", "ü.png"]
-    shapes = {"a.jpg": (90, 60), "b/1.png": (40, 130), "c.jpg": (64, 64), "d.png": (10, 25), "ü.png": (24, 30)}
-    for name, (height, width) in shapes.items():
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Smooth, as photographs are, so that JPEG can come near.
-        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize((width, height), Image.Resampling.BICUBIC).convert("L" if name == "d.png" else "RGB").save(path)
-    whole = {name: [0, 0, width, height] for name, (height, width) in shapes.items()}
-    boxes = np.array([whole[name] for name in names], np.int32)
-    boxes[4] = 30, 5, 100, 40
-    return ImageTable(tmp_path / "images", Texts(names), np.arange(6), boxes)
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts how often each image file is opened, by name."""
-    counts: Counter[str] = Counter()
-    real = Image.open
-
-    def counting(source: Any, *args: Any) -> ImageFile.ImageFile:
-        if isinstance(source, Path):
-            counts[source.name] += 1
-        return real(source, *args)
-
-    monkeypatch.setattr(Image, "open", counting)
-    return counts
-
-
-def uncached(
-    table: ImageTable, row: int, resize: int = RESIZE, interpolation: str = "bilinear"
-) -> np.ndarray[Any, Any]:
-    """What the loader would see without a cache, by plain PIL and torchvision."""
-    with Image.open(table.path(row)) as image:
-        cut = image.convert("RGB")
-    if table.boxes is not None:
-        cut = cut.crop(tuple(table.boxes[row].tolist()))
-    return np.asarray(v2.Resize(resize, v2.InterpolationMode(interpolation))(cut))
-
-
-def build(table: ImageTable, folder: Path, **options: Any) -> ImageCache:
-    """A cache with the settings of most tests, whose names a test may override."""
-    defaults: dict[str, Any] = {"resize": RESIZE, "interpolation": "bilinear", "progress": False}
-    return ImageCache.build(table, folder, **(defaults | options))
-
-
-def files(folder: Path) -> list[str]:
-    """What lies in the folder of the caches, less the lock files."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+from tests.datamodules.images.cases import RESIZE, build, files, picture_of_file
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
@@ -102,7 +39,7 @@ def test_raw_pictures_are_bit_for_bit_those_of_the_files(
     assert len(cache) == 6
     for row in range(6):
         assert cache[row].mode == "RGB" and min(cache[row].size) == RESIZE
-        assert np.array_equal(np.asarray(cache[row]), uncached(table, row, interpolation=interpolation))
+        assert np.array_equal(np.asarray(cache[row]), picture_of_file(table, row, interpolation=interpolation))
     assert np.array_equal(np.asarray(cache[-1]), np.asarray(cache[5]))
     assert np.array_equal(np.asarray(cache[np.int64(2)]), np.asarray(cache[2]))
     for row in (6, -7):
@@ -114,7 +51,7 @@ def test_jpeg_pictures_are_near_those_of_the_files(table: ImageTable, tmp_path: 
     """The smaller encoding may cost a shade of colour, and not more."""
     cache = build(table, tmp_path / "cache", encoding="jpeg")
     for row in range(6):
-        expected = uncached(table, row).astype(int)
+        expected = picture_of_file(table, row).astype(int)
         away = np.abs(np.asarray(cache[row]).astype(int) - expected)
         assert away.shape == expected.shape and away.max() <= 16 and away.mean() < 2
     large = {encoding: build(table, tmp_path / encoding, resize=200, encoding=encoding) for encoding in ("raw", "jpeg")}
@@ -185,96 +122,7 @@ def test_whatever_changes_the_pictures_makes_another_cache(
     # Another list of files may be another data set, whose cache is still wanted.
     assert files(folder) == sorted([new.path.name, *([old.name] if what == "order" else [])])
     if what not in ("encoding", "replaced"):
-        assert all(np.array_equal(np.asarray(new[row]), uncached(other, row, **options)) for row in range(6))
-
-
-def test_only_caches_of_the_same_stem_and_root_are_replaced(table: ImageTable, tmp_path: Path) -> None:
-    """Splits and data sets may share a folder; each must find its cache again."""
-    folder = tmp_path / "cache"
-    shutil.copytree(table.root, tmp_path / "other")  # with other times of change
-    kept = [
-        build(table, folder, stem="train"),
-        build(table, folder, stem="train-val"),
-        build(table, folder, stem="night/val"),
-        build(replace(table, root=tmp_path / "other"), folder, stem="train", resize=RESIZE + 2),
-    ]
-    names = {each.path.name for each in kept}
-    del kept
-    gc.collect()
-    new = build(table, folder, stem="train", resize=RESIZE + 1)
-    assert len(names) == 4
-    left = set(files(folder))
-    assert new.path.name in left and len(names & left) == 3 and len(left) == 4
-
-
-def test_a_cache_that_is_in_use_is_not_deleted(table: ImageTable, tmp_path: Path) -> None:
-    """Workers of another run map the file again at each epoch; without it that run would die."""
-    folder = tmp_path / "cache"
-    used = build(table, folder)
-    new = build(table, folder, resize=RESIZE + 1)
-    assert files(folder) == sorted([used.path.name, new.path.name])
-    assert len(pickle.loads(pickle.dumps(used))) == 6
-    del used
-    gc.collect()
-    newest = build(table, folder, resize=RESIZE + 2)
-    assert files(folder) == sorted([new.path.name, newest.path.name])
-
-
-def build_at_once(rank: int, ranks: int, table: ImageTable, folder: Path) -> tuple[int, bytes]:
-    """How many images one of several processes has opened, and one of its pictures."""
-    torch.distributed.barrier()
-    counts = 0
-    real = Image.open
-
-    def counting(*args: Any) -> ImageFile.ImageFile:
-        nonlocal counts
-        counts += 1
-        time.sleep(0.05)  # long enough for the other to come by
-        return real(*args)
-
-    Image.open = counting  # type: ignore[assignment]
-    picture = build(table, folder)[4].tobytes()
-    return counts, picture
-
-
-def test_of_two_processes_one_builds(table: ImageTable, tmp_path: Path) -> None:
-    """The ranks of a machine start together; each building its own would double the time and race for the name."""
-    outcomes = run_ranks(2, build_at_once, table, tmp_path / "cache")
-    assert sorted(count for count, _ in outcomes) == [0, 6]
-    assert outcomes[0][1] == outcomes[1][1] == uncached(table, 4).tobytes()
-    assert len(files(tmp_path / "cache")) == 1
-
-
-def build_slowly(table: ImageTable, folder: Path) -> None:
-    """A build that hangs at its fourth picture."""
-
-    def hanging(table: ImageTable, row: int) -> Image.Image:
-        if row == 3:
-            time.sleep(60)
-        return open_row(table, row)
-
-    with mock.patch.object(image_cache, "open_row", hanging):
-        build(table, folder, workers=1)
-
-
-def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
-    table: ImageTable, tmp_path: Path, opened: Counter[str]
-) -> None:
-    """Jobs are killed at time limits; a half cache that passes would be black pictures for months."""
-    folder = tmp_path / "cache"
-    process = multiprocessing.get_context("forkserver").Process(target=build_slowly, args=(table, folder))
-    process.start()
-    limit = time.monotonic() + 60
-    while not folder.exists() or not files(folder):
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    (left,) = files(folder)
-    assert left.endswith(".part")
-    cache = build(table, folder)
-    assert files(folder) == [cache.path.name] and sum(opened.values()) == 6
+        assert all(np.array_equal(np.asarray(new[row]), picture_of_file(other, row, **options)) for row in range(6))
 
 
 @pytest.mark.parametrize("damage", ["empty", "head", "tables", "cut", "longer", "magic", "text", "other", "misnamed"])
@@ -307,7 +155,7 @@ def test_a_damaged_cache_is_built_anew(damage: str, table: ImageTable, tmp_path:
     with pytest.warns(UserWarning, match=r"image cache .* it is built anew now"):
         cache = build(table, folder)
     assert sum(opened.values()) == 6
-    assert all(np.array_equal(np.asarray(cache[row]), uncached(table, row)) for row in range(6))
+    assert all(np.array_equal(np.asarray(cache[row]), picture_of_file(table, row)) for row in range(6))
 
 
 def test_every_byte_of_the_tables_is_watched(table: ImageTable, tmp_path: Path) -> None:
@@ -339,77 +187,6 @@ def test_a_damaged_jpeg_in_the_cache_is_an_error(table: ImageTable, tmp_path: Pa
         ImageCache(other)[2]
 
 
-def test_an_unreadable_image_stops_the_build(table: ImageTable, tmp_path: Path) -> None:
-    """A black picture in its place would be trained on for months."""
-    path = table.path(3)
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(InputError, match=r"cannot read image .*d\.png \(row 3 of the data set\)"):
-        build(table, tmp_path / "cache")
-    assert files(tmp_path / "cache") == []
-    path.unlink()
-    with pytest.raises(
-        InputError, match=r"cannot read image .*d\.png \(row 3 of the data set\): there is no such file"
-    ):
-        build(table, tmp_path / "cache")
-
-
-def test_too_little_space_is_said_before_the_disk_is_full(
-    table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Hours of building that end in a full disk, shared with others, help nobody."""
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(image_cache, "_CHECKED", 2)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 3000, 3000))
-    read: list[int] = []
-
-    def counting(table: ImageTable, row: int) -> Image.Image:
-        read.append(row)
-        return open_row(table, row)
-
-    monkeypatch.setattr(image_cache, "open_row", counting)
-    many = table.take(np.arange(600) % 6)
-    with pytest.raises(
-        InputError, match=r"the cache of 600 images, about 0\.00 GiB, does not fit into .*another folder"
-    ):
-        build(many, tmp_path / "cache", workers=1)
-    assert len(read) < 10 and files(tmp_path / "cache") == []
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_fails_leaves_nothing_behind(
-    code: int, table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A part of a cache on a full disk would keep it full."""
-
-    def fail(*_: Any) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    message = "cannot write an image cache" if code == errno.EIO else "does not fit into"
-    with pytest.raises(InputError, match=f"{message}.*another folder"):
-        build(table, tmp_path / "cache")
-    assert files(tmp_path / "cache") == []
-
-
-def test_an_interrupt_leaves_nothing_behind(table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of a long build is the usual way to stop one."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        build(table, tmp_path / "cache")
-    assert files(tmp_path / "cache") == []
-
-
-def test_a_folder_that_cannot_be_made_is_named(table: ImageTable, tmp_path: Path) -> None:
-    """The path comes from a config; the error must say which it was."""
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write an image cache to .*file.*another folder"):
-        build(table, tmp_path / "file" / "cache")
-
-
 class Pictures(Dataset[tuple[int, int, bytes]]):
     """The cache in a worker: which process reads, and what."""
 
@@ -430,9 +207,11 @@ def test_workers_read_the_same_pictures(start: str, table: ImageTable, tmp_path:
     cache = build(table, tmp_path / "cache")
     assert len(pickle.dumps(cache)) < 400
     loader = DataLoader(Pictures(cache), batch_size=None, num_workers=2, multiprocessing_context=start)
-    seen = list(loader)
-    assert len({process for process, _, _ in seen} - {os.getpid()}) == 2
-    assert [(row, pixels) for _, row, pixels in seen] == [(row, uncached(table, row).tobytes()) for row in range(6)]
+    pictures = list(loader)
+    assert len({process for process, _, _ in pictures} - {os.getpid()}) == 2
+    assert [(row, pixels) for _, row, pixels in pictures] == [
+        (row, picture_of_file(table, row).tobytes()) for row in range(6)
+    ]
 
 
 def test_the_file_is_let_go_of(table: ImageTable, tmp_path: Path) -> None:
@@ -455,9 +234,9 @@ def test_many_rows_cost_no_objects(tmp_path: Path) -> None:
     ImageCache(path)
     tracemalloc.start()
     cache = ImageCache(path)
-    held, _ = tracemalloc.get_traced_memory()
+    memory, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 50_000
+    assert memory < 50_000
     assert len(cache) == rows and cache[299_999].getpixel((0, 0)) == (299_999 % 256,) * 3
 
 
@@ -469,9 +248,9 @@ def test_an_empty_table_has_an_empty_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resize": 0}, "resize must be at least 1, got 0"),
-        ({"encoding": "png"}, "encoding must be 'raw' or 'jpeg', got 'png'"),
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"resize": 0}, "resize must be an integer of at least 1, got 0"),
+        ({"encoding": "png"}, "encoding must be one of raw, jpeg, got 'png'"),
+        ({"workers": 0}, "workers must be an integer of at least 1, got 0; None takes one for each core"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str, table: ImageTable, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
 
 from lightning_dml.datamodules.images import check as image_check
 from lightning_dml.datamodules.images.check import How, Unreadable, check_images, raise_unreadable
@@ -38,30 +38,16 @@ def make(folder: Path, names: list[str], boxes: Any = None) -> ImageTable:
     return ImageTable(folder, Texts(names), np.arange(len(names)), columns)
 
 
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts how often each file is opened, by name."""
-    counts: Counter[str] = Counter()
-    real = Image.open
-
-    def counting(path: Any, *args: Any) -> ImageFile.ImageFile:
-        counts[Path(path).name] += 1
-        return real(path, *args)
-
-    monkeypatch.setattr(Image, "open", counting)
-    return counts
-
-
 NAMES = ["a/1.jpg", "a/2cut.jpg", "b/3text.png", "b/4gone.png", "c/5.png", "a/1.jpg"]
 
 
 @pytest.mark.parametrize(("how", "rows"), [("headers", [2, 3]), ("decode", [1, 2, 3])])
 def test_finds_what_cannot_be_read(how: How, rows: list[int], tmp_path: Path) -> None:
     """A file that fails at hour three of a training costs three hours; only `decode` can see a file that was cut."""
-    found = check_images(make(tmp_path / "images", NAMES), how, tmp_path / "kept")
-    assert found.rows.dtype == np.int64 and found.rows.tolist() == rows and len(found) == len(rows)
+    unreadable = check_images(make(tmp_path / "images", NAMES), how, tmp_path / "kept")
+    assert unreadable.rows.dtype == np.int64 and unreadable.rows.tolist() == rows and len(unreadable) == len(rows)
     reasons = {1: "truncated", 2: "no image", 3: "no such file"}
-    assert all(reasons[row] in reason for row, reason in zip(rows, found.reasons, strict=True))
+    assert all(reasons[row] in reason for row, reason in zip(rows, unreadable.reasons, strict=True))
 
 
 def test_many_files_come_out_in_the_order_of_their_rows(tmp_path: Path) -> None:
@@ -69,10 +55,10 @@ def test_many_files_come_out_in_the_order_of_their_rows(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = [f"{place % 7}/{place}{rng.choice(['', '', 'gone', 'text'])}.ppm" for place in range(150)]
     names = [names[place] for place in rng.integers(0, 150, 300)]
-    found = check_images(make(tmp_path / "images", names), "headers", tmp_path / "kept")
+    unreadable = check_images(make(tmp_path / "images", names), "headers", tmp_path / "kept")
     expected = [row for row, name in enumerate(names) if "gone" in name or "text" in name]
-    assert found.rows.tolist() == expected
-    assert [("no such file" in reason) for reason in found.reasons] == ["gone" in names[row] for row in expected]
+    assert unreadable.rows.tolist() == expected
+    assert [("no such file" in reason) for reason in unreadable.reasons] == ["gone" in names[row] for row in expected]
 
 
 @pytest.mark.parametrize("how", ["headers", "decode"])
@@ -80,8 +66,8 @@ def test_boxes_are_checked_against_the_size(how: How, tmp_path: Path, opened: Co
     """Boxes of another release of the images are a common mistake; each file is opened once for all of its boxes."""
     boxes = [[0, 0, 40, 30], [40, 0, 50, 10], [-5, -5, 99, 99], [3, 9, 3, 12], [0, 0, 9, 9]]
     table = make(tmp_path / "images", ["a.png"] * 4 + ["b.png"], boxes)
-    found = check_images(table, how, tmp_path / "kept")
-    assert found.rows.tolist() == [1, 3] and all("holds no pixel" in reason for reason in found.reasons)
+    unreadable = check_images(table, how, tmp_path / "kept")
+    assert unreadable.rows.tolist() == [1, 3] and all("holds no pixel" in reason for reason in unreadable.reasons)
     assert opened == {"a.png": 1, "b.png": 1}
 
 
@@ -145,8 +131,8 @@ def test_a_damaged_result_is_not_believed(content: bytes, tmp_path: Path, opened
     """A job that is killed or a full disk may leave anything there; it must not stop or mislead the next one."""
     table = make(tmp_path / "images", ["a.png", "b.png"])
     check_images(table, "headers", tmp_path / "kept")
-    (kept,) = (tmp_path / "kept").iterdir()
-    kept.write_bytes(content)
+    (result,) = (tmp_path / "kept").iterdir()
+    result.write_bytes(content)
     opened.clear()
     assert not len(check_images(table, "headers", tmp_path / "kept"))
     assert opened == {"a.png": 1, "b.png": 1}
@@ -157,8 +143,8 @@ def test_rows_of_a_damaged_result_are_in_the_table(tmp_path: Path, monkeypatch: 
     table = make(tmp_path / "images", ["a.png", "b.png"])
     monkeypatch.setattr(image_check, "_stamp", lambda table: "same")
     check_images(table, "headers", tmp_path / "kept")
-    (kept,) = (tmp_path / "kept").iterdir()
-    kept.write_text('{"stamp": "same", "rows": [2], "reasons": ["x"]}')
+    (result,) = (tmp_path / "kept").iterdir()
+    result.write_text('{"stamp": "same", "rows": [2], "reasons": ["x"]}')
     assert not len(check_images(table, "headers", tmp_path / "kept"))
 
 
@@ -167,8 +153,8 @@ def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path: Path) -> None
     table = make(tmp_path / "images", NAMES)
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="cannot keep the result of the image check in"):
-        found = check_images(table, "headers", tmp_path / "file" / "kept")
-    assert found.rows.tolist() == [2, 3]
+        unreadable = check_images(table, "headers", tmp_path / "file" / "kept")
+    assert unreadable.rows.tolist() == [2, 3]
 
 
 def test_nothing_is_left_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +191,7 @@ def test_the_error_names_the_first_file_its_row_and_the_way_out(tmp_path: Path) 
 
 def test_how_must_be_known(tmp_path: Path) -> None:
     """A misspelt word must not mean the quicker check."""
-    with pytest.raises(InputError, match="how must be 'headers' or 'decode', got 'full'"):
+    with pytest.raises(InputError, match="how must be one of headers, decode, got 'full'"):
         check_images(make(tmp_path, ["a.png"]), "full", tmp_path)  # type: ignore[arg-type]
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
-from lightning_dml.datamodules.images.datasets import ArrayDataset, ImageFileDataset
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
+from lightning_dml.datamodules.images.datasets import ArrayDataset
+from lightning_dml.datamodules.images.file_dataset import ImageFileDataset
+from lightning_dml.datamodules.seeded_index import SeededIndex
 from lightning_dml.datamodules.tables.rows import ImageTable, Texts
 from lightning_dml.errors import InputError
 

@@ -34,7 +34,7 @@ from lightning_dml.datamodules.images.transforms import (
     resize_image,
     train_transform,
 )
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
+from lightning_dml.datamodules.seeded_index import SeededIndex
 from lightning_dml.errors import InputError
 
 
@@ -57,8 +57,8 @@ def test_recipes_are_those_of_the_papers() -> None:
     assert (multi_similarity.resize, multi_similarity.image_size) == (256, 227)
     assert (multi_similarity.crop_scale, multi_similarity.flip) == ((0.16, 1), 0.5)
     assert (plain.resize, plain.image_size, plain.crop_scale, plain.flip) == (256, 224, None, 0)
-    for each in (standard, multi_similarity, plain):
-        assert (each.mean, each.std, each.interpolation) == (IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+    for recipe in (standard, multi_similarity, plain):
+        assert (recipe.mean, recipe.std, recipe.interpolation) == (IMAGENET_MEAN, IMAGENET_STD, "bilinear")
     assert all(recipe.source for recipe in RECIPES.values())
 
 
@@ -101,7 +101,7 @@ def test_a_model_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_model_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no network the user must learn how to do without it; the hub is asked for the config alone."""
+    """Without a network the user must learn how to do without it; the hub is asked for the config alone."""
     asked: list[str] = []
 
     def answer(name: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
@@ -119,7 +119,7 @@ def test_a_model_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_numbers_that_are_given_win() -> None:
-    """What stands in the config must be what runs."""
+    """A number in the config must be the one that runs."""
     settings = image_settings(
         "plain",
         "test_resnet",
@@ -138,16 +138,22 @@ def test_numbers_that_are_given_win() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "standrad"}, r"recipe 'standrad' is unknown; did you mean standard\?; there are standard, multi"),
+        (
+            {"recipe": "standrad"},
+            r"recipe must be one of standard, multi_similarity, plain, got 'standrad'; did you mean standard\?",
+        ),
         ({"model_name": "resnet5"}, r"model_name 'resnet5' is not a timm model; did you mean .*resnet5.*list_models"),
         ({"model_name": "resnet50.nope"}, r"'resnet50.nope' has a tag that timm does not know; .*resnet50.a1_in1k"),
         ({"model_name": "ftp:x"}, "'ftp:x' must begin with local-dir: or hf-hub:"),
-        ({"interpolation": "bicubical"}, r"interpolation 'bicubical' is unknown; did you mean bicubic\?; there are"),
+        (
+            {"interpolation": "bicubical"},
+            r"interpolation must be one of nearest, .*, got 'bicubical'; did you mean bicubic\?",
+        ),
         (
             {"image_size": 0},
-            "image_size must be at least 1 and resize at least image_size, got image_size=0 and resize=0",
+            "image_size must be an integer of at least 1, got 0",
         ),
-        ({"resize": 100}, "got image_size=224 and resize=100"),
+        ({"resize": 100}, "resize must be an integer of at least 224, got 100; the crop of image_size=224"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale must be two ascending numbers in \(0, 1\], got \(0.0, 1.0\)"),
         ({"crop_scale": [0.8, 0.4]}, r"got \(0.8, 0.4\)"),
         ({"crop_scale": (0.5,)}, r"crop_scale must be two .* got \(0.5,\)"),
@@ -171,7 +177,7 @@ def test_the_standard_transforms(interpolation: str) -> None:
     train = v2.Compose([v2.Resize(32, interpolation=mode), crop, v2.RandomHorizontalFlip(0.5), *last])
     evaluate = v2.Compose([v2.Resize(32, interpolation=mode), v2.CenterCrop(28), *last])
     for seed in range(4):
-        ours, theirs = (seeded(each, picture(), seed) for each in (train_transform(settings), train))
+        ours, theirs = (seeded(transform, picture(), seed) for transform in (train_transform(settings), train))
         assert torch.equal(ours, theirs) and ours.shape == (3, 28, 28) and ours.dtype == torch.float32
     assert torch.equal(eval_transform(settings)(picture()), evaluate(picture()))
 
@@ -197,15 +203,15 @@ def test_an_image_that_is_scaled_already(interpolation: str, size: tuple[int, in
     assert min(scaled.size) == 32 and resize_image(scaled, 32, interpolation).tobytes() == scaled.tobytes()
     assert torch.equal(eval_transform(settings)(scaled), eval_transform(settings)(image))
     for seed in range(3):
-        assert torch.equal(*(seeded(train_transform(settings), each, seed) for each in (scaled, image)))
+        assert torch.equal(*(seeded(train_transform(settings), source, seed) for source in (scaled, image)))
 
 
 def test_scaling_uses_the_interpolation() -> None:
     """Each model was trained with its own; PIL, asked directly, is the oracle."""
     image = picture()
     for name in INTERPOLATIONS:
-        wanted = image.resize((int(32 * 90 / 70), 32), Image.Resampling[name.upper()])
-        assert resize_image(image, 32, name).tobytes() == wanted.tobytes(), name
+        expected = image.resize((int(32 * 90 / 70), 32), Image.Resampling[name.upper()])
+        assert resize_image(image, 32, name).tobytes() == expected.tobytes(), name
 
 
 @pytest.mark.parametrize(
@@ -294,8 +300,8 @@ def test_randomness_of_albumentations_is_torchs(stand_in: type[Compose], source:
     np.random.seed(5)
     states = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
     images = [seeded(transform, picture(), seed) for seed in range(20)]
-    assert all(torch.equal(seeded(transform, picture(), seed), each) for seed, each in enumerate(images))
-    assert len({float(each.sum()) for each in images}) > 4
+    assert all(torch.equal(seeded(transform, picture(), seed), image) for seed, image in enumerate(images))
+    assert len({float(image.sum()) for image in images}) > 4
     assert len({float(transform(picture()).sum()) for _ in range(20)}) > 4  # without a new seed, one after the other
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # type: ignore[index]
 
@@ -316,7 +322,7 @@ def test_seeds_of_the_pipeline_are_forgotten(stand_in: type[Compose]) -> None:
 
 
 def test_a_result_without_an_image(stand_in: type[Compose]) -> None:
-    """What is no tensor is named here too."""
+    """A result that is no tensor is named here too."""
     with pytest.raises(InputError, match=r"must return a tensor .* got NoneType"):
         as_transform(stand_in("none"))(picture())
 
@@ -336,7 +342,7 @@ class Pictures(LabelledImages):
 @pytest.mark.parametrize("own_seed", [None, 137])
 @pytest.mark.parametrize("to_tensor", [True, False])
 def test_albumentations_over_workers(own_seed: int | None, to_tensor: bool) -> None:
-    """The same images for any number of workers, others for another seed, and the user's object untouched."""
+    """Images are the same for any number of workers, others for another seed, and the user's object untouched."""
     albumentations: Any = __import__("albumentations.pytorch")
     last = [albumentations.pytorch.ToTensorV2()] if to_tensor else []
     nested = albumentations.Compose([albumentations.HorizontalFlip(p=0.5)], seed=own_seed)
@@ -362,6 +368,6 @@ def test_albumentations_over_workers(own_seed: int | None, to_tensor: bool) -> N
     alone = epoch(0, 1)
     assert alone[0].shape == (3, 24, 24) and alone[0].dtype == torch.float32
     for workers in (0, 1, 2):
-        assert all(torch.equal(*each) for each in zip(epoch(workers, 1), alone, strict=True)), workers
-    assert not any(torch.equal(*each) for each in zip(epoch(0, 2), alone, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(epoch(workers, 1), alone, strict=True)), workers
+    assert not any(torch.equal(*pair) for pair in zip(epoch(0, 2), alone, strict=True))
     assert pipeline.seed == own_seed

@@ -17,7 +17,7 @@ from lightning_dml.datamodules.official import cars
 from lightning_dml.datamodules.official.cars import Cars196DataModule, read_cars
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
-from tests.datamodules.replicas import listed, make_cars, make_cars_devkit, spread
+from tests.datamodules.replicas import make_cars, make_cars_devkit, rows_of, spread
 
 
 def test_the_first_layout(tmp_path: Path) -> None:
@@ -26,8 +26,8 @@ def test_the_first_layout(tmp_path: Path) -> None:
     splits = read_cars(tmp_path, check_counts=False)
     train, test = _by_hand(folder, {"cars_annos.mat": ""})
     assert isinstance(splits.test, ImageTable)
-    assert listed(splits.train, splits.class_names) == train and len(train) == 7
-    assert listed(splits.test, splits.class_names) == test and len(test) == 3
+    assert rows_of(splits.train, splits.class_names) == train and len(train) == 7
+    assert rows_of(splits.test, splits.class_names) == test and len(test) == 3
     assert splits.class_names == ["Make Model 1", "Make Model 98", "Make Model 99", "Make Model 196"]
     assert splits.train.boxes is None
 
@@ -40,8 +40,8 @@ def test_the_later_layout(labels: str, tmp_path: Path) -> None:
     files = {"devkit/cars_train_annos.mat": "cars_train/", labels: "cars_test/"}
     train, test = _by_hand(folder, files)
     assert isinstance(splits.test, ImageTable)
-    assert listed(splits.train, splits.class_names) == train and len(train) == 7
-    assert listed(splits.test, splits.class_names) == test and len(test) == 4
+    assert rows_of(splits.train, splits.class_names) == train and len(train) == 7
+    assert rows_of(splits.test, splits.class_names) == test and len(test) == 4
     assert all(splits.train.path(row).is_file() for row in range(7))
 
 
@@ -72,7 +72,9 @@ def test_boxes(make: Callable[..., Path], tmp_path: Path) -> None:
         assert table.boxes is not None and table.boxes.dtype == np.int32
         assert table.boxes.tolist() == [[2, 1, 8, 8]] * len(table)
     small: dict[str, Any] = {"image_size": 16, "resize": 16, "classes_per_batch": 2, "samples_per_class": 2}
-    module = Cars196DataModule(tmp_path, False, crop_boxes=True, num_workers=0, check_images="none", **small)
+    module = Cars196DataModule(
+        tmp_path, check_counts=False, crop_boxes=True, num_workers=0, check_images="none", **small
+    )
     module.setup("fit")
     assert isinstance(module.train_set, LabelledImages) and module.train_set.picture(0).shape == (7, 6, 3)
 

@@ -24,8 +24,8 @@ def test_columns(content: bytes, columns: list[tuple[str, ...]], tmp_path: Path)
     """Files that went through another system have other line ends, marks and encodings, and say the same."""
     (tmp_path / "list.txt").write_bytes(content)
     read = read_columns(tmp_path / "list.txt", "number path")
-    assert [tuple(each) for each in read.texts] == columns and len(read) == len(columns[0])
-    assert read.numbers(0).tolist() == [int(each) for each in columns[0]]
+    assert [tuple(texts) for texts in read.texts] == columns and len(read) == len(columns[0])
+    assert read.numbers(0).tolist() == [int(text) for text in columns[0]]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lightning_dml.datamodules.images.datasets import LabelledImages
 from lightning_dml.datamodules.official.cub import CUB200DataModule, read_cub
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
-from tests.datamodules.replicas import edit, listed, make_cub, spread
+from tests.datamodules.replicas import edit, make_cub, rows_of, spread
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -25,8 +25,8 @@ def test_every_image_has_its_class(tmp_path: Path, newline: str) -> None:
     splits = read_cub(tmp_path, check_counts=False)
     train, test = _by_hand(folder)
     assert isinstance(splits.test, ImageTable)
-    assert listed(splits.train, splits.class_names) == train and len(train) == 8
-    assert listed(splits.test, splits.class_names) == test and len(test) == 4
+    assert rows_of(splits.train, splits.class_names) == train and len(train) == 8
+    assert rows_of(splits.test, splits.class_names) == test and len(test) == 4
     assert splits.class_names == ["001.Bird_1", "007.Bird_7", "100.Bird_100", "101.Bird_101", "150.Bird_150"]
     assert splits.train.boxes is None and splits.val is None
 
@@ -50,7 +50,9 @@ def test_boxes(tmp_path: Path) -> None:
     boxes = splits.train.boxes
     assert boxes is not None and boxes.dtype == np.int32
     assert boxes[:3].tolist() == [[1, 1, 7, 8], [0, 2, 5, 6], [1, 2, 5, 7]]
-    module = CUB200DataModule(tmp_path, False, crop_boxes=True, num_workers=0, check_images="none", **_BATCH)
+    module = CUB200DataModule(
+        tmp_path, check_counts=False, crop_boxes=True, num_workers=0, check_images="none", **_BATCH
+    )
     module.setup("fit")
     assert isinstance(module.train_set, LabelledImages)
     assert module.train_set.picture(1).shape == (4, 5, 3)

@@ -10,7 +10,7 @@ from lightning_dml.datamodules.official import in_shop
 from lightning_dml.datamodules.official.in_shop import read_in_shop
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
-from tests.datamodules.replicas import edit, listed, make_in_shop, spread
+from tests.datamodules.replicas import edit, make_in_shop, rows_of, spread
 
 
 def test_queries_search_the_gallery(tmp_path: Path) -> None:
@@ -25,9 +25,9 @@ def test_queries_search_the_gallery(tmp_path: Path) -> None:
         expected[status].append((f"{folder.as_posix()}/{path}", item))
     test = splits.test
     assert test.is_query is not None and test.is_gallery is not None
-    assert listed(splits.train, names) == expected["train"] and len(splits.train) == 6
-    assert listed(test.take(test.is_query), names) == expected["query"] and len(expected["query"]) == 4
-    assert listed(test.take(test.is_gallery), names) == expected["gallery"] and len(expected["gallery"]) == 6
+    assert rows_of(splits.train, names) == expected["train"] and len(splits.train) == 6
+    assert rows_of(test.take(test.is_query), names) == expected["query"] and len(expected["query"]) == 4
+    assert rows_of(test.take(test.is_gallery), names) == expected["gallery"] and len(expected["gallery"]) == 6
     assert not (test.is_query & test.is_gallery).any() and (test.is_query | test.is_gallery).all()
     assert splits.train.is_query is None and splits.train.is_gallery is None
 

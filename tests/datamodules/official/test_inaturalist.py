@@ -11,7 +11,7 @@ from lightning_dml.datamodules.official import inaturalist
 from lightning_dml.datamodules.official.inaturalist import read_inaturalist
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
-from tests.datamodules.replicas import edit, listed, make_inaturalist, spread
+from tests.datamodules.replicas import edit, make_inaturalist, rows_of, spread
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -26,7 +26,7 @@ def test_both_lists(lists: str, newline: str, tmp_path: Path) -> None:
     for table, name in ((splits.train, "train"), (splits.test, "test")):
         lines = (folder / lists / f"Inaturalist_{name}_set1.txt").read_text().splitlines()
         expected = [(f"{folder.as_posix()}/{line}", "/".join(line.split("/")[1:3])) for line in lines]
-        assert listed(table, names) == expected
+        assert rows_of(table, names) == expected
         groups = [line.split("/")[1] for line in lines]
         assert table.super_labels is not None and table.super_labels.dtype == np.int64
         assert table.super_labels.tolist() == [["Aves", "Fungi", "Plantae"].index(group) for group in groups]

@@ -1,4 +1,4 @@
-"""What the readers of all official data sets do alike: roots, missing files, lines, numbers, counts and training."""
+"""The readers of all official data sets are alike in roots, missing files, lines, numbers, counts and training."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ every_set = pytest.mark.parametrize("name", SETS)
 @every_set
 def test_the_root_may_be_the_folder_or_hold_it(name: str, tmp_path: Path) -> None:
     """People keep one folder for all sets or name the set's own; guessing wrong would look like a missing set."""
-    each = SETS[name]
-    folder = each.make(tmp_path)
-    above, itself = each.read(tmp_path, False), each.read(folder, False)
+    case = SETS[name]
+    folder = case.make(tmp_path)
+    above, itself = case.read(tmp_path, check_counts=False), case.read(folder, check_counts=False)
     assert above.class_names == itself.class_names
     for one, other in zip(_tables(above), _tables(itself), strict=True):
         assert one.digest() == other.digest() and len(one) and one.root == other.root
@@ -91,11 +91,11 @@ def test_the_root_may_be_the_folder_or_hold_it(name: str, tmp_path: Path) -> Non
 @every_set
 def test_labels(name: str, tmp_path: Path) -> None:
     """Losses with proxies need training labels from 0 without gaps; names and evaluation labels must not overlap."""
-    each = SETS[name]
-    each.make(tmp_path)
-    splits = each.read(tmp_path, False)
+    case = SETS[name]
+    case.make(tmp_path)
+    splits = case.read(tmp_path, check_counts=False)
     trained = np.unique(splits.train.labels)
-    evaluated = np.unique(np.concatenate([table.labels for table in replicas.named(splits.test).values()]))
+    evaluated = np.unique(np.concatenate([table.labels for table in replicas.tables_by_name(splits.test).values()]))
     assert trained.tolist() == list(range(len(trained)))
     assert evaluated.tolist() == list(range(len(trained), len(splits.class_names)))
     assert len(set(splits.class_names)) == len(splits.class_names)
@@ -106,10 +106,13 @@ def test_labels(name: str, tmp_path: Path) -> None:
 @every_set
 def test_no_image_is_opened(name: str, tmp_path: Path) -> None:
     """Every rank reads the tables; a look at each of 460,000 files would take minutes on a network disk."""
-    each = SETS[name]
-    each.make(tmp_path / "with")
-    each.make(tmp_path / "without", pictures=False)
-    with_images, without = each.read(tmp_path / "with", False), each.read(tmp_path / "without", False)
+    case = SETS[name]
+    case.make(tmp_path / "with")
+    case.make(tmp_path / "without", pictures=False)
+    with_images, without = (
+        case.read(tmp_path / "with", check_counts=False),
+        case.read(tmp_path / "without", check_counts=False),
+    )
     for one, other in zip(_tables(with_images), _tables(without), strict=True):
         assert one.digest() == other.digest()
 
@@ -117,41 +120,41 @@ def test_no_image_is_opened(name: str, tmp_path: Path) -> None:
 @every_set
 def test_the_module_trains_and_evaluates(name: str, tmp_path: Path) -> None:
     """The tables must fit the base: batches of the right classes, and pictures that are those of the rows."""
-    each = SETS[name]
-    each.make(tmp_path)
-    module = _module(each, tmp_path)
+    case = SETS[name]
+    case.make(tmp_path)
+    module = _module(case, tmp_path)
     module.setup("fit")
-    splits = each.read(tmp_path, False)
+    splits = case.read(tmp_path, check_counts=False)
     batch = next(iter(module.train_dataloader()))
     assert batch["image"].shape == (4, 3, 16, 16)
     assert len(np.unique(batch["label"])) == 2 and set(batch["label"].tolist()) <= set(splits.train.labels.tolist())
     assert module.class_names == splits.class_names
     loaders = module.val_dataloader()
-    tables = replicas.named(splits.test)
+    tables = replicas.tables_by_name(splits.test)
     for key, loader in (loaders if isinstance(loaders, dict) else {"val": loaders}).items():
-        labels = np.concatenate([each["label"] for each in loader])
+        labels = np.concatenate([batch["label"] for batch in loader])
         assert labels.tolist() == tables[key].labels.tolist()
 
 
 @every_set
 def test_counts_are_checked_unless_told_otherwise(name: str, tmp_path: Path) -> None:
     """A half-unpacked set trains without complaint and gives results that nobody can compare."""
-    each = SETS[name]
-    each.make(tmp_path)
+    case = SETS[name]
+    case.make(tmp_path)
     with pytest.raises(InputError, match=r"must have [\d,]+ (images of [\d,]+ )?classes, .*check_counts=false"):
-        each.read(tmp_path)
+        case.read(tmp_path)
     with pytest.raises(InputError, match="check_counts=false"):
-        _module(each, tmp_path, check_counts=True).setup("fit")
+        _module(case, tmp_path, check_counts=True).setup("fit")
 
 
 @every_set
 def test_a_missing_root(name: str, tmp_path: Path) -> None:
     """The likeliest mistake is a root that is not there; the message must say what belongs there and where from."""
-    each = SETS[name]
-    with pytest.raises(InputError, match=rf"root .*nowhere is not a folder: .*{re.escape(each.origin)}"):
-        each.read(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=rf"there is no .*{re.escape(each.first_file)}.* in root .*{each.origin}"):
-        each.read(tmp_path)
+    case = SETS[name]
+    with pytest.raises(InputError, match=rf"root .*nowhere is not a folder: .*{re.escape(case.origin)}"):
+        case.read(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=rf"there is no .*{re.escape(case.first_file)}.* in root .*{case.origin}"):
+        case.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +169,12 @@ def test_a_missing_root(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_file(name: str, file: str, tmp_path: Path) -> None:
-    """Of a set that was copied in part the message must name the file, the layout and where the set comes from."""
-    each = SETS[name]
-    folder = each.make(tmp_path)
+    """For a set that was copied in part the message must name the file, the layout and where the set comes from."""
+    case = SETS[name]
+    folder = case.make(tmp_path)
     (folder / file).unlink()
-    with pytest.raises(InputError, match=rf"there is no .*{file}.* in .*{folder.name}: .* with .*; .*{each.origin}"):
-        each.read(tmp_path, False)
+    with pytest.raises(InputError, match=rf"there is no .*{file}.* in .*{folder.name}: .* with .*; .*{case.origin}"):
+        case.read(tmp_path, check_counts=False)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +195,12 @@ def test_a_missing_file(name: str, file: str, tmp_path: Path) -> None:
 )
 def test_paths_must_stay_in_the_folder(name: str, file: str, old: str, new: str, tmp_path: Path) -> None:
     """A list from somewhere must not make a training read, and a cache copy, files outside of the data set."""
-    each = SETS[name]
-    folder = each.make(tmp_path)
+    case = SETS[name]
+    folder = case.make(tmp_path)
     line = _line_of(folder / file, old)
     replicas.edit(folder / file, old, new)
     with pytest.raises(InputError, match=rf"{file}, line {line}: the .*path .* root "):
-        each.read(tmp_path, False)
+        case.read(tmp_path, check_counts=False)
 
 
 @pytest.mark.parametrize(
@@ -211,12 +214,12 @@ def test_paths_must_stay_in_the_folder(name: str, file: str, old: str, new: str,
 )
 def test_an_image_must_not_be_listed_twice(name: str, file: str, place: int, tmp_path: Path) -> None:
     """Two rows of one image are a perfect match for each other, and recall goes up."""
-    each = SETS[name]
-    folder = each.make(tmp_path)
+    case = SETS[name]
+    folder = case.make(tmp_path)
     lines = (folder / file).read_text().splitlines()
     (folder / file).write_text("\n".join([*lines, lines[place]]) + "\n")
     with pytest.raises(InputError, match=rf"{file}, line {len(lines) + 1}: .* line {place + 1} already"):
-        each.read(tmp_path, False)
+        case.read(tmp_path, check_counts=False)
 
 
 @pytest.mark.parametrize(
@@ -236,50 +239,50 @@ def test_an_image_must_not_be_listed_twice(name: str, file: str, place: int, tmp
 )
 def test_a_class_in_both_splits(name: str, file: str, old: str, new: str, wrong: str, tmp_path: Path) -> None:
     """Evaluation on a class that trained measures memory, so a list that mixes them must not pass."""
-    each = SETS[name]
-    folder = each.make(tmp_path)
+    case = SETS[name]
+    folder = case.make(tmp_path)
     replicas.edit(folder / file, old, new)
     with pytest.raises(InputError, match=rf"class {wrong} \(1 such class\(es\)\) is in training and in evaluation"):
-        each.read(tmp_path, False)
+        case.read(tmp_path, check_counts=False)
 
 
 @pytest.mark.parametrize("name", ["cub", "sop"])
 def test_download_only_what_is_missing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gigabytes must not be fetched unasked, nor twice; what is fetched must be where the reader looks."""
-    each = SETS[name]
+    case = SETS[name]
     calls: list[tuple[str, Path, str]] = []
 
     def obtain(archive: Any, folder: Path, contents: str) -> Path:
         calls.append((archive.name, folder, contents))
-        return each.make(folder)
+        return case.make(folder)
 
-    monkeypatch.setattr(f"{each.module.__module__}.obtain", obtain)
+    monkeypatch.setattr(f"{case.module.__module__}.obtain", obtain)
     root = tmp_path / "data"
     with pytest.raises(InputError, match="download=true"):
-        _module(each, root).prepare_data()
+        _module(case, root).prepare_data()
     assert not calls
-    module = _module(each, root, download=True)
+    module = _module(case, root, download=True)
     module.prepare_data()
     module.setup("fit")
     folder = next(root.iterdir())
     assert calls == [(calls[0][0], root, folder.name)] and isinstance(module.train_set, LabelledImages)
-    _module(each, root, download=True).prepare_data()
-    _module(each, folder, download=True).prepare_data()
+    _module(case, root, download=True).prepare_data()
+    _module(case, folder, download=True).prepare_data()
     assert len(calls) == 1
     shutil.rmtree(root)
-    _module(each, root, download=True).prepare_data()
+    _module(case, root, download=True).prepare_data()
     assert len(calls) == 2
 
 
-def _module(each: Set, root: Path, **options: Any) -> ImagesDataModule:
+def _module(case: Set, root: Path, **options: Any) -> ImagesDataModule:
     """A module of sizes that keep the test fast."""
     small: dict[str, Any] = {"image_size": 16, "resize": 16, "classes_per_batch": 2, "samples_per_class": 2}
     plain = {"check_counts": False, "check_images": "none", "num_workers": 0}
-    return each.module(root, **small | plain | options)
+    return case.module(root, **small | plain | options)
 
 
 def _tables(splits: Splits) -> list[Any]:
-    return [splits.train, *replicas.named(splits.test).values()]
+    return [splits.train, *replicas.tables_by_name(splits.test).values()]
 
 
 def _line_of(file: Path, text: str) -> int:

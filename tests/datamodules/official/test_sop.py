@@ -11,7 +11,7 @@ from lightning_dml.datamodules.official import sop
 from lightning_dml.datamodules.official.sop import read_sop
 from lightning_dml.datamodules.tables.rows import ImageTable
 from lightning_dml.errors import InputError
-from tests.datamodules.replicas import KINDS, edit, listed, make_sop, spread
+from tests.datamodules.replicas import KINDS, edit, make_sop, rows_of, spread
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -27,7 +27,7 @@ def test_both_lists(tmp_path: Path, newline: str) -> None:
             _, number, kind, path = line.split()
             expected.append((f"{folder.as_posix()}/{path}", number))
             kinds.append(int(kind))
-        assert listed(table, splits.class_names) == expected
+        assert rows_of(table, splits.class_names) == expected
         assert table.super_labels is not None and table.super_labels.dtype == np.int64
         # Kinds 4, 5 and 3 are there: 3, 15 and 700 modulo 12, plus 1; and 4 and 3 in the test list.
         order = sorted({number % 12 + 1 for number in (700, 3, 15, 11_330, 11_319)})

@@ -1,4 +1,4 @@
-"""What batches of super-classes promise, over ranks, epochs and resumes."""
+"""Batches of super-classes keep their promises over ranks, epochs and resumes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from lightning_dml.datamodules.loading import ResumableLoader
 from lightning_dml.datamodules.samplers.hierarchical import HierarchicalPKBatchSampler
 from lightning_dml.datamodules.samplers.pk import PKBatchSampler
 from lightning_dml.errors import InputError
-from tests.datamodules.samplers.test_class_weights import assert_follows
-from tests.datamodules.samplers.test_pk import seeds
+from tests.datamodules.samplers.cases import assert_follows, seeds
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
     """Super-classes of any number of classes of any size, and G, P, K and W that they can serve."""
     sizes = draw(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=6), min_size=1, max_size=6))
-    classes = [(place, count) for place, each in enumerate(sizes) for count in each]
+    classes = [(place, count) for place, counts in enumerate(sizes) for count in counts]
     names = draw(st.lists(st.integers(-50, 50), min_size=len(classes), max_size=len(classes), unique=True))
     supers = draw(st.lists(st.integers(-50, 50), min_size=len(sizes), max_size=len(sizes), unique=True))
     rows = [(name, supers[place]) for name, (place, count) in zip(names, classes, strict=True) for _ in range(count)]
@@ -68,7 +67,7 @@ def test_every_step_has_distinct_classes_of_k_images_over_all_ranks(options: dic
     for step in steps(**options):
         groups = [step[first : first + k] for first in range(0, len(step), k)]
         names = [set(labels[group].tolist()) for group in groups]
-        assert all(len(each) == 1 for each in names) and len(set.union(*names)) == len(names)
+        assert all(len(labels_of_group) == 1 for labels_of_group in names) and len(set.union(*names)) == len(names)
         for group, (name,) in zip(groups, names, strict=True):
             repeats = Counter(group).values()
             assert len(repeats) == min(k, sizes[name]) and max(repeats) - min(repeats) <= 1
@@ -76,7 +75,7 @@ def test_every_step_has_distinct_classes_of_k_images_over_all_ranks(options: dic
 
 @given(problems())
 def test_shares_follow_the_stated_rules(options: dict[str, Any]) -> None:
-    """Which super-class gives how many classes, and who lends, is documented; this is the document in loops."""
+    """The documents say how many classes a super-class gives, and when it lends; this is the same in loops."""
     k, labels = options["samples_per_class"], options["labels"]
     share = options["classes_per_batch"] // options["super_classes_per_batch"]
     home = dict(zip(labels.tolist(), options["super_labels"].tolist(), strict=True))
@@ -89,7 +88,7 @@ def test_shares_follow_the_stated_rules(options: dict[str, Any]) -> None:
         order = list(dict.fromkeys(home[name] for name in names))  # the first time that each came
         assert [home[name] for name in names] == shares(order, share, Counter(home.values()), len(names))
         rich = {home[name] for name, count in left.items() if count}
-        turned = [each in rich for each in order]
+        turned = [name in rich for name in order]
         assert turned == sorted(turned, reverse=True)  # super-classes that lend come last,
         assert all(turned) or rich <= set(order)  # and only after every other
         for name in names:
@@ -102,15 +101,15 @@ def test_shares_follow_the_stated_rules(options: dict[str, Any]) -> None:
 
 def shares(order: list[int], share: int, sizes: Counter[int], total: int) -> list[int]:
     """The super-class of each class of a step that turns to the super-classes in `order`."""
-    free, made, need = dict(sizes), list[int](), share
-    for each in cycle(order):
-        count = min(need, free[each])
-        made += [each] * count
-        free[each] -= count
+    free, names, need = dict(sizes), list[int](), share
+    for super_class in cycle(order):
+        count = min(need, free[super_class])
+        names += [super_class] * count
+        free[super_class] -= count
         need = need - count or share
-        if len(made) >= total:
-            return made
-    return made
+        if len(names) >= total:
+            return names
+    return names
 
 
 @given(problems())
@@ -119,8 +118,8 @@ def test_every_image_is_used_in_a_pass(options: dict[str, Any]) -> None:
     """A class of a small super-class, or of a very large one, must not be out of reach."""
     groups = sum(-(-count // options["samples_per_class"]) for count in Counter(options["labels"].tolist()).values())
     # Every step takes at least one group that was left.
-    drawn = {index for step in steps(**options | {"num_batches": groups}) for index in step}
-    assert drawn == set(range(len(options["labels"])))
+    indices = {index for step in steps(**options | {"num_batches": groups}) for index in step}
+    assert indices == set(range(len(options["labels"])))
 
 
 @given(problems(), st.integers(0, 3))
@@ -172,10 +171,10 @@ def test_every_rank_has_its_super_classes_in_equal_shares(replicas: int) -> None
     ]
     assert [len(rank) for rank in ranks] == [3 * 360 // (16 * replicas)] * replicas
     for step in zip(*ranks, strict=True):
-        found = [SUPERS[batch][::16].tolist() for batch in step]
-        for batch, (first, second) in zip(step, found, strict=True):
+        super_classes = [SUPERS[batch][::16].tolist() for batch in step]
+        for batch, (first, second) in zip(step, super_classes, strict=True):
             assert first != second and SUPERS[batch].tolist() == [first] * 16 + [second] * 16
-        assert len({name for pair in found for name in pair}) == min(2 * replicas, 12)
+        assert len({name for pair in super_classes for name in pair}) == min(2 * replicas, 12)
 
 
 def test_an_epoch_leaves_out_little_where_super_classes_are_equal() -> None:
@@ -198,7 +197,7 @@ def test_super_classes_come_in_proportion_to_the_groups_they_have() -> None:
 
 @pytest.mark.parametrize("super_classes", [None, 1, 3])
 def test_groups_are_lent_in_proportion_to_all_that_a_class_has(super_classes: int | None) -> None:
-    """The same few classes would lend each time, though others have more images to show."""
+    """A few classes would otherwise lend each time, though others have more images to show."""
     labels = np.repeat([0, 1, 2], [40, 2, 6])
     options: dict[str, Any] = {"labels": labels, "classes_per_batch": 2, "samples_per_class": 2, "num_batches": 16}
     if super_classes is not None:
@@ -267,16 +266,19 @@ GOOD: dict[str, Any] = {
         ({"super_labels": np.zeros(12)}, "super_labels must be a vector of integers.*float64"),
         ({"super_labels": np.zeros(5, int)}, "super_labels must have one entry for each of the 12 labels, got 5"),
         ({"super_labels": [7] * 5 + [8] * 7}, "class 2 lies in super-classes 7 and 8, and a class must lie in one"),
-        ({"super_classes_per_batch": 0}, "super_classes_per_batch must be at least 1, got 0"),
+        ({"super_classes_per_batch": 0}, "super_classes_per_batch must be an integer of at least 1, got 0"),
         ({"super_classes_per_batch": 3}, "=3 must divide classes_per_batch=4, .* set classes_per_batch to 3 or 6"),
         ({"super_classes_per_batch": 5}, "must divide classes_per_batch=4, .* set classes_per_batch to 5"),
         ({"super_classes_per_batch": 4}, "super_classes_per_batch=4, but there are 2 super-classes: set it to 2"),
         ({"classes_per_batch": 8}, "there are 6: set classes_per_batch to 6 or less"),
         ({"num_replicas": 2}, "on 2 rank.* set classes_per_batch to 3 or less"),
-        ({"samples_per_class": 1}, "samples_per_class must be at least 2.*got 1"),
-        ({"num_batches": 0}, "num_batches must be at least 1"),
-        ({"seed": -1}, "seed must not be negative"),
-        ({"rank": -1}, "rank must be at least 0.*got -1"),
+        (
+            {"samples_per_class": 1},
+            "samples_per_class must be an integer of at least 2, got 1; a positive pair takes two",
+        ),
+        ({"num_batches": 0}, "num_batches must be an integer of at least 1, got 0; None is one pass"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"rank": -1}, "rank must be an integer of at least 0, got -1"),
         ({"labels": [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5]}, "class 0 has one image"),
         ({"class_weights": {9: 1.0}}, "class_weights names class 9"),
     ],
@@ -290,7 +292,8 @@ def test_errors_name_argument_value_and_way_out(options: dict[str, Any], message
 def test_a_dropped_class_counts_for_no_super_class() -> None:
     """A super-class that has nothing to draw from must not be promised."""
     labels, supers = [0, 0, 1, 1, 2], [5, 5, 5, 5, 6]
-    sampler = HierarchicalPKBatchSampler(labels, supers, 1, 2, 2, drop_small_classes=True)
+    options: dict[str, Any] = {"classes_per_batch": 2, "samples_per_class": 2, "drop_small_classes": True}
+    sampler = HierarchicalPKBatchSampler(labels, supers, 1, **options)
     assert sampler.num_super_classes == 1 and sampler.num_classes == 2
     with pytest.raises(InputError, match="there are 1 super-classes"):
-        HierarchicalPKBatchSampler(labels, supers, 2, 2, 2, drop_small_classes=True)
+        HierarchicalPKBatchSampler(labels, supers, 2, **options)

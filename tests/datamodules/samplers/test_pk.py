@@ -1,4 +1,4 @@
-"""What the samplers promise about every batch, over ranks, epochs and resumes."""
+"""Class-balanced batches keep their promises over ranks, epochs and resumes."""
 
 from __future__ import annotations
 
@@ -15,37 +15,9 @@ from hypothesis import strategies as st
 
 from lightning_dml import distributed
 from lightning_dml.datamodules import PKBatchSampler, UnpaddedDistributedSampler
-from lightning_dml.datamodules.samplers.seeded_index import SeededIndex
+from lightning_dml.datamodules.seeded_index import SeededIndex
 from lightning_dml.errors import InputError
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
-    """Labels in any order with any gaps, and a P, K and W that they can serve."""
-    counts = draw(st.lists(st.integers(2, 23), min_size=1, max_size=12))
-    names = draw(st.lists(st.integers(-50, 50), min_size=len(counts), max_size=len(counts), unique=True))
-    labels = draw(st.permutations([name for name, count in zip(names, counts, strict=True) for _ in range(count)]))
-    replicas = draw(st.sampled_from([ranks for ranks in (1, 2, 4) if ranks <= len(counts)]))
-    return {
-        "labels": np.array(labels),
-        "classes_per_batch": draw(st.integers(1, len(counts) // replicas)),
-        "samples_per_class": draw(st.integers(2, 6)),
-        "seed": draw(st.integers(0, 2**40)),
-        "num_batches": draw(st.one_of(st.none(), st.integers(1, 20))),
-        "num_replicas": replicas,
-    }
-
-
-def epoch(rank: int = 0, number: int = 0, **options: Any) -> list[list[int]]:
-    """The batches of one epoch as one rank draws them."""
-    sampler = PKBatchSampler(**options, rank=rank)
-    sampler.set_epoch(number)
-    return list(sampler)
-
-
-def seeds(batches: list[list[int]]) -> list[list[int]]:
-    """The seeds that travel with the indices; equal indices do not show whether these are equal."""
-    return [[index.seed for index in batch] for batch in batches]  # type: ignore[attr-defined]
+from tests.datamodules.samplers.cases import epoch, problems, seeds
 
 
 @given(problems())
@@ -80,12 +52,12 @@ def test_a_class_without_groups_is_drawn_only_when_too_few_have_any(options: dic
     groups = {name: -(-count // k) for name, count in Counter(labels.tolist()).items()}
     left = dict(groups)
     for batch in epoch(**options):
-        drawn = set(labels[batch].tolist())
+        classes = set(labels[batch].tolist())
         if not any(left.values()):
             left = dict(groups)
         ready = {name for name, count in left.items() if count}
-        assert drawn <= ready or ready <= drawn
-        for name in drawn & ready:
+        assert classes <= ready or ready <= classes
+        for name in classes & ready:
             left[name] -= 1
 
 
@@ -130,13 +102,13 @@ def test_an_epoch_of_single_classes_covers_every_image(options: dict[str, Any]) 
 
 @given(problems())
 def test_an_image_comes_again_only_to_complete_a_group(options: dict[str, Any]) -> None:
-    """The same image on two ranks, or in two steps of a pass, is trained on twice where another is not at all."""
+    """An image on two ranks, or in two steps of a pass, is trained on twice where another is not at all."""
     k, labels = options["samples_per_class"], options["labels"]
     options |= {"num_batches": None}
     batches = [batch for rank in range(options["num_replicas"]) for batch in epoch(rank, **options)]
-    drawn = Counter(index for batch in batches for index in batch)
+    times = Counter(index for batch in batches for index in batch)
     for name, size in Counter(labels.tolist()).items():
-        images = [drawn[index] for index in np.flatnonzero(labels == name).tolist()]
+        images = [times[index] for index in np.flatnonzero(labels == name).tolist()]
         groups = sum(images) // k
         if groups <= -(-size // k):  # else it has lent some
             assert sum(count > 0 for count in images) == min(size, groups * k)
@@ -163,8 +135,8 @@ def test_an_incomplete_group_is_padded_with_images_of_other_groups() -> None:
     """Padding from the group itself would make pairs of an image with itself."""
     # 7 images in groups of 3: all seven, and two of them once more.
     batches = epoch(labels=np.zeros(7, int), classes_per_batch=1, samples_per_class=3)
-    drawn = Counter(index for batch in batches for index in batch)
-    assert sorted(drawn) == list(range(7)) and sorted(drawn.values()) == [1, 1, 1, 1, 1, 2, 2]
+    times = Counter(index for batch in batches for index in batch)
+    assert sorted(times) == list(range(7)) and sorted(times.values()) == [1, 1, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("classes_per_batch", [1, 6])
@@ -175,8 +147,8 @@ def test_several_passes_cover_every_image_evenly(classes_per_batch: int) -> None
         labels=labels, classes_per_batch=classes_per_batch, samples_per_class=4, num_batches=36 // classes_per_batch
     )
     groups = [tuple(batch[start : start + 4]) for batch in batches for start in range(0, len(batch), 4)]
-    drawn = Counter(index for group in groups for index in group)
-    assert set(drawn.values()) == {3} and len(drawn) == 48
+    times = Counter(index for group in groups for index in group)
+    assert set(times.values()) == {3} and len(times) == 48
     assert len({frozenset(group) for group in groups}) > 30  # a class that starts over is shuffled anew
 
 
@@ -280,13 +252,16 @@ GOOD: dict[str, Any] = {"labels": PAIRS, "classes_per_batch": 2, "samples_per_cl
         ({"labels": np.zeros((2, 2), int)}, r"labels must be a vector of integers, got shape \(2, 2\)"),
         ({"labels": np.zeros(4)}, "labels must be a vector of integers.*float64"),
         ({"labels": np.zeros(4, bool)}, "labels must be a vector of integers.*bool"),
-        ({"classes_per_batch": 0}, "classes_per_batch must be at least 1, got 0"),
-        ({"samples_per_class": 1}, "samples_per_class must be at least 2.*got 1"),
-        ({"num_batches": 0}, "num_batches must be at least 1.*got 0"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"num_replicas": 0}, "num_replicas must be at least 1.*got 0"),
-        ({"num_replicas": 2, "rank": 2}, "rank must be .* less than num_replicas=2, got 2"),
-        ({"rank": -1}, "rank must be at least 0.*got -1"),
+        ({"classes_per_batch": 0}, "classes_per_batch must be an integer of at least 1, got 0"),
+        (
+            {"samples_per_class": 1},
+            "samples_per_class must be an integer of at least 2, got 1; a positive pair takes two",
+        ),
+        ({"num_batches": 0}, "num_batches must be an integer of at least 1, got 0; None is one pass"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"num_replicas": 0}, "num_replicas must be an integer of at least 1, got 0; None takes the process group's"),
+        ({"num_replicas": 2, "rank": 2}, "rank must be an integer from 0 to 1, got 2; .* less than num_replicas"),
+        ({"rank": -1}, "rank must be an integer of at least 0, got -1"),
         ({"classes_per_batch": 7}, "classes_per_batch=7 on 1 rank.* there are 6: set classes_per_batch to 6 or less"),
         ({"classes_per_batch": 4, "num_replicas": 2}, "draws 8 different classes .* set classes_per_batch to 3 or"),
         ({"classes_per_batch": 1, "num_replicas": 7}, "use fewer ranks"),

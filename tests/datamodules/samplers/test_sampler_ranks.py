@@ -14,30 +14,30 @@ from tests.helpers import run_ranks
 LABELS = np.repeat(np.arange(24), 5)
 
 
-def drawn(rank: int | None = None, ranks: int | None = None) -> list[list[Any]]:
-    """What each sampler draws in epoch 2, by rank or by the process group."""
+def batches_of(rank: int | None = None, ranks: int | None = None) -> list[list[Any]]:
+    """Batches of every sampler in epoch 2, by rank or by the process group."""
     options: dict[str, Any] = {"classes_per_batch": 4, "samples_per_class": 2, "num_replicas": ranks, "rank": rank}
     samplers = [
         PKBatchSampler(LABELS, **options),
         PKBatchSampler(LABELS, **options, class_weights="sqrt"),
         HierarchicalPKBatchSampler(LABELS, LABELS // 12, **options),
     ]
-    for each in samplers:
-        each.set_epoch(2)
+    for sampler in samplers:
+        sampler.set_epoch(2)
     evaluation = UnpaddedDistributedSampler(31, num_replicas=ranks, rank=rank)
-    made = [[[(int(index), index.seed) for index in batch] for batch in each] for each in samplers]  # type: ignore[attr-defined]
-    return [*made, list(evaluation)]
+    batches = [[[(int(index), index.seed) for index in batch] for batch in sampler] for sampler in samplers]  # type: ignore[attr-defined]
+    return [*batches, list(evaluation)]
 
 
 def by_process_group(rank: int, ranks: int) -> list[list[Any]]:
-    """What the samplers of one process draw."""
-    return drawn()
+    """Batches that the samplers of one process draw."""
+    return batches_of()
 
 
 def test_processes_draw_the_slices_of_their_ranks() -> None:
     """Images on two ranks, or on none, would make another global batch than the one that was planned."""
     results = run_ranks(2, by_process_group)
-    assert results == [drawn(rank, 2) for rank in range(2)]
+    assert results == [batches_of(rank, 2) for rank in range(2)]
     for first, second in zip(results[0][:3], results[1][:3], strict=True):
         assert len(first) == len(second) == 9
         for mine, other in zip(first, second, strict=True):

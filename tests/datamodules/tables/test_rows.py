@@ -94,18 +94,18 @@ def same(ours: ImageTable, right: ImageTable) -> None:
 
 def test_rows_are_taken_with_all_columns() -> None:
     """A column left behind would give an image another one's box or role."""
-    taken = full().take([2, 0])
-    assert list(taken.paths) == ["c.jpg", "a.jpg"] and taken.labels.tolist() == [-1, 0]
-    assert taken.boxes is not None and taken.boxes.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
-    assert taken.rows is not None and taken.rows.tolist() == [7, 5]
-    camera = taken.extra["camera"]
+    part = full().take([2, 0])
+    assert list(part.paths) == ["c.jpg", "a.jpg"] and part.labels.tolist() == [-1, 0]
+    assert part.boxes is not None and part.boxes.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+    assert part.rows is not None and part.rows.tolist() == [7, 5]
+    camera = part.extra["camera"]
     assert isinstance(camera, Texts) and list(camera) == ["z", "x"]
-    assert taken.path(1) == Path("root/a.jpg")
+    assert part.path(1) == Path("root/a.jpg")
     same(full().take(np.array([True, True, True])), full())
 
 
 def sent_back(table: ImageTable, queue: Any) -> None:
-    """What a worker process sees of the table."""
+    """A worker's view of the table."""
     queue.put((list(table.paths), table.labels.sum().item(), list(table.extra)))
 
 

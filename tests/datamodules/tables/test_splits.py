@@ -22,12 +22,14 @@ def table(labels: list[int]) -> ImageTable:
 def split(labels: list[int], hold_out: HoldOut, test: list[int] | None = None) -> Splits:
     """Training rows of some classes and a test set of others; class names are the old labels."""
     count = max([*labels, *(test or [])]) + 1
-    return hold_out(Splits(table(labels), None if test is None else table(test), [str(each) for each in range(count)]))
+    return hold_out(
+        Splits(table(labels), None if test is None else table(test), [str(number) for number in range(count)])
+    )
 
 
-def names(splits: Splits, each: ImageTable) -> list[str]:
+def names(splits: Splits, rows: ImageTable) -> list[str]:
     """The class of each row by its new label."""
-    return [f"{splits.class_names[label]}.jpg" for label in each.labels]
+    return [f"{splits.class_names[label]}.jpg" for label in rows.labels]
 
 
 @given(
@@ -37,15 +39,15 @@ def names(splits: Splits, each: ImageTable) -> list[str]:
 )
 def test_held_out_classes_do_not_train(labels: list[int], fraction: float, seed: int) -> None:
     """Validation on classes that trained measures memory; and no row may be lost or renamed on the way."""
-    made = split(labels, HoldOut(fraction, seed=seed), test=[11, 12, 10])
-    assert isinstance(made.val, ImageTable) and isinstance(made.test, ImageTable)
-    for each in (made.train, made.val, made.test):
-        assert names(made, each) == list(each.paths)
-    assert sorted([*made.train.paths, *made.val.paths]) == sorted(f"{label}.jpg" for label in labels)
-    assert not set(made.train.paths) & set(made.val.paths)
-    trained = np.unique(made.train.labels)
+    splits = split(labels, HoldOut(fraction, seed=seed), test=[11, 12, 10])
+    assert isinstance(splits.val, ImageTable) and isinstance(splits.test, ImageTable)
+    for rows in (splits.train, splits.val, splits.test):
+        assert names(splits, rows) == list(rows.paths)
+    assert sorted([*splits.train.paths, *splits.val.paths]) == sorted(f"{label}.jpg" for label in labels)
+    assert not set(splits.train.paths) & set(splits.val.paths)
+    trained = np.unique(splits.train.labels)
     assert trained.tolist() == list(range(len(trained)))
-    assert made.class_names[: len(trained)] == sorted(made.class_names[: len(trained)], key=int)
+    assert splits.class_names[: len(trained)] == sorted(splits.class_names[: len(trained)], key=int)
 
 
 @given(classes=st.integers(2, 20), folds=st.integers(2, 6), seed=st.integers(0, 5))
@@ -78,21 +80,21 @@ def test_nothing_is_held_out_of_nothing() -> None:
 
 def test_distractors_stay_distractors() -> None:
     """Label -1 is no class and gets no number."""
-    made = split([3, 3, 1, 1], HoldOut(0.5), test=[2, -1])
-    assert isinstance(made.test, ImageTable)
-    assert made.test.labels[1] == -1 and made.class_names[made.test.labels[0]] == "2"
+    splits = split([3, 3, 1, 1], HoldOut(0.5), test=[2, -1])
+    assert isinstance(splits.test, ImageTable)
+    assert splits.test.labels[1] == -1 and splits.class_names[splits.test.labels[0]] == "2"
 
 
 @pytest.mark.parametrize(
     ("hold_out", "message"),
     [
-        ({"fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
+        ({"fraction": 1.0}, r"val_fraction must be a share of .*, at least 0 and less than 1, got 1.0"),
         ({"fraction": -0.1}, "got -0.1"),
         ({"fraction": 0.5, "folds": 2}, "two splits: set one of them"),
-        ({"folds": 1}, "folds must be at least 2, or None for no folds, got 1"),
-        ({"folds": 3, "fold": 3}, "less than folds=3, got 3"),
+        ({"folds": 1}, "folds must be an integer of at least 2, got 1; None cuts no folds"),
+        ({"folds": 3, "fold": 3}, "fold must be an integer from 0 to 2, got 3; .* less than folds"),
         ({"fold": 1}, "fold=1 needs folds"),
-        ({"seed": -1}, "split_seed must not be negative, got -1"),
+        ({"seed": -1}, "split_seed must be an integer of at least 0, got -1"),
     ],
 )
 def test_wrong_options(hold_out: dict[str, float], message: str) -> None:

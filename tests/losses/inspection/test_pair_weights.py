@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_dml import losses
 from lightning_dml.errors import InputError
 from lightning_dml.losses import MultiSimilarityMiner, pair_weights
+from tests.losses.cases import tangential
 
 OURS = {
     "contrastive": losses.ContrastiveLoss(0.2, reduction="pairs"),
@@ -24,7 +25,7 @@ OURS = {
     "circle": losses.CircleLoss(),
     "fastap": losses.FastAPLoss(),
     "margin": losses.MarginLoss(),
-    "lifted, original": losses.LiftedStructureLoss(variant="original"),
+    "lifted, original": losses.LiftedStructureLoss(variant="original", measure="distance"),
 }
 THEIRS = {
     "contrastive": pml.ContrastiveLoss(1.0, 0.3, distance=CosineSimilarity()),
@@ -46,7 +47,7 @@ def data() -> dict[str, Any]:
 
 
 def gradient(loss: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Of the anchors, by autograd."""
+    """Gradient of the anchors, by autograd."""
     leaf: Tensor = batch["embeddings"].clone().requires_grad_()
     value: Tensor = loss(**{**batch, "embeddings": leaf})
     return torch.autograd.grad(value, leaf)[0]
@@ -54,7 +55,7 @@ def gradient(loss: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_weights_make_the_gradient(name: str) -> None:
-    """What is inspected must be what trains, the reduction included."""
+    """The weights that are looked at must be those that train, the reduction included."""
     in_batch = {key: value for key, value in data().items() if not key.startswith("ref_")}
     weights = pair_weights(OURS[name], **in_batch)
     expected = gradient(OURS[name], in_batch)
@@ -62,11 +63,6 @@ def test_our_weights_make_the_gradient(name: str) -> None:
     if name != "lifted, original":
         weights = pair_weights(OURS[name], **data())
         torch.testing.assert_close(weights @ data()["ref_emb"], gradient(OURS[name], data()), rtol=1e-9, atol=1e-9)
-
-
-def tangential(gradient: Tensor, embeddings: Tensor) -> Tensor:
-    """The part of a gradient that moves unit rows; losses that normalise anew have no other part."""
-    return gradient - (gradient * embeddings).sum(dim=1, keepdim=True) * embeddings
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -110,7 +106,7 @@ def test_indices_are_ours_alone() -> None:
 
 def test_looking_at_halves_does_not_change_what_they_draw() -> None:
     """A callback that logs weights would otherwise make another run of every run that it watches."""
-    loss = losses.TripletLoss(0.2, miner=losses.SemiHardMiner(seed=4))
+    loss = losses.TripletLoss(0.2, miner=losses.SemiHardMiner(measure="distance", seed=4))
     direct = losses.DirectWeightingLoss(losses.FromLoss(loss), losses.curves.Step(0.2))
     expected = pair_weights(direct, **data())
     assert expected.any() and torch.equal(pair_weights(direct, **data()), expected)

@@ -33,7 +33,7 @@ from lightning_dml.losses import (
     weight_curve,
 )
 from lightning_dml.losses.inspection.weight_curves import ALONE
-from tests.losses.test_direct_loss import OURS, THEIRS
+from tests.losses.cases import OURS, THEIRS
 
 Weight = Callable[[float], float]
 
@@ -44,7 +44,7 @@ def sigmoid(x: float) -> float:
 
 
 def distance(s: float) -> float:
-    """Of two unit vectors."""
+    """Distance of two unit vectors at a similarity."""
     return math.sqrt(2 - 2 * s)
 
 
@@ -74,7 +74,7 @@ FREE: dict[str, tuple[nn.Module, Weight, Weight]] = {
     "contrastive": (ContrastiveLoss(0.3), lambda s: 1.0, lambda s: float(s > 0.3)),
     "contrastive, both margins": (ContrastiveLoss(0.3, 0.6), lambda s: float(s < 0.6), lambda s: float(s > 0.3)),
     "contrastive on distance": (
-        ContrastiveLoss(0.9, 0.4, "distance"),
+        ContrastiveLoss(0.9, 0.4, measure="distance"),
         lambda s: (distance(s) > 0.4) / distance(s),
         lambda s: (distance(s) < 0.9) / distance(s),
     ),
@@ -139,7 +139,7 @@ FREE: dict[str, tuple[nn.Module, Weight, Weight]] = {
     "general, sigmoid": (general("sigmoid"), lambda s: sigmoid(4 * (0.2 - s)), lambda s: sigmoid(4 * (s - 0.2))),
     **{f"general on distance, {name}": general_on_distance(name, weight) for name, weight in SHAPES.items()},
     "ranked list's pairs": (
-        ContrastiveLoss(-1.0, miner=losses.RankedListMiner(1.2, 0.4)),
+        ContrastiveLoss(-1.0, miner=losses.RankedListMiner(margin=0.4, alpha=1.2)),
         lambda s: float(distance(s) > 0.8),
         lambda s: float(distance(s) < 1.2),
     ),
@@ -241,8 +241,8 @@ def test_a_curve_at_a_context_is_its_closed_form(
     loss, positive, negative = BOUND[name]
     edges = [value + margin for value in (*positives, *negatives) for margin in (-0.15, 0.15)]
     points = [s for s in points if all(abs(s - edge) > 1e-9 for edge in edges)]
-    found = weight_curve(loss, torch.tensor(points, dtype=torch.float64), context=Context(positives, negatives))
-    for weights, expected in zip(found, (positive, negative), strict=True):
+    curve = weight_curve(loss, torch.tensor(points, dtype=torch.float64), context=Context(positives, negatives))
+    for weights, expected in zip(curve, (positive, negative), strict=True):
         right = torch.tensor([expected(s, positives, negatives) for s in points], dtype=torch.float64)
         torch.testing.assert_close(weights, right, rtol=1e-9, atol=1e-9)
 
@@ -265,7 +265,7 @@ DRAWN = {name for name, loss in OURS.items() if any(isinstance(m, losses.mining.
 
 
 @pytest.mark.parametrize(
-    "name", [*(each for each in OURS if each not in DRAWN), *(f"{name} of another library" for name in THEIRS)]
+    "name", [*(name for name in OURS if name not in DRAWN), *(f"{name} of another library" for name in THEIRS)]
 )
 def test_every_curve_is_what_pair_weights_sees(name: str) -> None:
     """One weight, two ways to look at it; a figure of curve and scatter shows both."""
@@ -284,7 +284,7 @@ def test_every_curve_is_what_pair_weights_sees(name: str) -> None:
 
 
 def test_another_librarys_loss_has_the_closed_form() -> None:
-    """What is measured of a known loss is known."""
+    """Measuring a loss whose curve is known must give that curve."""
     points, context = torch.linspace(-0.95, 0.95, 9), Context()
     ours = weight_curve(MultiSimilarityLoss(2.0, 10.0, 0.5), points, context=context)
     theirs = weight_curve(pml.MultiSimilarityLoss(2.0, 10.0, 0.5), points, context=context)
@@ -305,7 +305,7 @@ def test_another_librarys_loss_has_the_closed_form() -> None:
         losses.FastAPLoss(),
         losses.RankedListLoss(),
         losses.NCALoss(),
-        losses.LiftedStructureLoss(),
+        losses.LiftedStructureLoss(measure="distance"),
         ContrastiveLoss(miner=losses.MultiSimilarityMiner()),
         ContrastiveLoss(miner=losses.TopKMiner(None, 100)),
         GeneralPairWeightingLoss("none", "constant", "softmax"),
@@ -325,7 +325,7 @@ def test_a_loss_on_rows_is_not_context_free(loss: nn.Module) -> None:
 
 def test_a_miner_that_draws_gives_the_mean_and_is_put_back() -> None:
     """Looking must not change what training draws, and one draw is no curve."""
-    loss = ContrastiveLoss(miner=losses.SemiHardMiner(seed=3))
+    loss = ContrastiveLoss(miner=losses.SemiHardMiner(measure="distance", seed=3))
     state = copy.deepcopy(loss.state_dict())
     context = Context((0.6, 0.6, 0.6), (0.1, 0.2))
     pull, push = weight_curve(loss, torch.linspace(-0.5, 0.5, 21), context=context)
@@ -342,23 +342,25 @@ def test_a_miner_that_draws_gives_the_mean_and_is_put_back() -> None:
         (lambda: weight_curve(ContrastiveLoss(), torch.tensor([torch.nan])), "similarity must be finite"),
         (lambda: weight_curve(ContrastiveLoss(), torch.arange(2)), "similarity must be finite floats.*int64"),
         (lambda: weight_curve(pml.NTXentLoss(), torch.tensor([-1.5])), r"\[-1, 1\] for NTXentLoss.*-1.5"),
-        (lambda: Context((1.2,), ()), r"positives must be cosine similarities.*1\.2"),
-        (lambda: Context((), (float("nan"),)), "negatives must be cosine similarities"),
+        (lambda: Context((1.2,), ()), r"positives of Context must be cosine similarities.*1\.2"),
+        (lambda: Context((), (float("nan"),)), "negatives of Context must be cosine similarities"),
         (
-            lambda: weight_curve(losses.LiftedStructureLoss(variant="original"), torch.zeros(1)),
+            lambda: weight_curve(losses.LiftedStructureLoss(variant="original", measure="distance"), torch.zeros(1)),
             "LiftedStructureLoss couples the rows.*observed_weights",
         ),
         (
             lambda: weight_curve(
-                DirectWeightingLoss(FromLoss(losses.LiftedStructureLoss(variant="original")), curves.Step()),
+                DirectWeightingLoss(
+                    FromLoss(losses.LiftedStructureLoss(variant="original", measure="distance")), curves.Step()
+                ),
                 torch.zeros(1),
             ),
             "couples the rows",
         ),
         (lambda: weight_curve(pml.ProxyAnchorLoss(4, 5), torch.zeros(1)), "ProxyAnchorLoss has no weights.*proxies"),
         (lambda: weight_curve(pml.FastAPLoss(), torch.zeros(1)), "FastAPLoss has no weights.*in-batch"),
-        (lambda: observe(limit=0), "limit must be 1 or more, got 0"),
-        (lambda: observe(bins=0), "bins must be 1 or more, got 0"),
+        (lambda: observe(limit=0), "limit must be an integer of at least 1, got 0; None"),
+        (lambda: observe(bins=0), "bins must be an integer of at least 1, got 0"),
     ],
 )
 def test_what_has_no_curve_is_refused(build: Callable[[], object], words: str) -> None:
@@ -372,18 +374,18 @@ def batch(bank: bool = True) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     embeddings = F.normalize(torch.randn(10, 4, generator=generator, dtype=torch.float64), dim=1)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, -1])
-    found = {"embeddings": embeddings, "labels": labels, "indices": torch.arange(10)}
+    rows = {"embeddings": embeddings, "labels": labels, "indices": torch.arange(10)}
     if bank:
         others = F.normalize(torch.randn(13, 4, generator=generator, dtype=torch.float64), dim=1)
-        found["ref_emb"] = torch.cat((embeddings[:2], others))
-        found["ref_labels"] = torch.cat((labels[:2], torch.arange(13) % 4))
-        found["ref_indices"] = torch.arange(15)
-        found["ref_indices"][2:] += 100
-    return found
+        rows["ref_emb"] = torch.cat((embeddings[:2], others))
+        rows["ref_labels"] = torch.cat((labels[:2], torch.arange(13) % 4))
+        rows["ref_indices"] = torch.arange(15)
+        rows["ref_indices"][2:] += 100
+    return rows
 
 
 def observe(**options: Any) -> losses.ObservedWeights:
-    """What the contrastive loss does to the batch."""
+    """Weights of the contrastive loss on the batch."""
     return observed_weights(ContrastiveLoss(0.1), **batch(), **options)
 
 
@@ -392,20 +394,20 @@ def observe(**options: Any) -> losses.ObservedWeights:
 def test_the_scatter_is_what_pair_weights_sees(name: str, bank: bool) -> None:
     """The points of the figure are the pairs of the batch, each once, none with itself, sides and signs right."""
     if name == "lifted, original":
-        loss: nn.Module = losses.LiftedStructureLoss(variant="original")
+        loss: nn.Module = losses.LiftedStructureLoss(variant="original", measure="distance")
         bank = False
     else:
         loss = OURS[name] if name in OURS else pml.NTXentLoss(0.3)
     data = batch(bank)
     if not bank:
         del data["indices"]  # a row is not its own pair, numbered or not
-    given = (
+    known = (
         data if name in OURS or name == "lifted, original" else {k: v for k, v in data.items() if "indices" not in k}
     )
-    weights = pair_weights(loss, **given) if name in DRAWN else None
+    weights = pair_weights(loss, **known) if name in DRAWN else None
     fresh = copy.deepcopy(loss)
-    seen = observed_weights(fresh, **data)
-    weights = pair_weights(loss, **given) if weights is None else weights
+    observed = observed_weights(fresh, **data)
+    weights = pair_weights(loss, **known) if weights is None else weights
     references = data.get("ref_emb", data["embeddings"])
     ref_labels, ref_indices = data.get("ref_labels", data["labels"]), data.get("ref_indices", torch.arange(10))
     expected: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
@@ -416,23 +418,23 @@ def test_the_scatter_is_what_pair_weights_sees(name: str, bank: bool) -> None:
             same = bool(label == other)
             similarity = float((data["embeddings"][i] * references[j]).sum())
             expected[same].append((similarity, float(weights[i, j]) * (-1 if same else 1)))
-    for side, same in ((seen.positives, True), (seen.negatives, False)):
+    for side, same in ((observed.positives, True), (observed.negatives, False)):
         assert side.pairs == len(expected[same]) > 0
         ours = torch.stack((side.similarity, side.weight), dim=1)
         torch.testing.assert_close(ours, torch.tensor(expected[same], dtype=torch.float64), rtol=1e-12, atol=1e-12)
         assert side.force == pytest.approx(sum(weight for _, weight in expected[same]), abs=1e-9)
         bins = [min(int((s + 1) * 50), 99) for s, _ in expected[same]]
         assert side.counts.tolist() == [bins.count(place) for place in range(100)]
-    assert len(seen.edges) == 101 and seen.anchors == 10
+    assert len(observed.edges) == 101 and observed.anchors == 10
 
 
 def test_a_scatter_lies_on_the_curve() -> None:
     """Weights times anchors are per anchor: the figure shows both on one axis."""
     loss = DirectWeightingLoss(curves.Linear(1.0, above=False), curves.Exponential(3.0))
-    seen = observed_weights(loss, **batch())
-    for side, place in ((seen.positives, 0), (seen.negatives, 1)):
+    observed = observed_weights(loss, **batch())
+    for side, place in ((observed.positives, 0), (observed.negatives, 1)):
         curve = weight_curve(loss, side.similarity)[place]
-        torch.testing.assert_close(side.weight * seen.anchors, curve, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(side.weight * observed.anchors, curve, rtol=1e-12, atol=1e-12)
 
 
 def test_a_drawn_scatter_is_some_of_the_whole() -> None:
@@ -448,6 +450,6 @@ def test_a_drawn_scatter_is_some_of_the_whole() -> None:
     assert torch.equal(observe(limit=10**6).negatives.weight, every.negatives.weight)
 
 
-def sides(seen: losses.ObservedWeights) -> tuple[Any, Any]:
+def sides(observed: losses.ObservedWeights) -> tuple[Any, Any]:
     """Positives and negatives."""
-    return seen.positives, seen.negatives
+    return observed.positives, observed.negatives

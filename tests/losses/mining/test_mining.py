@@ -48,7 +48,7 @@ def distance(similarity: float) -> float:
 
 
 def threshold(positive_below: float | None, negative_above: float | None) -> Row:
-    """Each pair by itself."""
+    """Rule on each pair by itself."""
 
     def row(s: list[float], p: list[int], n: list[int]) -> tuple[set[int], set[int]]:
         return (
@@ -59,8 +59,8 @@ def threshold(positive_below: float | None, negative_above: float | None) -> Row
     return row
 
 
-def ranked_list(alpha: float, margin: float) -> Row:
-    """Each pair by its distance."""
+def ranked_list(margin: float, alpha: float) -> Row:
+    """Rule on each pair by its distance."""
 
     def row(s: list[float], p: list[int], n: list[int]) -> tuple[set[int], set[int]]:
         return {j for j in p if distance(s[j]) > alpha - margin}, {k for k in n if distance(s[k]) < alpha}
@@ -128,12 +128,12 @@ def distance_weighted(dim: int, low: float, high: float | None, negatives: int |
     def row(s: list[float], p: list[int], n: list[int], chance: list[float]) -> tuple[set[int], set[int]]:
         weights = {k: inverse_density(s[k], dim, low, high) for k in n}
         weights = {k: weight for k, weight in weights.items() if weight > 0}
-        count, kept = len(p) if negatives is None else negatives, set()
+        count, columns_kept = len(p) if negatives is None else negatives, set()
         for slot in range(count if weights else 0):
             point = (chance[0] + slot) / count * sum(weights.values())
             ends = itertools.accumulate(weights.values())
-            kept.add(next(k for k, end in zip(weights, ends, strict=True) if end > point))
-        return set(p), kept
+            columns_kept.add(next(k for k, end in zip(weights, ends, strict=True) if end > point))
+        return set(p), columns_kept
 
     return row
 
@@ -151,14 +151,14 @@ CASES: dict[str, tuple[Miner, Row]] = {
     "top-k": (TopKMiner(), top_k(None, 10)),
     "top-k, both": (TopKMiner(1, 2), top_k(1, 2)),
     "top-k, positives": (TopKMiner(2, None), top_k(2, None)),
-    "ranked list": (RankedListMiner(), ranked_list(1.2, 0.4)),
-    "ranked list, to a point": (RankedListMiner(0.7, 0.7), ranked_list(0.7, 0.7)),
-    "ranked list, all positives": (RankedListMiner(0.5, 0.8), ranked_list(0.5, 0.8)),
+    "ranked list": (RankedListMiner(), ranked_list(0.4, 1.2)),
+    "ranked list, to a point": (RankedListMiner(margin=0.7, alpha=0.7), ranked_list(0.7, 0.7)),
+    "ranked list, all positives": (RankedListMiner(margin=0.8, alpha=0.5), ranked_list(0.8, 0.5)),
 }
 SAMPLED: dict[str, tuple[SampledMiner, Drawn]] = {
-    "semi-hard": (SemiHardMiner(), semi_hard(0.2, "distance")),
-    "semi-hard, similarity": (SemiHardMiner(0.3, "similarity", seed=1), semi_hard(0.3, "similarity")),
-    "semi-hard, squared": (SemiHardMiner(0.5, "squared_distance"), semi_hard(0.5, "squared_distance")),
+    "semi-hard": (SemiHardMiner(measure="distance"), semi_hard(0.2, "distance")),
+    "semi-hard, similarity": (SemiHardMiner(0.3, seed=1), semi_hard(0.3, "similarity")),
+    "semi-hard, squared": (SemiHardMiner(0.5, measure="squared_distance"), semi_hard(0.5, "squared_distance")),
     "distance-weighted": (DistanceWeightedMiner(8), distance_weighted(8, 0.5, 1.4, None)),
     "distance-weighted, plane": (DistanceWeightedMiner(2, negatives=1), distance_weighted(2, 0.5, 1.4, 1)),
     "distance-weighted, no limit": (
@@ -192,7 +192,7 @@ def columns(mask: Tensor) -> list[int]:
     return [int(column) for column in mask.nonzero()[:, 0]]
 
 
-def kept(masks: tuple[Tensor, Tensor]) -> list[tuple[set[int], set[int]]]:
+def columns_of_masks(masks: tuple[Tensor, Tensor]) -> list[tuple[set[int], set[int]]]:
     """Columns of both masks, row by row."""
     return [(set(columns(p)), set(columns(n))) for p, n in zip(*masks, strict=True)]
 
@@ -203,14 +203,14 @@ def test_keeps_what_a_loop_over_the_rule_keeps(name: str, block: Block) -> None:
     """The rule of each miner is what its documentation says."""
     miner, row = CASES[name]
     expected = [row(s.tolist(), columns(p), columns(n)) for s, p, n in zip(*block, strict=True)]
-    assert kept(miner(*block)) == expected
+    assert columns_of_masks(miner(*block)) == expected
 
 
 @pytest.mark.parametrize("miner", [MultiSimilarityMiner(0.1), TripletViolationMiner(0.1)])
 def test_rounding_does_not_keep_half_an_anchor(miner: Miner) -> None:
     """0.25 > 0.35 - 0.1 but not 0.35 < 0.25 + 0.1 in floating point; a side without the other has no triplet."""
     similarity, positive = torch.tensor([[0.35, 0.25]], dtype=torch.float64), torch.tensor([[True, False]])
-    assert kept(miner(similarity, positive, ~positive)) == [(set(), set())]
+    assert columns_of_masks(miner(similarity, positive, ~positive)) == [(set(), set())]
 
 
 @pytest.mark.parametrize("name", SAMPLED)
@@ -221,7 +221,7 @@ def test_draws_what_a_loop_over_the_rule_draws(name: str, block: Block) -> None:
     chances = copy.deepcopy(miner).draw(2 if isinstance(miner, SemiHardMiner) else 1, block[0]).tolist()
     rows = zip(*block, chances, strict=True)
     expected = [row(s.tolist(), columns(p), columns(n), chance) for s, p, n, chance in rows]
-    assert kept(miner(*block)) == expected
+    assert columns_of_masks(miner(*block)) == expected
 
 
 @pytest.mark.parametrize("name", MINERS)
@@ -229,7 +229,7 @@ def test_draws_what_a_loop_over_the_rule_draws(name: str, block: Block) -> None:
 def test_keeps_a_subset_and_leaves_its_input_alone(name: str, block: Block, dtype: torch.dtype) -> None:
     """A pair that is masked out must not come back, and the engine still needs the similarities."""
     similarity, positive, negative = block[0].to(dtype), block[1], block[2]
-    before = [each.clone() for each in (similarity, positive, negative)]
+    before = [tensor.clone() for tensor in (similarity, positive, negative)]
     kept_positive, kept_negative = MINERS[name](similarity, positive, negative)
     for mask, whole in ((kept_positive, positive), (kept_negative, negative)):
         assert mask.dtype == torch.bool and mask.shape == whole.shape
@@ -247,7 +247,7 @@ def test_separable_miners_may_see_part_of_a_row(name: str, block: Block, cut: in
             miner, SampledMiner | BatchHardMiner | TopKMiner | MultiSimilarityMiner | TripletViolationMiner
         )
         return
-    parts = [miner(*(each[:, columns] for each in block)) for columns in (slice(cut), slice(cut, None))]
+    parts = [miner(*(tensor[:, columns] for tensor in block)) for columns in (slice(cut), slice(cut, None))]
     for side, whole in enumerate(miner(*block)):
         assert torch.equal(torch.cat([part[side] for part in parts], dim=1), whole)
 
@@ -264,7 +264,7 @@ def batch(n: int = 24, m: int = 60, dim: int = 6) -> dict[str, Tensor]:
 
 
 def value_and_gradient(loss: torch.nn.Module, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of one call."""
+    """Value and gradient of one call."""
     leaf = data["embeddings"].clone().requires_grad_()
     value = loss(**(data | {"embeddings": leaf}))
     return value.detach(), torch.autograd.grad(value, leaf)[0]
@@ -308,11 +308,14 @@ def masks_of(miner: Miner, calls: int = 3) -> list[Tensor]:
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Whether all masks are equal."""
+    """Tells whether all masks are equal."""
     return all(torch.equal(*pair) for pair in zip(left, right, strict=True))
 
 
-SAMPLERS: list[Callable[..., SampledMiner]] = [SemiHardMiner, lambda **seed: DistanceWeightedMiner(6, **seed)]
+SAMPLERS: list[Callable[..., SampledMiner]] = [
+    lambda **seed: SemiHardMiner(measure="distance", **seed),
+    lambda **seed: DistanceWeightedMiner(6, **seed),
+]
 samplers = pytest.mark.parametrize("sampler", SAMPLERS, ids=["semi-hard", "distance-weighted"])
 
 
@@ -374,16 +377,19 @@ def test_ranks_draw_apart_and_resume_from_one_checkpoint(
 
 
 def shares(miner: Miner, row: list[float], positive: int, rows: int = 20_000) -> tuple[Tensor, Tensor]:
-    """How often each column is kept when every anchor is alike and the first columns are positives."""
+    """Share of draws in which each column is kept when every anchor is alike and the first columns are positives."""
     similarity = torch.tensor(row, dtype=torch.float64).expand(rows, -1)
     mask = (torch.arange(len(row)) < positive).expand(rows, -1)
     kept_positive, kept_negative = miner(similarity, mask, ~mask)
     return kept_positive.double().mean(dim=0), kept_negative.double().mean(dim=0)
 
 
-def assert_frequencies(seen: Tensor, expected: Tensor, rows: int = 20_000) -> None:
-    """Each within four standard deviations of its probability."""
-    assert ((seen - expected).abs() <= 4 * (expected * (1 - expected) / rows).sqrt() + 1e-12).all(), (seen, expected)
+def assert_frequencies(frequencies: Tensor, expected: Tensor, rows: int = 20_000) -> None:
+    """Asserts that each share is within four standard deviations of its probability."""
+    assert ((frequencies - expected).abs() <= 4 * (expected * (1 - expected) / rows).sqrt() + 1e-12).all(), (
+        frequencies,
+        expected,
+    )
 
 
 @pytest.mark.parametrize(("positives", "negatives"), [(1, None), (3, None), (1, 4)])
@@ -391,24 +397,24 @@ def test_distance_weighted_draws_have_their_probability(positives: int, negative
     """Negatives are kept in proportion to the inverse density, times the number of draws, up to certainty."""
     row = [0.9] * positives + [0.95, 0.6, 0.5, 0.3, 0.2, 0.1, 0.03, 0.0, -0.5]
     weights = torch.tensor([inverse_density(s, 5, 0.5, 1.4) for s in row[positives:]]).double()
-    _, seen = shares(DistanceWeightedMiner(5, negatives=negatives), row, positives)
+    _, frequencies = shares(DistanceWeightedMiner(5, negatives=negatives), row, positives)
     expected = (weights / weights.sum() * (negatives or positives)).clamp(max=1)
     assert (weights[-2:] == 0).all() and (expected[:2] == expected[0]).sum() <= 2
-    assert_frequencies(seen[positives:], expected)
+    assert_frequencies(frequencies[positives:], expected)
 
 
 def test_semi_hard_draws_evenly() -> None:
     """Each positive as often as any other, and each negative of its band."""
     row = [0.9, 0.2, 0.85, 0.87, 0.95, 0.18, -0.5]  # bands: 0.85 and 0.87; 0.18
-    seen_positive, seen_negative = shares(SemiHardMiner(0.2), row, 2)
+    seen_positive, seen_negative = shares(SemiHardMiner(0.2, measure="distance"), row, 2)
     assert_frequencies(seen_positive, torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0]).double())
     assert_frequencies(seen_negative, torch.tensor([0, 0, 0.25, 0.25, 0, 0.5, 0]).double())
 
 
 def test_semi_hard_falls_back_to_any_negative() -> None:
     """Without a negative in the band, all of them are candidates."""
-    _, seen = shares(SemiHardMiner(0.1), [0.5, 0.6, 0.7, -0.5], 1)
-    assert_frequencies(seen[1:], torch.full((3,), 1 / 3).double())
+    _, frequencies = shares(SemiHardMiner(0.1, measure="distance"), [0.5, 0.6, 0.7, -0.5], 1)
+    assert_frequencies(frequencies[1:], torch.full((3,), 1 / 3).double())
 
 
 @pytest.mark.parametrize("dim", [2, 3, 512, 4096])
@@ -467,15 +473,15 @@ def test_comes_from_a_config(name: str, settings: dict[str, Any]) -> None:
         (lambda: TripletViolationMiner(float("inf")), "margin.*inf"),
         (lambda: RankedListMiner(alpha=0), "alpha.*0"),
         (lambda: RankedListMiner(margin=-0.1), "margin.*-0.1"),
-        (lambda: TopKMiner(positives=0), "positives.*None.*0"),
-        (lambda: TopKMiner(negatives=2.5), "negatives.*None.*2.5"),  # type: ignore[arg-type]
+        (lambda: TopKMiner(positives=0), "positives.*got 0; None"),
+        (lambda: TopKMiner(negatives=2.5), "negatives.*got 2.5; None"),  # type: ignore[arg-type]
         (lambda: SemiHardMiner(margin=0), "margin.*0"),
         (lambda: SemiHardMiner(measure="cosine"), "measure.*distance.*'cosine'"),  # type: ignore[arg-type]
         (lambda: SemiHardMiner(seed=-1), "seed.*-1"),
         (lambda: DistanceWeightedMiner(1), "dim.*1"),
         (lambda: DistanceWeightedMiner(8, min_distance=0), "min_distance.*0"),
-        (lambda: DistanceWeightedMiner(8, max_distance=0.4), "max_distance.*0.5.*None.*0.4"),
-        (lambda: DistanceWeightedMiner(8, negatives=0), "negatives.*None.*0"),
+        (lambda: DistanceWeightedMiner(8, max_distance=0.4), "max_distance.*greater than 0.5.*got 0.4.*None"),
+        (lambda: DistanceWeightedMiner(8, negatives=0), "negatives.*got 0; None"),
         (lambda: Miner()(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)), None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Query expansion and database-side augmentation against loops, and whether they help where they should."""
+"""Query expansion and database-side augmentation against loops, and their gain on noisy classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -17,28 +16,12 @@ from lightning_dml.errors import InputError
 from lightning_dml.retrieval.reranking import expansion
 from lightning_dml.retrieval.reranking.expansion import DatabaseAugmentation, QueryExpansion
 from lightning_dml.retrieval.search import nearest, unit_rows
-
-Rows = npt.NDArray[np.float64]
+from tests.retrieval.reranking.cases import slow_expansion
 
 
 def random_rows(count: int, seed: int, dimensions: int = 5) -> Tensor:
     """Unit rows in no order, some of them far from all others."""
     return unit_rows(torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed)))
-
-
-def slow_expansion(
-    queries: Rows, gallery: Rows, k: int, alpha: float, query_keys: list[int], gallery_keys: list[int]
-) -> Rows:
-    """The definition, item by item."""
-    expanded = []
-    for query, key in zip(queries, query_keys, strict=True):
-        candidates = [item for item, other in zip(gallery, gallery_keys, strict=True) if key < 0 or key != other]
-        candidates.sort(key=lambda item: -float(query @ item))
-        total = query.copy()
-        for item in candidates[:k]:
-            total += max(float(query @ item), 0.0) ** alpha * item
-        expanded.append(total / np.sqrt((total**2).sum()))
-    return np.array(expanded)
 
 
 @given(
@@ -55,12 +38,12 @@ def test_expansion_equals_the_definition(n_queries: int, n_gallery: int, k: int,
     query_keys = torch.randint(-1, 3, (n_queries,), generator=generator)
     gallery_keys = torch.randint(-1, 3, (n_gallery,), generator=generator)
 
-    found = QueryExpansion(k, alpha).apply(queries, gallery, [(query_keys, gallery_keys)])
+    answer = QueryExpansion(k, alpha).apply(queries, gallery, [(query_keys, gallery_keys)])
 
     keys = query_keys.tolist(), gallery_keys.tolist()
     expected = slow_expansion(queries.double().numpy(), gallery.double().numpy(), k, alpha, *keys)
-    assert found.dtype == torch.float32 and found.shape == queries.shape
-    np.testing.assert_allclose(found.numpy(), expected.reshape(n_queries, 5), atol=1e-5)
+    assert answer.dtype == torch.float32 and answer.shape == queries.shape
+    np.testing.assert_allclose(answer.numpy(), expected.reshape(n_queries, 5), atol=1e-5)
 
 
 @given(count=st.integers(1, 12), k=st.integers(1, 14), alpha=st.sampled_from([0.0, 3.0]), seed=st.integers(0, 10**6))
@@ -109,7 +92,7 @@ def test_both_lift_the_map_at_r_of_noisy_clusters() -> None:
 
 
 def test_blocks_and_storage_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fits into memory at a time must not decide the numbers, and a half-precision gallery stays one."""
+    """The size of a block must not decide the numbers, and a half-precision gallery stays one."""
     queries, gallery, keys = random_rows(23, 1), random_rows(37, 2), torch.arange(23)
     exclude = [(keys, torch.arange(37))]
     whole = QueryExpansion(4).apply(queries, gallery, exclude), DatabaseAugmentation(4).apply(gallery)
@@ -120,9 +103,9 @@ def test_blocks_and_storage_do_not_change_the_result(monkeypatch: pytest.MonkeyP
     half = DatabaseAugmentation(4).apply(gallery.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), whole[1], atol=5e-3, rtol=0)
-    found = QueryExpansion(4).apply(queries.half(), gallery.half(), exclude)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, whole[0], atol=5e-3, rtol=0)
+    half = QueryExpansion(4).apply(queries.half(), gallery.half(), exclude)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, whole[0], atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 3.0])
@@ -140,8 +123,8 @@ def test_rows_of_zeros_and_of_one_point_stay_finite(alpha: float) -> None:
         ({"k": 0}, "k must be an integer of at least 1, got 0"),
         ({"k": True}, "k must be an integer of at least 1, got True"),
         ({"k": 2.0}, r"k must be an integer of at least 1, got 2\.0"),
-        ({"alpha": -0.5}, r"alpha must be a finite number of at least 0, got -0\.5"),
-        ({"alpha": float("nan")}, "alpha must be a finite number of at least 0, got nan"),
+        ({"alpha": -0.5}, r"alpha must be a number, finite, at least 0, got -0\.5; 0 weights all alike"),
+        ({"alpha": float("nan")}, "alpha must be a number, finite, at least 0, got nan; 0 weights all alike"),
     ],
 )
 def test_settings_out_of_range(kind: Callable[..., Any], settings: dict[str, Any], message: str) -> None:
@@ -155,11 +138,11 @@ def test_input_that_does_not_fit() -> None:
     rows, broken = torch.eye(3), torch.full((1, 3), float("nan"))
     calls: dict[str, Callable[[], Tensor]] = {
         "gallery is empty": lambda: QueryExpansion().apply(rows, rows[:0]),
-        "gallery has 2 dimensions and queries have 3": lambda: QueryExpansion().apply(rows, rows[:, :2]),
+        r"gallery must have shape \(N, 3\), got \(3, 2\)": lambda: QueryExpansion().apply(rows, rows[:, :2]),
         "queries must be floating point": lambda: QueryExpansion().apply(rows.long(), rows),
         "gallery has NaN": lambda: QueryExpansion().apply(rows, broken),
         "queries has NaN": lambda: QueryExpansion().apply(broken, rows),
-        "gallery must be": lambda: DatabaseAugmentation().apply(rows[0]),
+        r"gallery must have shape \(N, D\)": lambda: DatabaseAugmentation().apply(rows[0]),
         "keys must have shape": lambda: DatabaseAugmentation().apply(rows, torch.arange(2)),
     }
     for message, call in calls.items():

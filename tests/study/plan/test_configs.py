@@ -61,27 +61,28 @@ def test_the_curves_of_negatives_are_what_they_are_called() -> None:
     """A result under the name of another curve would be worse than none."""
     points = points_of(StudyFile.read(FOLDER / "negatives.yaml"))
     assert {point.choice["negative"] for point in points} == set(NEGATIVES)
-    between = [float(each) for each in SIMILARITY if min(abs(float(each) - cut / 10) for cut in range(10)) > 1e-6]
-    kept = [float(each) in between for each in SIMILARITY]
+    between = [float(value) for value in SIMILARITY if min(abs(float(value) - cut / 10) for cut in range(10)) > 1e-6]
+    kept = [float(value) in between for value in SIMILARITY]
     for point, curve in ((point, curves_of([point])[point.key]) for point in points):
         formula = NEGATIVES[point.choice["negative"]]
         found = [weight for weight, keep in zip(curve.negative.tolist(), kept, strict=True) if keep]
-        assert found == pytest.approx([formula(each) for each in between], abs=1e-12)
+        assert found == pytest.approx([formula(value) for value in between], abs=1e-12)
         assert set(curve.positive.tolist()) == {1.0}
 
 
 def settings(name: str) -> list[tuple[dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Of each point of a study its variants, its training config and the options of its memory, if it has one."""
+    """The points of a study: variants, training config and the options of the memory, if there is one."""
     found = []
     for point in points_of(StudyFile.read(FOLDER / f"{name}.yaml")):
-        callbacks = {each["class_path"]: each.get("init_args") for each in point.config["trainer"]["callbacks"]}
+        items = point.config["trainer"]["callbacks"]
+        callbacks = {item["class_path"]: item.get("init_args") for item in items}
         memory = callbacks.get("lightning_dml.callbacks.MemoryBankCallback") or {}
         found.append((dict(point.choice), dict(point.config), memory))
     return found
 
 
 def images_in_a_batch(config: dict[str, Any]) -> int:
-    """What the sampler draws."""
+    """The draws of the sampler."""
     data = config["data"]["init_args"]
     return int(data["classes_per_batch"] * data["samples_per_class"])
 

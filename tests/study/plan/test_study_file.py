@@ -139,8 +139,8 @@ def test_few_configs_show_every_variant(tmp_path: Path) -> None:
     points = points_of(study(tmp_path))
     few = covering(points)
     assert len(few) == 2
-    assert {each for point in few for each in point.choice.items()} == {
-        each for point in points for each in point.choice.items()
+    assert {variant for point in few for variant in point.choice.items()} == {
+        variant for point in points for variant in point.choice.items()
     }
 
     def parse(config: dict[str, Any]) -> None:
@@ -184,15 +184,15 @@ def test_few_configs_show_every_variant(tmp_path: Path) -> None:
         ({"baseline": {"speed": "none"}}, "baseline.speed must be among slow, fast"),
         ({"baseline": {"speed": ["slow", "fast"]}}, "baseline.speed must be one variant"),
         ({"baseline": {"speed": "slow"}, "exclude": [{"speed": "slow"}]}, "is no point of the grid"),
-        ({"mode": "maximum"}, "mode must be max or min"),
-        ({"value": "mean"}, "value must be last or best"),
+        ({"mode": "maximum"}, "mode must be one of max, min, got .maximum."),
+        ({"value": "mean"}, "value must be one of last, best, got .mean."),
         ({"metrics": "val/map@r"}, "metrics must be a list"),
         ({"course": ["drift/bank"]}, "course must have metrics"),
         ({"course": {"metrics": ["drift/bank"], "steps": 3}}, "course must have metrics"),
         ({"course": {"metrics": "drift/bank"}}, "course.metrics must be a list of names"),
-        ({"course": {"metrics": ["drift/bank"], "every": 0}}, "course.every must be a whole number"),
+        ({"course": {"metrics": ["drift/bank"], "every": 0}}, "course.every must be an integer .*steps"),
         ({"labels": ["a"]}, "labels must map"),
-        ({"lease": 0}, "lease must be a positive"),
+        ({"lease": 0}, "lease must be a number of seconds, finite, greater than 0, got 0"),
         ({"keep_checkpoints": "no"}, "keep_checkpoints must be true or false"),
         ({"name": "a/b"}, "name must consist"),
         ({"base": "nowhere.yaml"}, "nowhere.yaml cannot be read"),

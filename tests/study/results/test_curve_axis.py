@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from PIL import Image
 from pytorch_metric_learning import losses as pml_losses
 from torch import nn
 
-from lightning_dml.commands.study import report
 from lightning_dml.errors import InputError
 from lightning_dml.losses import (
     Context,
@@ -36,13 +35,13 @@ from lightning_dml.study.plan.grid import Run, points_of, runs_of
 from lightning_dml.study.plan.loss_axis import chooses_the_loss
 from lightning_dml.study.plan.study_file import StudyFile
 from lightning_dml.study.results.curve_axis import BASELINE, BLACK, GREY, curve_axis_figure
-from lightning_dml.study.results.curve_layout import _tick
 from lightning_dml.study.results.loss_curves import SIMILARITY, curves_of
+from lightning_dml.study.results.report import report
 from lightning_dml.study.results.statistics import mean_of
 from lightning_dml.study.results.summary import Row, rows_of
 from lightning_dml.study.running.ledger import Entry
+from tests.figures import overlaps, texts_in_the_way, texts_of
 from tests.helpers import ROOT
-from tests.study.results.test_report import overlaps
 
 FOLDER = ROOT / "configs/study"
 LOSSES, CURVES, LOSS = "lightning_dml.losses", "lightning_dml.losses.curves", "model.init_args.loss"
@@ -57,7 +56,7 @@ class Proxies(nn.Module):
 
 
 def value_of(run: Run, metric: str) -> float:
-    """What a training brings: another value for each point, seed and metric."""
+    """The result of a training: another value for each point, seed and metric."""
     return 0.5 + int(run.point.key, 16) % 89 / 300 + 0.01 * math.sin(7 * run.seed) - 0.1 * len(metric) / 20
 
 
@@ -90,38 +89,44 @@ def study_of(folder: Path, axes: Mapping[str, Any], **changes: Any) -> StudyFile
     return StudyFile.read(folder / "made.yaml")
 
 
-def panels_of(figure: Figure, metrics: int) -> tuple[list[Axes], list[Axes]]:
-    """Panels of curves and of metrics, both in the order of reading."""
-    panels = sorted(figure.axes, key=lambda each: (-round(each.get_position().y1, 6), each.get_position().x0))
-    tall = sorted(panels, key=lambda each: each.get_position().height)[-metrics:]
-    return [each for each in panels if each not in tall], sorted(tall, key=lambda each: each.get_position().x0)
+def columns_of(figure: Figure, metrics: int) -> tuple[list[Axes], list[list[Axes]]]:
+    """Panels of curves in the order of reading, and for each metric its panels from the top down."""
+    figure.draw_without_rendering()  # places them
+    tops = sorted({round(panel.get_position().y1, 6) for panel in figure.axes}, reverse=True)
+    rows: list[list[Axes]] = [[] for _ in tops]
+    for panel in sorted(figure.axes, key=lambda panel: panel.get_position().x0):
+        rows[tops.index(round(panel.get_position().y1, 6))].append(panel)
+    assert len({len(row) for row in rows}) == 1  # all panels of a row have one height, in the order of the file
+    curve_panels = [panel for row in rows for panel in row[:-metrics]]
+    return curve_panels, [list(column) for column in list(zip(*rows, strict=True))[-metrics:]]
 
 
 def line(panel: Axes, label: str) -> tuple[NDArray[np.float64], str]:
     """Heights and colour of a curve."""
-    found: Any
-    (found,) = (each for each in panel.lines if each.get_label() == label)
-    assert np.asarray(found.get_xdata()).tolist() == SIMILARITY.tolist()
-    return np.asarray(found.get_ydata(), dtype=float), to_hex(found.get_color()).upper()
+    curve: Any
+    (curve,) = (line for line in panel.lines if line.get_label() == label)
+    assert np.asarray(curve.get_xdata()).tolist() == SIMILARITY.tolist()
+    return np.asarray(curve.get_ydata(), dtype=float), to_hex(curve.get_color()).upper()
 
 
-def dots(panel: Axes) -> list[tuple[list[float], list[float]]]:
-    """Values and heights of each series in a panel of a metric."""
+def dots(panel: Axes) -> dict[str, tuple[float, float]]:
+    """Value and height of each series that has a dot in a row's panel of a metric."""
     containers: Any = panel.containers
-    return [(np.asarray(each[0].get_xdata()).tolist(), np.asarray(each[0].get_ydata()).tolist()) for each in containers]
+    dots_of = {bar.get_label(): bar[0].get_xydata()[0].tolist() for bar in containers}
+    return {label: (value, height) for label, (value, height) in dots_of.items()}
 
 
-def baselines(panel: Axes) -> list[list[list[float]]]:
-    """Both ends of each piece of the baseline's line."""
-    lines: Any = panel.collections
-    found = [each for each in lines if to_hex(each.get_edgecolor()[0]) == to_hex(BASELINE)]
-    return [each.get_segments()[0].tolist() for each in found]
+def baselines(panel: Axes) -> list[float]:
+    """The places of the baselines' lines, which stand over the whole height of a row's panel."""
+    lines = [line for line in panel.lines if to_hex(line.get_color()) == to_hex(BASELINE)]
+    assert all(np.asarray(line.get_ydata()).tolist() == [0, 1] for line in lines)
+    return [float(np.asarray(line.get_xdata())[0]) for line in lines]
 
 
-def bars(panel: Axes, series: int = 0) -> NDArray[np.float64]:
-    """Ends of a series' intervals, (rows, 2)."""
+def bars(panel: Axes) -> list[list[float]]:
+    """Ends of the intervals in a row's panel of a metric."""
     containers: Any = panel.containers
-    return np.array([[ends[0][0], ends[1][0]] for ends in containers[series][2][0].get_segments() if len(ends)])
+    return [[end[0] for end in bar[2][0].get_segments()[0].tolist()] for bar in containers if bar[2]]
 
 
 POSITIVES: dict[str, Any] = {
@@ -146,44 +151,55 @@ def test_the_curves_are_those_of_the_losses_and_the_dots_the_means() -> None:
     axis = study.axes[0]
     assert chooses_the_loss(axis, points_of(study)) and list(axis.variants) == list(POSITIVES)
     figure = curve_axis_figure(study, axis, rows)
-    small, large = panels_of(figure, metrics=2)
-    names = sorted(
-        (text for text in figure.texts if text.get_text() in POSITIVES), key=lambda text: -text.get_position()[1]
-    )
-    assert [text.get_text() for text in names] == list(POSITIVES)
-    assert len(small) == len(POSITIVES)
-    for panel, text, side in zip(small, names, POSITIVES.values(), strict=True):
+    small, large = columns_of(figure, metrics=2)
+    assert [panel.get_ylabel().replace("\n", " ") for panel in small] == list(POSITIVES)
+    for panel, side in zip(small, POSITIVES.values(), strict=True):
         loss = DirectWeightingLoss(side, curves.Step(threshold=0.5))
-        pull, push = (each.numpy() for each in weight_curve(loss, SIMILARITY))
+        pull, push = (weights.numpy() for weights in weight_curve(loss, SIMILARITY))
         heights, colour = line(panel, "positive")
         assert heights.tolist() == pull.tolist() and colour == PALETTE[0]
         heights, colour = line(panel, "negative")
         assert heights.tolist() == push.tolist() and colour == to_hex(GREY).upper()
-        box = panel.get_position()
-        assert (box.y0 + box.y1) / 2 == pytest.approx(text.get_position()[1])
+        frame, label = panel.get_window_extent(), panel.yaxis.label.get_window_extent()
+        assert (label.y0 + label.y1) / 2 == pytest.approx((frame.y0 + frame.y1) / 2, abs=2)
     by_name = {row.point.choice["positive"]: row for row in rows}
     runs = runs_of(study, points_of(study))
-    for panel, metric in zip(large, study.metrics, strict=True):
-        ((values, places),) = dots(panel)
-        for number, name in enumerate(POSITIVES):
+    for panels, metric in zip(large, study.metrics, strict=True):
+        for panel, curve_panel, name in zip(panels, small, POSITIVES, strict=True):
             wanted = mean_of([value_of(run, metric) for run in runs if run.point.choice["positive"] == name])
-            assert values[number] == pytest.approx(wanted.mean)
-            assert bars(panel)[number] == pytest.approx((wanted.low, wanted.high))
+            ((value, height),) = dots(panel).values()
+            assert value == pytest.approx(wanted.mean)
+            assert bars(panel) == [pytest.approx([wanted.low, wanted.high])]
+            assert panel.get_xlim() == panels[0].get_xlim()
             assert panel.get_xlim()[0] < wanted.low and wanted.high < panel.get_xlim()[1]
-            # At the height of the row's curve.
-            height = figure.transFigure.inverted().transform(panel.transData.transform((0, places[number])))[1]
-            box = small[number].get_position()
-            assert height == pytest.approx((box.y0 + box.y1) / 2)
-        mean = by_name["constant"].means[metric].mean
-        assert baselines(panel) == [[[mean, place - 0.5], [mean, place + 0.5]] for place in range(len(POSITIVES))]
-        assert panel.get_xlabel() == f"{metric} (fraction)"
-    assert small[-1].get_xlabel() == "cosine similarity S"
-    said = " ".join(" ".join(text.get_text() for text in figure.texts).split())
-    assert f"{Context()}: multi-similarity." in said and "exponential down (up to 134)" in said
-    assert "weight, |dL/dS| per anchor" in said and "3 seeds" in said
+            # At the height of the row's curve, in the middle of a panel of the same height.
+            assert height == sum(panel.get_ylim()) / 2
+            assert panel.get_position().intervaly == pytest.approx(curve_panel.get_position().intervaly)
+            assert baselines(panel) == [by_name["constant"].means[metric].mean]
+        assert panels[-1].get_xlabel() == f"{metric} (fraction)"
+    assert small[-1].get_xlabel() == "cosine similarity S" and small[0].get_title() == "weight,\n|dL/dS| per anchor"
+    assert figure.get_supylabel() == "weight curve of positives"
+    caption = " ".join(figure.get_supxlabel().split())
+    assert f"{Context()}: multi-similarity." in caption and "exponential down (up to 134)" in caption
+    assert "3 seeds" in figure.legends[0].get_title().get_text()
     assert not overlaps(figure)
+    assert texts_in_the_way(figure) == []
     width, height = figure.get_size_inches()
     assert width < 12 and height < 0.8 * len(POSITIVES) + 3
+
+
+@pytest.mark.parametrize("names", [POSITIVES, [f"a name of a variant that is far too long {k}" for k in range(16)]])
+def test_no_text_is_cut_or_lies_on_another(tmp_path: Path, names: Iterable[str]) -> None:
+    """Half of 13 points is what a footnote has, and what lies on another text cannot be read at all."""
+    variants = {name: loss("ContrastiveLoss", margin=0.01 * place) for place, name in enumerate(names)}
+    sizes = {"option": "model.size", "values": [0.1, 1.0, 10.0], "label": "a size"}
+    study = study_of(tmp_path, {"loss": variants, "size": sizes}, baseline={"size": 0.1}, metrics=["drift/bank"])
+    figure = curve_axis_figure(study, study.axes[0], rows_in(study))
+    assert not overlaps(figure)
+    assert texts_in_the_way(figure) == []
+    assert min(float(text.get_fontsize()) for text in texts_of(figure)) >= 13
+    assert all(panel.get_window_extent().width > 1.8 * figure.dpi for panel in figure.axes)
+    assert all(panel.get_window_extent().height > 0.4 * figure.dpi for panel in figure.axes)
 
 
 def test_names_and_numbers_of_a_row_stand_apart() -> None:
@@ -191,21 +207,12 @@ def test_names_and_numbers_of_a_row_stand_apart() -> None:
     study = StudyFile.read(FOLDER / "mining_weighting.yaml")
     axis = study.axes[1]
     figure = curve_axis_figure(study, axis, rows_in(study))
-    figure.draw_without_rendering()
-    names = [each for each in figure.texts if each.get_text() in axis.variants]
-    numbers = [each for panel in figure.axes for each in panel.get_yticklabels() if each.get_text()]
-    assert len(names) == 5 and "1e8" in {each.get_text() for each in numbers}
-    for name in names:
-        assert all(not name.get_window_extent().overlaps(each.get_window_extent()) for each in numbers)
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [(0, "0"), (2, "2"), (0.05, "0.05"), (5000, "5000"), (2e8, "2e8"), (-0.005, "\N{MINUS SIGN}5e\N{MINUS SIGN}3")],
-)
-def test_numbers_of_the_scale_are_short(value: float, said: str) -> None:
-    """There is room for five letters."""
-    assert _tick(value) == said
+    small, _ = columns_of(figure, metrics=2)
+    assert [panel.get_ylabel() for panel in small[::2]] == list(axis.variants)
+    numbers = [label for panel in small for label in panel.get_yticklabels() if label.get_text()]
+    assert "1e+08" in {label.get_text() for label in numbers}
+    assert not overlaps(figure)
+    assert texts_in_the_way(figure) == []
 
 
 def loss(name: str, **settings: Any) -> dict[str, Any]:
@@ -236,7 +243,7 @@ def test_losses_on_two_axes_have_curves_in_the_colours_of_their_dots(tmp_path: P
     """In a grid of losses a row has several: a curve must lead to its dot, and one that all share must say so."""
     study = study_of(tmp_path, SIDES_AXES, base=SIDES_BASE, baseline={"pull": "constant"})
     rows = rows_in(study, missing=("0.7",))
-    small, (panel,) = panels_of(curve_axis_figure(study, study.axes[0], rows), metrics=1)
+    small, (panels,) = columns_of(curve_axis_figure(study, study.axes[0], rows), metrics=1)
     rising = curves.Linear(threshold=-1.0, slope=0.5)
     for place, pull in enumerate((curves.Constant(), rising)):
         of_positives, of_negatives = small[2 * place : 2 * place + 2]
@@ -247,15 +254,14 @@ def test_losses_on_two_axes_have_curves_in_the_colours_of_their_dots(tmp_path: P
             assert heights.tolist() == wanted[1].tolist() and colour == PALETTE[number]
             assert line(of_positives, "positive")[0].tolist() == wanted[0].tolist()
     means = {row.point.label: row.means["val/recall@1"].mean for row in rows}
-    containers: Any = panel.containers
-    for number, at in enumerate((0.1, 0.5)):
-        values, places = dots(panel)[number]
-        assert values == [means[f"pull={pull}, push={at}"] for pull in ("constant", "rising")]
-        assert to_hex(containers[number][0].get_color()).upper() == PALETTE[number]
-        assert [round(place) for place in places] == [0, 1]
-    assert np.isnan(dots(panel)[2][0]).all()
-    apart = {places[0] for _, places in dots(panel)}
-    assert len(apart) == 3 and max(map(abs, apart)) < 0.5
+    for panel, variant in zip(panels, ("constant", "rising"), strict=True):
+        drawn: Any = {bar.get_label(): bar[0] for bar in panel.containers}
+        assert list(drawn) == ["push=0.1", "push=0.5"]  # the third has no result
+        for number, (name, (value, _)) in enumerate(dots(panel).items()):
+            assert value == means[f"pull={variant}, {name}"]
+            assert to_hex(drawn[name].get_color()).upper() == PALETTE[number]
+        places = {height for _, height in dots(panel).values()}
+        assert len(places) == 2 and min(panel.get_ylim()) < min(places) < max(places) < max(panel.get_ylim())
 
 
 def test_a_baseline_beside_the_losses_stands_at_the_height_of_each(tmp_path: Path) -> None:
@@ -266,12 +272,9 @@ def test_a_baseline_beside_the_losses_stands_at_the_height_of_each(tmp_path: Pat
     }
     study = study_of(tmp_path, axes, baseline={"size": 0})
     rows = rows_in(study)
-    small, (panel,) = panels_of(curve_axis_figure(study, study.axes[0], rows), metrics=1)
+    small, (panels,) = columns_of(curve_axis_figure(study, study.axes[0], rows), metrics=1)
     means = {row.point.label: row.means["val/recall@1"].mean for row in rows}
-    assert baselines(panel) == [
-        [[means[f"loss={name}, size=0"], place - 0.5], [means[f"loss={name}, size=0"], place + 0.5]]
-        for place, name in enumerate(axes["loss"])
-    ]
+    assert [baselines(panel) for panel in panels] == [[means[f"loss={name}, size=0"]] for name in axes["loss"]]
     for panel, made in zip(small, (ContrastiveLoss(), MultiSimilarityLoss()), strict=True):
         pull, push = weight_curve(made, SIMILARITY)
         for side, weights, wanted in (("positive", pull, PALETTE[0]), ("negative", push, PALETTE[1])):
@@ -284,12 +287,12 @@ def test_a_point_without_a_result_leaves_its_place_empty(tmp_path: Path) -> None
     study = study_of(tmp_path, {"loss": {"contrastive": {}, "triplet": loss("TripletLoss")}}, seeds=[4])
     rows = rows_in(study, missing=("triplet",))
     figure = curve_axis_figure(study, study.axes[0], rows)
-    small, (panel,) = panels_of(figure, metrics=1)
-    ((values, _),) = dots(panel)
-    assert values[0] == value_of(Run(rows[0].point, 4), "val/recall@1") and math.isnan(values[1])
-    assert [(text.get_text(), text.get_position()[1]) for text in panel.texts] == [("no result", 1)]
+    small, (panels,) = columns_of(figure, metrics=1)
+    assert [value for value, _ in dots(panels[0]).values()] == [value_of(Run(rows[0].point, 4), "val/recall@1")]
+    assert not dots(panels[1])
+    assert [[text.get_text() for text in panel.texts] for panel in panels] == [[], ["no result"]]
     assert line(small[1], "positive")[0].tolist() == weight_curve(TripletLoss(), SIMILARITY)[0].tolist()
-    assert not len(bars(panel)) or np.isnan(bars(panel)).all()  # one seed has no interval
+    assert not bars(panels[0])  # one seed has no interval
 
 
 def test_weights_of_other_sizes_stay_legible(tmp_path: Path) -> None:
@@ -302,7 +305,7 @@ def test_weights_of_other_sizes_stay_legible(tmp_path: Path) -> None:
     }
     study = study_of(tmp_path, {"loss": variants})
     figure = curve_axis_figure(study, study.axes[0], rows_in(study))
-    tops = {panel.get_ylim()[1] for panel in panels_of(figure, metrics=1)[0]}
+    tops = {panel.get_ylim()[1] for panel in columns_of(figure, metrics=1)[0]}
     assert len(tops) == 1 and 1 < tops.pop() < 3
     said = " ".join(figure.texts[-1].get_text().split())
     assert said.endswith(f"Cut off at the top: exponential (up to {math.exp(9 * 0.98):.3g}).")
@@ -311,12 +314,12 @@ def test_weights_of_other_sizes_stay_legible(tmp_path: Path) -> None:
     some = {name: variants[name] for name in ("contrastive", "multi-similarity")}
     study = study_of(tmp_path, {"loss": {**some, "large": large}})
     figure = curve_axis_figure(study, study.axes[0], rows_in(study))
-    assert [panel.get_ylim()[1] for panel in panels_of(figure, metrics=1)[0]] == pytest.approx(3 * [4.4])  # in sight
+    assert [panel.get_ylim()[1] for panel in columns_of(figure, metrics=1)[0]] == pytest.approx(3 * [4.4])  # in sight
     faint = {"class_path": STEP, "init_args": {"value": 0.01}}
     variants = {"contrastive": {}, "faint": loss("DirectWeightingLoss", positive=faint, negative=faint)}
     study = study_of(tmp_path, {"loss": variants})
     figure = curve_axis_figure(study, study.axes[0], rows_in(study))
-    assert [panel.get_ylim()[1] for panel in panels_of(figure, metrics=1)[0]] == pytest.approx([1.1, 0.011])
+    assert [panel.get_ylim()[1] for panel in columns_of(figure, metrics=1)[0]] == pytest.approx([1.1, 0.011])
     assert "a scale of its own" in figure.texts[-1].get_text()
     assert "logarithmic" not in figure.texts[-1].get_text()
 
@@ -326,10 +329,10 @@ def test_weights_of_another_order_have_a_logarithmic_scale(tmp_path: Path) -> No
     rules = {name: loss("GeneralPairWeightingLoss", positive=name, negative=name) for name in ("linear", "exponential")}
     study = study_of(tmp_path, {"loss": {"contrastive": {}, **rules}})
     figure = curve_axis_figure(study, study.axes[0], rows_in(study))
-    small = panels_of(figure, metrics=1)[0]
+    small = columns_of(figure, metrics=1)[0]
     assert [panel.get_yscale() for panel in small] == ["linear", "linear", "symlog"]
     figure.draw_without_rendering()
-    assert [label.get_text() for label in small[2].get_yticklabels()] == ["0", "1", "1e8"]
+    assert [label.get_text() for label in small[2].get_yticklabels()] == ["0", "1", "1e+08"]
     ends = [
         float(small[2].transData.transform((0, value))[1]) for value in (0.0, 1.0, line(small[2], "positive")[0].max())
     ]
@@ -348,7 +351,7 @@ def test_a_curve_that_is_hardly_seen_has_its_weight_written_on_it(tmp_path: Path
         for name, curve in {"hard": {"class_path": STEP}, "low": low, "easy": easy}.items()
     }
     study = study_of(tmp_path, {"loss": variants})
-    small: Any = panels_of(curve_axis_figure(study, study.axes[0], rows_in(study)), metrics=1)[0]
+    small: Any = columns_of(curve_axis_figure(study, study.axes[0], rows_in(study)), metrics=1)[0]
     written = [[(text.get_text(), round(text.xy[0], 1)) for text in panel.texts] for panel in small]
     assert written == [[], [("0.01", 0.0)], [("0.01", -0.3)]]
 
@@ -401,7 +404,7 @@ def test_a_report_has_the_figure_or_says_why_not(
     names = {"table.md", "table.csv", "trials.csv", "loss.png", "loss.svg", "size.png", "size.svg"}
     names |= {"loss-curves.png", "loss-curves.svg"} if said is None else set()
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    refused = [each for each in printed if "is not drawn" in each]
+    refused = [text for text in printed if "is not drawn" in text]
     assert len(refused) == (said is not None)
     if said is None:
         assert "loss-curves.png, loss-curves.svg" in printed[-1]
@@ -428,7 +431,7 @@ def test_a_loss_of_another_library_has_its_curve(tmp_path: Path) -> None:
     )
     first, second = (curves_of(points_of(study))[point.key] for point in points_of(study))
     made = pml_losses.ContrastiveLoss(**settings)
-    assert [each.tolist() for each in (second.positive, second.negative)] == [
-        each.tolist() for each in weight_curve(made, SIMILARITY)
+    assert [weights.tolist() for weights in (second.positive, second.negative)] == [
+        weights.tolist() for weights in weight_curve(made, SIMILARITY)
     ]
     assert second.positive.any() and first.positive.tolist() != second.positive.tolist()

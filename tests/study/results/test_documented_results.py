@@ -26,7 +26,7 @@ ON_GLYPHS, ON_HANZI = PAGE.split("## On Chinese characters")
 def study_of(name: str) -> StudyFile:
     """The study whose results are NAME.csv: one file, or one with another laid over it."""
     stem, *over = name.split("-")
-    return StudyFile.read(*(ROOT / f"configs/study/{each}.yaml" for each in (stem, *over)))
+    return StudyFile.read(*(ROOT / f"configs/study/{name}.yaml" for name in (stem, *over)))
 
 
 def rows_in(path: Path) -> list[dict[str, str]]:
@@ -62,7 +62,7 @@ def test_the_page_says_what_was_measured(path: Path) -> None:
         own = by_metric[study.metric]
         cells = [*choice, f"{len(own)} of {len(study.seeds)}"]
         cells += [interval(list(by_metric[metric].values())) for metric in study.metrics if by_metric[metric]]
-        base = tuple(study.baseline.get(axis, each) for axis, each in zip(axes, choice, strict=True))
+        base = tuple(study.baseline.get(axis, variant) for axis, variant in zip(axes, choice, strict=True))
         if base == choice:
             cells.append("baseline")
         else:
@@ -73,7 +73,7 @@ def test_the_page_says_what_was_measured(path: Path) -> None:
 
 def values_of(cell: str, results: Iterable[Path]) -> dict[int, float]:
     """The metric by seed at a point that is written as `axis=variant, axis=variant`, from the study with these axes."""
-    choice = dict(each.split("=", 1) for each in cell.split(", "))
+    choice = dict(part.split("=", 1) for part in cell.split(", "))
     for path in results:
         study = study_of(path.stem)
         if {axis.name for axis in study.axes} == set(choice):
@@ -113,7 +113,7 @@ def test_the_page_says_how_stale_the_memory_was(path: Path) -> None:
             stale[row["keys"]][int(row["step"])].append(difference)
     lines = (ON_HANZI if path.stem.endswith("-hanzi") else ON_GLYPHS).splitlines()
     for keys, by_step in stale.items():
-        assert all(len(each) == 3 for each in by_step.values())
+        assert all(len(values) == 3 for values in by_step.values())
         means = (f"{statistics.fmean(by_step[step]):.2f}" for step in (200, 400, 600, 900))
         assert f"| {keys} | {' | '.join(means)} |" in lines
 

@@ -1,4 +1,4 @@
-"""What a study reports: intervals, paired tests, tables and figures, from results that are known."""
+"""Reports of a study: intervals, paired tests, tables and figures, from results that are known."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ import scipy.stats
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lightning_dml.commands.study import main, report
+from lightning_dml.commands.study import main
 from lightning_dml.errors import InputError
 from lightning_dml.files import write_whole
 from lightning_dml.study.plan.grid import Point, Run, points_of, runs_of
 from lightning_dml.study.plan.study_file import Axis, StudyFile
 from lightning_dml.study.results.figure import COLOURS, figure_of
+from lightning_dml.study.results.report import report
 from lightning_dml.study.results.statistics import Comparison, Mean, compare, holm, mean_of
 from lightning_dml.study.results.summary import Row, rows_of, seconds_of_one
 from lightning_dml.study.results.tables import markdown, points_csv, trials_csv
 from lightning_dml.study.running import storage
 from lightning_dml.study.running.ledger import Entry, Ledger
 from lightning_dml.study.running.trial_config import RESULT, folder_of
+from tests.figures import overlaps
 
 
 def book(folder: Path, **changes: Any) -> tuple[StudyFile, list[Point], list[Run], dict[str, Entry]]:
@@ -66,7 +68,7 @@ def book(folder: Path, **changes: Any) -> tuple[StudyFile, list[Point], list[Run
 
 
 def value_of(run: Run) -> float:
-    """What the training of this loss, size and seed brings."""
+    """The result of the training of this loss, size and seed."""
     noise = math.sin(7 * run.seed + 3 * float(run.point.choice["size"]))
     return 0.5 + 0.1 * (run.point.choice["loss"] == "other") * (1 + 0.3 * noise) + 0.01 * noise
 
@@ -78,7 +80,7 @@ def book_of(
     content = {
         "base": {"model.a": 0},
         "axes": {"loss": {name: {"model.a": number} for number, name in enumerate(values)}},
-        "seeds": list(range(max(len(each) for each in values.values()))),
+        "seeds": list(range(max(len(own) for own in values.values()))),
         "baseline": {"loss": next(iter(values))},
         "metric": "val/recall@1",
         "output": str(folder / "out"),
@@ -126,7 +128,7 @@ def test_what_one_seed_cannot_tell_is_left_open() -> None:
 
 def recalls(hits: Sequence[int], queries: int) -> list[float]:
     """Parts of the queries, in float32 as a metric of torchmetrics gives them."""
-    return [float(np.float32(each / queries)) for each in hits]
+    return [float(np.float32(count / queries)) for count in hits]
 
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1000.0])
@@ -143,13 +145,13 @@ def recalls(hits: Sequence[int], queries: int) -> list[float]:
 def test_differences_that_are_equal_up_to_rounding_have_no_p(
     own: list[float], baseline: list[float], wanted: float, scale: float
 ) -> None:
-    """What is left of a subtraction in the last digits would pass for a spread, and p for a proof (1e-9 and less)."""
+    """The last digits of a subtraction would pass for a spread, and p for a proof (1e-9 and less)."""
     found = compare(
         {seed: scale * each for seed, each in enumerate(own)}, dict(enumerate(np.multiply(baseline, scale)))
     )
     assert found.difference.n == 3
     assert found.difference.mean == pytest.approx(scale * wanted, abs=1e-7 * scale)
-    assert [math.isnan(each) for each in (found.p, found.difference.low, found.difference.high)] == [True] * 3
+    assert [math.isnan(number) for number in (found.p, found.difference.low, found.difference.high)] == [True] * 3
 
 
 @pytest.mark.parametrize("queries", [4800, 100_000])
@@ -173,8 +175,8 @@ def test_holm_is_the_sequential_rule() -> None:
         assert math.isnan(found[-1])
         for level in (0.01, 0.05, 0.1, 0.2):
             rejected = []
-            for rank, (each, place) in enumerate(sorted(zip(p, range(6), strict=True))):
-                if each > level / (6 - rank):
+            for rank, (value, place) in enumerate(sorted(zip(p, range(6), strict=True))):
+                if value > level / (6 - rank):
                     break
                 rejected.append(place)
             assert [place for place in range(6) if found[place] <= level * (1 + 1e-12)] == sorted(rejected)
@@ -241,7 +243,7 @@ def test_every_number_stands_under_its_heading(tmp_path: Path) -> None:
     left_open = {"difference ci_low": "", "difference ci_high": "", "p": "", "p_holm": ""}
     assert second == {**first, "difference": "-0.25", **left_open}
     lines = [line for line in markdown(study, rows, runs, entries).splitlines() if line.startswith("|")]
-    header, _, first_line, second_line, last_line = ([each.strip() for each in line.split("|")[1:-1]] for line in lines)
+    header, _, first_line, second_line, last_line = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     name = "val/recall@1 [95% interval]"
     assert header == ["loss", "n", name, f"difference in {name}", "p", "p (Holm)"]
     mean = "0.7500 [0.6250, 0.8750]"
@@ -259,7 +261,7 @@ def test_the_plan_tells_the_median_time(tmp_path: Path, capsys: pytest.CaptureFi
     assert seconds_of_one(runs, two) == 50 and math.isnan(seconds_of_one(runs, {}))
     ledger = Ledger(storage.open_storage(study.storage), study.name, study.mode, study.lease)
     ledger.enter(runs)
-    for run in [each for each in runs if each.key in entries]:
+    for run in [run for run in runs if run.key in entries]:
         claimed = ledger.claim([run])
         assert claimed is not None
         ledger.finish(claimed, 0.5, entries[run.key].attributes["result"])
@@ -346,9 +348,9 @@ def test_an_axis_of_numbers_is_drawn_in_their_order(tmp_path: Path) -> None:
     }
     figure = figure_of(study, study.axes[1], rows_of(study, points, entries))
     containers: Any = figure.axes[0].containers
-    for each in containers:
-        assert np.asarray(each.lines[0].get_xdata()).tolist() == [128, 256, 512]
-        assert np.asarray(each.lines[0].get_ydata()).tolist() == [129, 257, 513]
+    for bars in containers:
+        assert np.asarray(bars.lines[0].get_xdata()).tolist() == [128, 256, 512]
+        assert np.asarray(bars.lines[0].get_ydata()).tolist() == [129, 257, 513]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["128", "256", "512"]
     assert len(figure.legends[0].get_texts()) == 2
     figure.draw_without_rendering()  # names are no mathematics
@@ -379,7 +381,7 @@ def test_a_figure_that_cannot_be_drawn_does_not_take_the_others_along(
 
 
 def test_error_bars_are_as_long_as_the_intervals(tmp_path: Path) -> None:
-    """Whether bars overlap is the first thing a reader looks at."""
+    """A reader looks first at whether bars overlap."""
     values = {"plain": [0.5, 0.6, 0.7], "other": [0.7, 0.75, 0.8], "single": [0.55]}
     study, points, _, entries = book_of(tmp_path, values)
     rows: dict[str, Row] = {row.point.choice["loss"]: row for row in rows_of(study, points, entries)}
@@ -396,14 +398,6 @@ def test_error_bars_are_as_long_as_the_intervals(tmp_path: Path) -> None:
     assert np.asarray(bars.get_segments())[:, :, 0].tolist() == [[0, 0], [1, 1], [2, 2]]
     assert np.asarray(bars.get_segments())[:, :, 1] == pytest.approx(np.asarray(wanted))
     assert np.stack([cap.get_ydata() for cap in caps], axis=1) == pytest.approx(np.asarray(wanted))
-
-
-def overlaps(figure: Figure) -> bool:
-    """Whether the figure's legend covers any part of a panel or of the title, or leaves the figure."""
-    figure.draw_without_rendering()
-    legend = figure.legends[0].get_window_extent()
-    within = legend.x1 <= figure.bbox.x1 and legend.y0 >= 0
-    return not within or any(legend.overlaps(each.get_window_extent()) for each in (*figure.axes, *figure.texts))
 
 
 def test_text_is_legible_at_half_size(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lightning_dml.study.plan.grid import Run, points_of, runs_of
 from lightning_dml.study.plan.study_file import StudyFile
 from lightning_dml.study.running.ledger import Entry, Ledger, Lost, is_there
 from lightning_dml.study.running.storage import open_storage
-from tests.study.running.test_workers import POINTS, STUDY
+from tests.study.running.cases import POINTS, STUDY
 
 
 def test_sqlite_lets_one_of_two_claims_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_asking_for_a_study_does_not_make_it(ledgers: Callable[[float], Ledger])
     """On a server that many studies share, a dry run left an empty one behind, and its report was an empty table."""
     storage = ledgers(1).storage
     assert is_there(storage, "ledger") and not is_there(storage, "other")
-    assert [each.study_name for each in storage.get_all_studies()] == ["ledger"]
+    assert [study.study_name for study in storage.get_all_studies()] == ["ledger"]
 
 
 def test_optunas_own_tools_see_the_variants(ledgers: Callable[[float], Ledger], tmp_path: Path) -> None:

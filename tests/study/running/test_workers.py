@@ -27,14 +27,7 @@ from lightning_dml.study.running.worker import STORAGE_TRIALS, Worker, _complain
 from tests.helpers import ROOT
 from tests.study.pretend import FIT
 from tests.study.pretend import STUDY as STUDY_COMMAND
-
-STUDY: dict[str, Any] = {
-    "base": {"model.value": 0.5, "model.seconds": 0.05},
-    "axes": {"model.value": [0.1, 0.2], "model.other": [0, 1]},
-    "seeds": [0, 1],
-    "metric": "val/recall@1",
-}
-POINTS = 2 * 2 * 2
+from tests.study.running.cases import POINTS, STUDY
 
 
 class Folder:
@@ -70,7 +63,7 @@ class Folder:
         return printed
 
     def starts(self) -> Counter[str]:
-        """How often each training was started."""
+        """The number of starts of each training."""
         return Counter(
             path.parent.name
             for path in self.path.glob("runs/study/grid/trials/*/starts.txt")
@@ -83,10 +76,10 @@ class Folder:
             return list(csv.DictReader(file))
 
     def finished(self) -> Counter[str]:
-        """How many trials of each training Optuna itself has as completed."""
+        """The number of trials of each training that Optuna itself has as completed."""
         storage = f"sqlite:///{self.path}/runs/study/grid/study.db"
         trials = optuna.load_study(study_name="grid", storage=storage).get_trials(deepcopy=False)
-        return Counter(each.user_attrs["key"] for each in trials if each.state == optuna.trial.TrialState.COMPLETE)
+        return Counter(trial.user_attrs["key"] for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE)
 
 
 @pytest.fixture
@@ -113,7 +106,7 @@ def until(condition: Callable[[], bool], seconds: float = 40) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process is there and is more than the rest of a dead one."""
+    """True if the process is there and is more than the rest of a dead one."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -147,14 +140,14 @@ def test_killed_in_mid_trial_and_resumed_by_two_workers_at_once(folder: Folder) 
     assert folder.finished() == dict.fromkeys(keys, 1)
     assert folder.starts() == {**dict.fromkeys(keys, 1), started.parent.name: 2}
     assert [line.split(maxsplit=1)[1] for line in started.read_text().splitlines()] == ["anew", "going on"]
-    assert sum("going on from last.ckpt" in each for each in "".join(printed).splitlines()) == POINTS
+    assert sum("going on from last.ckpt" in text for text in "".join(printed).splitlines()) == POINTS
     folder.run("--report-only")
     trials = folder.trials()
-    assert {each["key"] for each in trials} == keys and len(trials) == POINTS
-    assert {each["state"] for each in trials} == {"finished"}
-    for each in trials:
-        value = float(each["model.value"]) + int(each["seed"]) / 100
-        assert float(each["val/recall@1 last"]) == pytest.approx(value)
+    assert {trial["key"] for trial in trials} == keys and len(trials) == POINTS
+    assert {trial["state"] for trial in trials} == {"finished"}
+    for trial in trials:
+        value = float(trial["model.value"]) + int(trial["seed"]) / 100
+        assert float(trial["val/recall@1 last"]) == pytest.approx(value)
 
 
 def test_two_workers_that_begin_a_study_at_once(folder: Folder) -> None:
@@ -188,7 +181,7 @@ def test_a_failure_is_noted_and_the_others_go_on(folder: Folder) -> None:
     folder.write(axes=axes, seeds=[0], base={"model.value": 0.5})
     printed = folder.run(status=1)
     assert "5 trainings: 1 finished, 4 failed" in printed
-    errors = {each["model.then"]: each["error"] for each in folder.trials()}
+    errors = {trial["model.then"]: trial["error"] for trial in folder.trials()}
     assert "InputError: margin must be positive" in errors["raise"] and "log.txt" in errors["raise"]
     assert errors["refuse"].startswith("status 2: lightning-dml: error: Option 'x' is not accepted (see ")
     assert "val/recall@1 is not a finite number" in errors["nan"]

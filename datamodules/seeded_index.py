@@ -1,4 +1,4 @@
-"""A sample's index with the seed of its augmentation, and how such seeds are made."""
+"""A sample's index with the seed of its augmentation, and the function that makes such seeds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SeededIndex(int):
 
 
 def mix(seed: int, epoch: int, places: IntArray) -> IntArray:
-    """One well-mixed 63-bit seed for each place: splitmix64 over seed, epoch and place in turn."""
+    """Makes one well-mixed 63-bit seed for each place: splitmix64 over seed, epoch and place in turn."""
     state = np.zeros(len(places), np.uint64)
     for part in (np.uint64(seed % 2**64), np.uint64(epoch), places.astype(np.uint64)):
         state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
