@@ -17,7 +17,7 @@ from lightning_dml.study.plan.grid import Run, points_of, runs_of
 from lightning_dml.study.plan.study_file import StudyFile
 from lightning_dml.study.running.ledger import Entry, Ledger, Lost, is_there
 from lightning_dml.study.running.storage import open_storage
-from tests.study.running.test_workers import POINTS, STUDY
+from tests.study.running.cases import POINTS, STUDY
 
 
 def test_sqlite_lets_one_of_two_claims_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

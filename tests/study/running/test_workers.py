@@ -27,14 +27,7 @@ from lightning_dml.study.running.worker import STORAGE_TRIALS, Worker, _complain
 from tests.helpers import ROOT
 from tests.study.pretend import FIT
 from tests.study.pretend import STUDY as STUDY_COMMAND
-
-STUDY: dict[str, Any] = {
-    "base": {"model.value": 0.5, "model.seconds": 0.05},
-    "axes": {"model.value": [0.1, 0.2], "model.other": [0, 1]},
-    "seeds": [0, 1],
-    "metric": "val/recall@1",
-}
-POINTS = 2 * 2 * 2
+from tests.study.running.cases import POINTS, STUDY
 
 
 class Folder:
