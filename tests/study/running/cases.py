@@ -1,4 +1,4 @@
-"""A small study, which tests of the book and of the workers share."""
+"""The study that the tests of workers and ledger run."""
 
 from __future__ import annotations
 
@@ -10,5 +10,4 @@ STUDY: dict[str, Any] = {
     "seeds": [0, 1],
     "metric": "val/recall@1",
 }
-
 POINTS = 2 * 2 * 2
