@@ -59,7 +59,7 @@ def _worker(
     dist.destroy_process_group()
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """Runs `function(rank, ranks, *args)` in `ranks` gloo processes and returns what each returned, by rank.
 
     `function` must be defined at module level; it and its results are pickled. No collective may take longer than

@@ -249,7 +249,7 @@ def test_a_real_training_is_killed_and_goes_on(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     worker = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     place = tmp_path / "runs/study/real/trials"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not list(place.glob("*/checkpoints/last.ckpt")):
         assert time.monotonic() < end and worker.poll() is None
         time.sleep(0.05)
