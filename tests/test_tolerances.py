@@ -22,7 +22,7 @@ def test_orders_of_a_sum_lie_within_the_bound(terms: int) -> None:
     """One after another, or in lanes as vector units add: none may leave the bound, and a missing term must."""
     values = torch.randn(50, terms)
     magnitude = values.abs().sum(dim=1).max()
-    lanes = torch.nn.functional.pad(values, (0, -terms % 16)).unflatten(1, (-1, 16))
+    lanes = torch.nn.functional.pad(values, (0, -terms % 16)).reshape(50, -1, 16)
     sums = [
         values.cumsum(dim=1)[:, -1],
         values.flip(1).cumsum(dim=1)[:, -1],
