@@ -32,7 +32,7 @@ class LiftedStructureLoss(PairWeightingLoss):
             + \frac1\beta \log \sum_{k \in N_i} e^{-\beta u_{ik}} + M\Big]_+
 
     Its weights, while the hinge is open, are :math:`\mathrm{softmax}_P(\alpha u)` and
-    :math:`\mathrm{softmax}_N(-\beta u)`, for distances times :math:`1 / d` (0 nearer than 1e-3, where d is clamped). A
+    :math:`\mathrm{softmax}_N(-\beta u)`, for distances times :math:`1 / d` (0 nearer than 2e-3, where d is clamped). A
     threshold from which both sides are measured would cancel, so there is none. An anchor without positives or
     without negatives has no loss; pytorch-metric-learning then counts the empty side as 0.
 

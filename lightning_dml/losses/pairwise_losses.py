@@ -69,7 +69,7 @@ class MarginLoss(PairWeightingLoss):
         \quad d = \sqrt{2 - 2 S}
 
     The weight is :math:`1 / d` on positives with :math:`d > \beta - \alpha` and on negatives with
-    :math:`d < \beta + \alpha`; nearer than 1e-3 d is 1e-3 and has no slope. The loss is meant for
+    :math:`d < \beta + \alpha`; nearer than 2e-3 d is 2e-3 and has no slope. The loss is meant for
     distance-weighted sampling of negatives: `miner=DistanceWeightedMiner(dim)`. Without it all pairs count.
     pytorch-metric-learning lists triplets, so there a positive counts once for each negative of its anchor.
 

@@ -16,7 +16,7 @@ class RankedListLoss(PairWeightingLoss):
     over the non-trivial pairs, positives with :math:`d > \alpha - m` and negatives with :math:`d < \alpha`. The w of
     each side are :math:`e^{T d}` on positives and :math:`e^{-T d}` on negatives, normalised to sum to 1 over the
     side's non-trivial pairs (in log space, so that no temperature overflows) and held constant. The weights with
-    respect to S are :math:`(1 - \lambda) w / d` and :math:`\lambda w / d`, 0 nearer than 1e-3, where d is clamped.
+    respect to S are :math:`(1 - \lambda) w / d` and :math:`\lambda w / d`, 0 nearer than 2e-3, where d is clamped.
     pytorch-metric-learning 2.9 has the gradient flow through w and adds 1e-5 for each column to its sums: the values
     agree to about that, the gradients differ unless both temperatures are 0.
 

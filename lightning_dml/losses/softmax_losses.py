@@ -103,7 +103,7 @@ class TupletMarginLoss(PairWeightingLoss):
     :math:`\sin(\theta_{ij} - \beta) / \sin \theta_{ij}` as well: it is negative for positives at a smaller angle than
     the margin, which are pushed apart up to it. At S = 1 and -1 the factor is infinite, so (ours) where
     :math:`\sin \theta` in :math:`\cos(\theta - \beta) = \cos \theta \cos \beta + \sin \theta \sin \beta` is less than
-    1e-3 it is 1e-3, and the factor is :math:`\cos \beta`.
+    2e-3 it is 2e-3, and the factor is :math:`\cos \beta`.
 
     Args:
         scale: s.

@@ -20,7 +20,7 @@ class TripletLoss(PairWeightingLoss):
         \quad\text{or}\quad \tfrac{1}{s} \log(1 + e^{s (S_{ik} - S_{ij})})
 
     by `measure`, or with a soft margin by `scale`. The weight of a pair is the number of its violated triplets, times
-    :math:`1 / d` for distances (0 nearer than 1e-3, where d is clamped) and 2 for squared distances; with a soft
+    :math:`1 / d` for distances (0 nearer than 2e-3, where d is clamped) and 2 for squared distances; with a soft
     margin it is :math:`\sum \sigma(s (S_{ik} - S_{ij}))` over its triplets. No triplet is listed: counts come from
     sorting the positives of a row, in O(M) memory per row. The soft margin needs time for every triplet.
 

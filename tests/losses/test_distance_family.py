@@ -263,6 +263,15 @@ def test_equal_vectors_are_neither_pulled_nor_pushed() -> None:
             assert float(gradient.abs().max()) < 3
 
 
+@pytest.mark.parametrize("dim", [64, 512])
+def test_no_row_has_a_slope_against_its_own_copy(dim: int) -> None:
+    """One in a thousand, by the order in which a processor adds, would get a weight of a thousand."""
+    rows = F.normalize(torch.randn(1500, dim), dim=1)
+    itself = torch.eye(1500, dtype=torch.bool)
+    _, weights = DistanceContrastiveWeighting()(rows @ rows.T, itself, ~itself)
+    assert (weights.diag() == 0).all()
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -198,8 +198,9 @@ def test_the_moving_average_is_formed_in_float32(dtype: torch.dtype) -> None:
     # the eight squares of a length and a division, which may turn a number that lies between two the other way.
     # Three roundings to half precision would be off by three times as much in some of the 320 numbers.
     unit = torch.finfo(dtype).eps / 2
-    away = (bank.embeddings.double() - torch.from_numpy(expected)).abs()
-    assert (away <= unit * np.abs(expected) + torch.finfo(dtype).smallest_normal * unit + rounding(12)).all()
+    right = torch.from_numpy(expected)
+    bound = unit * right.abs() + torch.finfo(dtype).smallest_normal * unit + rounding(12)
+    assert bool(((bank.embeddings.double() - right).abs() <= bound).all())
 
 
 def test_the_weight_is_the_owners() -> None:
