@@ -41,7 +41,7 @@ class RetrievalDataModule(LightningDataModule):
         samples_per_class: K, images of each of them; at least 2.
         eval_batch_size: images in an evaluation batch on each rank.
         num_workers: processes that load images; 0 loads in the main process. None means one for each core that a rank
-            has, at most 8, where images are files, and 0 where they are in memory already.
+            has, at most 8, where the data set says that its images are files (`in_memory` is False), and 0 otherwise.
         seed: of the batches and of their augmentation.
         drop_small_classes: leave out training classes with one image instead of raising.
         batches_per_epoch: length of an epoch; None means about one pass over the training set.
@@ -275,7 +275,7 @@ class RetrievalDataModule(LightningDataModule):
 
     def _workers(self, images: LabelledImages) -> int:
         """Default of `num_workers`; the ranks of a machine share its cores."""
-        if images.in_memory:
+        if getattr(images, "in_memory", True):  # a data set that does not tell is loaded as PyTorch loads it
             return 0
         ranks = self.trainer.num_devices if self.trainer else 1
         return min(8, max(1, cores() // ranks))

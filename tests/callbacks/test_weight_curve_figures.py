@@ -49,7 +49,7 @@ def test_figures_come_as_files_and_into_tensorboard(tmp_path: Path) -> None:
     assert shown == {"pairs/batch/weights": [4], "pairs/memory/weights": [4], "pairs/over_time": [6]}
     assert pyplot.get_fignums() == before  # a thousand open figures would fill the memory of a long training
     picture = events.Images("pairs/memory/weights")[0]
-    assert (picture.width, picture.height) == (1100, 560)
+    assert (picture.width, picture.height) == (1100, 680)
     assert "pairs/batch/positive_force" in events.Tags()["scalars"]
 
 

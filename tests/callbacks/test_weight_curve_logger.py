@@ -303,5 +303,5 @@ def test_it_works_from_a_config(folder: Path) -> None:
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len([row for row in rows if row["pairs/memory/negative_force"]]) == 2
-    assert Image.open(run / "weight_curves/step_000004_memory.png").size == (1650, 840)
+    assert Image.open(run / "weight_curves/step_000004_memory.png").size == (1650, 1020)
     assert (run / "weight_curves/over_time.svg").exists()

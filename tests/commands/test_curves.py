@@ -185,7 +185,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "without a curve": (("--losses", ORIGINAL), "LiftedStructureLoss.*observed_weights"),
     "points": ((*CONTRASTIVE, "--points", "1"), "points must be an integer of at least 2, got 1"),
     "pairs": ((*CONTRASTIVE, "--pairs", "0"), "pairs must be an integer of at least 1, got 0"),
-    "context": ((*CONTRASTIVE, "--context.positives", "[2]"), r"positives must be .* \[-1, 1\]"),
+    "context": (
+        (*CONTRASTIVE, "--context.positives", "[2]"),
+        "positives of Context must be cosine similarities .* at least -1 and at most 1, got 2.0",
+    ),
     "output": ((*CONTRASTIVE, "--output", "no/such/folder/curves"), "output must be .*'no/such/folder/curves'"),
     "a folder in the way": ((*CONTRASTIVE, "--output", "images/way"), "output must be .*images/way.svg is a folder"),
     "a bank without a training": ((*CONTRASTIVE, "--bank_file", "all.pt"), "bank_file is of no use.*--training"),

@@ -183,17 +183,17 @@ def test_evaluators_are_in_no_checkpoint(tmp_path: Path) -> None:
     torch.save(saved, tmp_path / "before.ckpt")
     parts: dict[str, Any] = {"embedder": TinyEmbedder(seed=5), "loss": ContrastiveLoss()}
     loaded = MetricLearningModule.load_from_checkpoint(tmp_path / "before.ckpt", **parts)
-    assert loaded.val_metrics[0].ks == (1, 2, 4, 8)
+    assert loaded.val_metrics[0].options.ks == (1, 2, 4, 8)
     other = MetricLearningModule.load_from_checkpoint(
         tmp_path / "before.ckpt", **parts, ks=None, metrics=RetrievalMetrics(ks=(3,))
     )
-    assert other.val_metrics[0].ks == other.test_metrics[1].ks == (3,)
+    assert other.val_metrics[0].options.ks == other.test_metrics[1].options.ks == (3,)
 
 
 def test_the_default_ks_are_those_of_the_field() -> None:
     """Recall@1, 2, 4 and 8 is what papers print."""
-    assert tiny_module().val_metrics[0].ks == (1, 2, 4, 8)
-    assert tiny_module(ks=[2]).val_metrics[0].ks == (2,)
+    assert tiny_module().val_metrics[0].options.ks == (1, 2, 4, 8)
+    assert tiny_module(ks=[2]).val_metrics[0].options.ks == (2,)
 
 
 @pytest.mark.parametrize(
