@@ -68,7 +68,7 @@ def test_a_file_gives_names_settings_and_the_context(config: str, capsys: pytest
         zip(similarity.tolist(), negative.tolist(), strict=True)
     )
     assert table("look.csv", loss="mixed", side="positive") == table("look.csv", loss="ms", side="positive")
-    pushed = [each for each, weight in table("look.csv", loss="narrow", side="negative") if weight]
+    pushed = [similarity for similarity, weight in table("look.csv", loss="narrow", side="negative") if weight]
     assert pushed == [value for value in similarity.tolist() if value > 0.4]
 
 
@@ -94,7 +94,7 @@ def test_a_batch_is_held_against_the_bank_of_a_checkpoint(config: str, capsys: p
     main(["bank", "--config", config, "--ckpt_path", str(path), "--output", "all.pt"])
     rows = MemoryBank.load("all.pt").embeddings
     possible = (rows.double() @ bank.embeddings.double().T).flatten().sort().values
-    found = torch.tensor([each for each, _ in table(kind="pair")], dtype=torch.float64)
+    found = torch.tensor([similarity for similarity, _ in table(kind="pair")], dtype=torch.float64)
     nearest = possible[torch.searchsorted(possible, found).clamp(1, len(possible) - 1)[:, None] - torch.tensor([0, 1])]
     assert float((nearest - found[:, None]).abs().min(dim=1).values.max()) < 1e-2  # augmentation is all that differs
 
@@ -225,7 +225,7 @@ def test_a_loss_without_types_is_taken(config: str, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.syspath_prepend(".")
     main(["curves", "--losses", "{class_path: mine.Mine, init_args: {margin: 0.7}}", "--points", "21"])
-    assert [each for each, weight in table(side="negative") if weight] == pytest.approx([0.8, 0.9, 1.0])
+    assert [similarity for similarity, weight in table(side="negative") if weight] == pytest.approx([0.8, 0.9, 1.0])
 
 
 @pytest.mark.filterwarnings("ignore:curves runs without")

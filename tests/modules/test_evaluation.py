@@ -201,7 +201,7 @@ def test_a_batch_without_labels_or_indices_is_explained(lacking: list[str], word
     data = TinyData()
     data.setup("validate")
     assert isinstance(data.val_set, ArrayDataset)
-    samples: list[Any] = [{key: each for key, each in data.val_set[0].items() if key not in lacking}]
+    samples: list[Any] = [{key: value for key, value in data.val_set[0].items() if key not in lacking}]
     loader: DataLoader[Any] = DataLoader(samples)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=words):
         Trainer(**QUIET).validate(tiny_module(), loader, verbose=False)

@@ -147,7 +147,7 @@ def test_differences_that_are_equal_up_to_rounding_have_no_p(
 ) -> None:
     """The last digits of a subtraction would pass for a spread, and p for a proof (1e-9 and less)."""
     found = compare(
-        {seed: scale * each for seed, each in enumerate(own)}, dict(enumerate(np.multiply(baseline, scale)))
+        {seed: scale * value for seed, value in enumerate(own)}, dict(enumerate(np.multiply(baseline, scale)))
     )
     assert found.difference.n == 3
     assert found.difference.mean == pytest.approx(scale * wanted, abs=1e-7 * scale)
@@ -158,7 +158,7 @@ def test_differences_that_are_equal_up_to_rounding_have_no_p(
 def test_one_query_is_a_spread(queries: int) -> None:
     """Seeds that agree to one hit have little spread but some, and their p value is Student's."""
     baseline = [queries - 468, queries - 339, queries - 352]
-    own = [each + more for each, more in zip(baseline, (26, 26, 27), strict=True)]
+    own = [value + more for value, more in zip(baseline, (26, 26, 27), strict=True)]
     ours, others = recalls(own, queries), recalls(baseline, queries)
     found, test = compare(dict(enumerate(ours)), dict(enumerate(others))), scipy.stats.ttest_rel(ours, others)
     bounds = test.confidence_interval(0.95)
